@@ -1,0 +1,87 @@
+"""Every setting of a training run with its default: the paper's CIFAR settings."""
+
+import ml_collections
+
+
+def parse_arg(arg, **defaults):
+    """Parses a config's string argument, 'name=value,name=value'.
+
+    Values take the type of their default. Raises ValueError for an unknown name or a bad value.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or '').split(',')):
+        name, _, text = item.partition('=')
+        if name not in defaults:
+            raise ValueError(
+                f'unknown config argument {name!r}; the arguments are {", ".join(defaults)}.')
+        kind = type(defaults[name])
+        try:
+            values[name] = kind(text)
+        except ValueError as e:
+            raise ValueError(
+                f'config argument {name} is {text!r}; it must be of type {kind.__name__}.') from e
+    return ml_collections.ConfigDict(values)
+
+
+def get_config():
+    """Returns the settings that all experiments start from."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # decides init, order, augmentation, dropout and which labels are noisy
+    c.total_epochs = 200
+    c.batch_size = 256  # global
+    c.replica_batch_size = 32  # examples that share BatchNorm statistics and, by default, an ascent
+    c.replica_loop = 'auto'  # several replicas on a device: 'unroll', 'scan', 'auto' by platform
+    c.label_smoothing = 0.0
+    c.log_every_steps = 100
+
+    c.model = ml_collections.ConfigDict()
+    c.model.name = 'wrn28_10'
+    c.model.dtype = 'float32'  # of the computation: 'float32' or 'bfloat16'
+    c.model.dropout_rate = 0.0
+    c.model.batch_norm = True
+    c.model.extra_skips = False  # AutoAugment's additional shortcuts
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = 'cifar10'
+    c.data.dir = ''  # where TFDS datasets lie; '' for TFDS's own default
+    c.data.augment = 'basic'  # 'none' or 'basic': flip and shift crop
+    c.data.padding = 4  # pixels of the shift crop
+    c.data.validation = False  # hold out the last tenth of the training set and evaluate on it too
+    c.data.label_noise = 0.0  # fraction of training labels drawn anew, uniformly from all classes
+
+    c.sam = ml_collections.ConfigDict()
+    c.sam.method = 'sam'  # or 'sgd'
+    c.sam.rho = 0.05
+    c.sam.p = 2.0
+    c.sam.replicas_per_group = 1  # m = replica_batch_size * replicas_per_group
+    c.sam.schedule = 'constant'  # of rho: 'constant', 'cosine', 'exponential'
+    c.sam.warmup_epochs = 0.0  # of rho, linear
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.name = 'sgd'  # or 'rmsprop'
+    c.optimizer.learning_rate = 0.1
+    c.optimizer.schedule = 'cosine'  # 'constant', 'cosine', 'exponential'
+    c.optimizer.warmup_epochs = 0.0  # linear
+    c.optimizer.momentum = 0.9
+    c.optimizer.nesterov = True
+    c.optimizer.decay = 0.9  # rmsprop's average of squares
+    c.optimizer.epsilon = 1e-3  # rmsprop's, inside of the root
+    c.optimizer.weight_decay = 5e-4  # 0.5 * weight_decay * sum w^2 is part of the loss
+    c.optimizer.decay_norm_and_bias = True  # False: only parameters of two or more axes
+    c.optimizer.clip_norm = 5.0  # global norm of the mean gradient; 0 for no clipping
+
+    c.ema = ml_collections.ConfigDict()
+    c.ema.decay = 0.0  # 0 for no moving average of params and statistics
+    c.ema.warmup_steps = 0
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.every_epochs = 1
+    c.eval.batch_size = 512
+    c.eval.top5 = False
+    c.eval.train_set = False  # evaluate on the training set too, without augmentation
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every_minutes = 10.0  # 0 for never
+    c.checkpoint.every_epochs = 0  # 0 for never
+    c.checkpoint.keep_epochs = ()  # checkpoints after these epochs are never deleted
+    return c

@@ -1,0 +1,157 @@
+"""Checkpoints: orbax, asynchronous, checked when read.
+
+    workdir/checkpoints/<step>/state    {path of a leaf: array}
+    workdir/checkpoints/<step>/meta     JSON: the config, checksums of the arrays, wall time so far
+
+The arrays are one host's copy of the replicated state, so a checkpoint knows no topology. Orbax
+writes beside and renames, so a process killed during a save leaves the previous checkpoint newest.
+"""
+
+import logging
+import os
+import shutil
+import warnings
+import zlib
+
+import jax
+import numpy as np
+
+from sam_jax import distributed
+from sam_jax.errors import UserError
+
+NEWEST_KEPT = 2
+
+_log = logging.getLogger(__name__)
+
+
+def _flatten(tree):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}, structure
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    The newest two are kept, besides those of `keep_steps`, which are never deleted.
+    """
+
+    def __init__(self, directory, keep_steps=()):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+        self._ocp = ocp
+        self._directory = directory
+        keep = [policies.LatestN(NEWEST_KEPT)]
+        if keep_steps:
+            keep.append(policies.CustomSteps(list(keep_steps)))
+        self._manager = ocp.CheckpointManager(
+            directory, options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True))
+
+    def steps(self):
+        """Returns the steps with a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step, state, meta):
+        """Copies the state to the host and writes it in the background.
+
+        Args:
+          step: number of steps made.
+          state: pytree of arrays, the same on all devices.
+          meta: dict that JSON can hold.
+        """
+        # A real copy: on CPU a host array may share its memory with the device's, which the next
+        # step is given to overwrite.
+        arrays = {name: np.array(x, copy=True) for name, x in _flatten(state)[0].items()}
+        meta = {**meta, 'checksums': {name: _checksum(x) for name, x in arrays.items()}}
+        self._manager.save(step, args=self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)))
+
+    def restore_newest(self, target):
+        """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
+
+        A damaged checkpoint is named in the log and moved to `damaged/`, and the one before it is
+        tried.
+
+        Args:
+          target: pytree of arrays of the wanted structure and shapes.
+
+        Raises:
+          UserError: there are checkpoints and all are damaged, or the newest whole one is of
+            another model.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                arrays, meta = self._read(step)
+            except Exception as e:  # whatever orbax or the file system raise at damaged files
+                reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+                _log.error('Checkpoint %d is damaged and not used: %s', step, reason)
+                damaged.append(step)
+                continue
+            for other in damaged:
+                self._set_aside(other)
+            return step, _unflatten(arrays, target, step), meta
+        if damaged:
+            raise UserError(
+                f'All checkpoints in {self._directory} are damaged (steps '
+                f'{", ".join(map(str, damaged))}); restore one from elsewhere, or choose a new '
+                'workdir to start anew.')
+        return None
+
+    def read_meta(self, step):
+        """Returns the meta dict of a checkpoint, or None if it cannot be read."""
+        try:
+            return self._manager.restore(
+                step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())).meta
+        except Exception:  # whatever orbax or the file system raise at damaged files
+            return None
+
+    def _read(self, step):
+        with warnings.catch_warnings():
+            # "Sharding info not provided": these are host arrays, placed by the caller.
+            warnings.simplefilter('ignore')
+            restored = self._manager.restore(step, args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardRestore(), meta=self._ocp.args.JsonRestore()))
+        arrays = {name: np.asarray(x) for name, x in restored.state.items()}
+        for name, checksum in restored.meta['checksums'].items():
+            if name not in arrays or _checksum(arrays[name]) != checksum:
+                raise ValueError(f'the checksum of {name} does not fit')
+        return arrays, restored.meta
+
+    def _set_aside(self, step):
+        if distributed.is_main():
+            place = os.path.join(os.path.dirname(self._directory), 'damaged')
+            os.makedirs(place, exist_ok=True)
+            shutil.move(os.path.join(self._directory, str(step)),
+                        os.path.join(place, f'{step}-{len(os.listdir(place))}'))
+        distributed.barrier(f'set_aside_{step}')
+        self._manager.reload()
+
+    def wait(self):
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Waits until everything is written and lets go of the directory."""
+        self._manager.close()
+
+
+def _checksum(x):
+    return zlib.crc32(np.ascontiguousarray(x).tobytes())
+
+
+def _unflatten(arrays, target, step):
+    wanted, structure = _flatten(target)
+    for name, x in wanted.items():
+        if name not in arrays:
+            raise UserError(f'Checkpoint {step} is of another model: it has no {name}.')
+        if arrays[name].shape != np.shape(x):
+            raise UserError(
+                f'Checkpoint {step} is of another model: {name} has shape {arrays[name].shape} '
+                f'there and {np.shape(x)} here.')
+    for name in arrays:
+        if name not in wanted:
+            raise UserError(f'Checkpoint {step} is of another model: {name} is not in this one.')
+    return jax.tree.unflatten(structure, [arrays[name] for name in wanted])

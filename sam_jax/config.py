@@ -1,0 +1,171 @@
+"""Checks of a run's settings, all before any long work: types, names, ranges, and changes."""
+
+import difflib
+import math
+
+from sam_jax import data, models, optimizers, schedules, sharpness
+from sam_jax.errors import UserError
+
+# Every key and its type. Further keys under `model` are options of the model's family.
+KEYS = {
+    'seed': int, 'total_epochs': int, 'batch_size': int, 'replica_batch_size': int,
+    'replica_loop': str, 'label_smoothing': float, 'log_every_steps': int,
+    'model.name': str, 'model.dtype': str,
+    'data.name': str, 'data.dir': str, 'data.augment': str, 'data.padding': int,
+    'data.validation': bool, 'data.label_noise': float,
+    'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
+    'sam.schedule': str, 'sam.warmup_epochs': float,
+    'optimizer.name': str, 'optimizer.learning_rate': float, 'optimizer.schedule': str,
+    'optimizer.warmup_epochs': float, 'optimizer.momentum': float, 'optimizer.nesterov': bool,
+    'optimizer.decay': float, 'optimizer.epsilon': float, 'optimizer.weight_decay': float,
+    'optimizer.decay_norm_and_bias': bool, 'optimizer.clip_norm': float,
+    'ema.decay': float, 'ema.warmup_steps': int,
+    'eval.every_epochs': int, 'eval.batch_size': int, 'eval.top5': bool, 'eval.train_set': bool,
+    'checkpoint.every_minutes': float, 'checkpoint.every_epochs': int,
+    'checkpoint.keep_epochs': tuple,
+}
+
+DTYPES = ('float32', 'bfloat16')
+
+_CHOICES = {
+    'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
+    'data.name': tuple(data.SOURCES), 'data.augment': tuple(data.RECIPES),
+    'sam.method': tuple(sharpness.METHODS), 'sam.schedule': tuple(schedules.SCHEDULES),
+    'optimizer.name': optimizers.OPTIMIZERS, 'optimizer.schedule': tuple(schedules.SCHEDULES),
+}
+
+# Key -> (lowest, highest, whether the highest itself is allowed).
+_RANGES = {
+    'seed': (0, 2 ** 32 - 1, True), 'total_epochs': (1, math.inf, False),
+    'batch_size': (1, math.inf, False), 'replica_batch_size': (1, math.inf, False),
+    'label_smoothing': (0, 1, False), 'log_every_steps': (1, math.inf, False),
+    'data.padding': (0, math.inf, False), 'data.label_noise': (0, 1, True),
+    'sam.rho': (0, math.inf, False), 'sam.replicas_per_group': (1, math.inf, False),
+    'sam.warmup_epochs': (0, math.inf, False), 'optimizer.learning_rate': (0, math.inf, False),
+    'optimizer.warmup_epochs': (0, math.inf, False), 'optimizer.momentum': (0, 1, False),
+    'optimizer.decay': (0, 1, False), 'optimizer.epsilon': (0, math.inf, False),
+    'optimizer.weight_decay': (0, math.inf, False), 'optimizer.clip_norm': (0, math.inf, False),
+    'ema.decay': (0, 1, False), 'ema.warmup_steps': (0, math.inf, False),
+    'eval.every_epochs': (0, math.inf, False), 'eval.batch_size': (1, math.inf, False),
+    'checkpoint.every_minutes': (0, math.inf, False),
+    'checkpoint.every_epochs': (0, math.inf, False),
+}
+
+# What may differ when a run is resumed: it does not change what is computed.
+_FREE_AT_RESUME = ('replica_loop', 'data.dir', 'eval.', 'checkpoint.')
+
+
+def flatten(config):
+    """Returns {'section.key': value} of a ConfigDict."""
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, 'items'):
+            flat.update({f'{name}.{k}': v for k, v in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def nearest(name, known):
+    """Returns ' (did you mean X?)' with the known name most like `name`, or ''."""
+    last = {k.rsplit('.', 1)[-1]: k for k in known}
+    close = (difflib.get_close_matches(name, known, 1)
+             or [last[k] for k in difflib.get_close_matches(name.rsplit('.', 1)[-1], last, 1)])
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def check(config):
+    """Checks a config by itself: keys, types, names, ranges.
+
+    Raises:
+      UserError: one sentence about the first thing wrong.
+    """
+    flat = flatten(config)
+    options = {k for k in flat if k.startswith('model.')}
+    for key in flat:
+        if key not in KEYS and key not in options:
+            raise UserError(f'Unknown config key {key}{nearest(key, list(KEYS))}.')
+    for key, kind in KEYS.items():
+        if key not in flat:
+            raise UserError(f'The config lacks the key {key} ({kind.__name__}).')
+        _check_value(key, kind, flat[key])
+    if not flat['sam.p'] > 1:
+        raise UserError(f'sam.p is {flat["sam.p"]}; it must be greater than 1 (inf is allowed).')
+    if not all(isinstance(e, int) and e > 0 for e in flat['checkpoint.keep_epochs']):
+        raise UserError(
+            f'checkpoint.keep_epochs is {flat["checkpoint.keep_epochs"]}; it must hold epochs, '
+            'counted from 1.')
+    for key in ('sam.warmup_epochs', 'optimizer.warmup_epochs'):
+        if flat[key] > flat['total_epochs']:
+            raise UserError(
+                f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.')
+    if flat['optimizer.name'] == 'rmsprop' and not flat['optimizer.epsilon'] > 0:
+        raise UserError('optimizer.epsilon is 0; rmsprop needs a positive one.')
+
+
+def _check_value(key, kind, value):
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f'{key} is {value!r}; it must be of type {kind.__name__}.')
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UserError(f'{key} is {value!r}; it must be one of {", ".join(_CHOICES[key])}.')
+    if key in _RANGES:
+        low, high, closed = _RANGES[key]
+        if not (low <= value < high or (closed and value == high)):
+            upper = '' if high == math.inf else f' and {"at most" if closed else "below"} {high}'
+            raise UserError(f'{key} is {value}; it must be at least {low}{upper}.')
+
+
+def check_with_data(config, dataset):
+    """Checks a config against its dataset.
+
+    Raises:
+      UserError: fewer training examples than a batch, a shift wider than the image, top-5 of fewer
+        than six classes.
+    """
+    n = dataset.num_train_examples
+    if config.batch_size > n:
+        raise UserError(
+            f'batch_size is {config.batch_size}; the training set of {dataset.name} has only {n} '
+            'examples.')
+    if config.data.augment != 'none' and config.data.padding >= min(dataset.image_shape[:2]):
+        raise UserError(
+            f'data.padding is {config.data.padding}; it must be smaller than the images of '
+            f'{dataset.name}, {dataset.image_shape[0]}x{dataset.image_shape[1]}.')
+    if config.eval.top5 and dataset.num_classes < 6:
+        raise UserError(
+            f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')
+
+
+def create_model(config, num_classes):
+    """Builds the model of `config.model`: its other keys are the family's options.
+
+    Raises:
+      UserError: unknown model, impossible sizes, or an option that the family does not have.
+    """
+    options = {k: v for k, v in config.model.items() if k != 'name'}
+    try:
+        return models.create_model(config.model.name, num_classes, **options)
+    except TypeError as e:
+        raise UserError(f'config.model: {e}') from e
+
+
+def check_same_mathematics(config, before):
+    """Refuses to resume with settings that change what is computed.
+
+    Args:
+      config: the config of this start.
+      before: flat dict of the config of the checkpoint, as read from JSON.
+
+    Raises:
+      UserError: naming the keys with both values.
+    """
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    changed = [
+        f'{key} (was {before.get(key)!r}, now {now.get(key)!r})'
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and not key.startswith(_FREE_AT_RESUME)]
+    if changed:
+        raise UserError(
+            f'The workdir holds a run with other settings: {", ".join(changed)}; use them again to '
+            'resume it, or choose a new workdir.')

@@ -1,0 +1,129 @@
+"""Datasets that fit in memory: read once from their source into uint8 arrays on the host."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from sam_jax import rngs
+from sam_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples on the host: images uint8 (N, H, W, C), labels int32 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self):
+        return len(self.labels)
+
+    def part(self, chosen):
+        return Split(self.images[chosen], self.labels[chosen])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is known of a dataset before it is read.
+
+    Attributes:
+      read: data_dir -> (train Split, test Split).
+      num_classes: number of classes.
+      mean, std: of the training images / 255, per channel.
+    """
+
+    read: object
+    num_classes: int
+    mean: tuple
+    std: tuple
+
+
+def read_digits(data_dir):
+    """scikit-learn's handwritten digits: 1,797 real images, 8x8x1; a fixed split of 1,297/500.
+
+    The split is stratified: each class gives its share of the 500 (largest remainders), chosen by a
+    permutation that depends on nothing but the class.
+    """
+    del data_dir
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int32)
+    shares = np.bincount(labels) * 500 / len(labels)
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind='stable')[:500 - counts.sum()]] += 1
+    test = np.zeros(len(labels), bool)
+    for digit, count in enumerate(counts):
+        members = np.flatnonzero(labels == digit)
+        test[members[rngs.permutation(0, 'digits_split', len(members), digit)[:count]]] = True
+    everything = Split(images, labels)
+    # Mixed once, so that the last tenth (the validation split) is not one writer's.
+    train = np.flatnonzero(~test)
+    train = train[rngs.permutation(0, 'digits_order', len(train))]
+    return everything.part(train), everything.part(test)
+
+
+def read_tfds(name, data_dir):
+    """Reads the train and test splits of a TensorFlow dataset that lies prepared in `data_dir`.
+
+    Raises:
+      UserError: it is not there; the message says what to run.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    # TensorFlow only reads files here; the accelerator's memory is JAX's.
+    tf.config.set_visible_devices([], 'GPU')
+    place = os.path.expanduser(data_dir) if data_dir else None
+    shown = data_dir or tfds.core.constants.DATA_DIR
+    try:
+        builder = tfds.builder(name, data_dir=place)
+        missing = not builder.is_prepared()
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError):
+        missing = True
+    if missing:
+        where = f", data_dir='{data_dir}'" if data_dir else ''
+        raise UserError(
+            f'Dataset {name} is not in {shown} (config.data.dir is {data_dir!r}); prepare it '
+            f'there with: python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}'{where}).download_and_prepare()\"")
+
+    def read(split):
+        arrays = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
+        return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
+
+    return read('train'), read('test')
+
+
+SOURCES = {
+    'digits': Source(read_digits, 10, (0.30533,), (0.37669,)),
+    'cifar10': Source(
+        lambda data_dir: read_tfds('cifar10', data_dir), 10,
+        (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+    'cifar100': Source(
+        lambda data_dir: read_tfds('cifar100', data_dir), 100,
+        (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+}
+
+
+def split_validation(train):
+    """Returns (train without its last tenth, that tenth), as the paper's code splits CIFAR."""
+    cut = len(train) - len(train) // 10
+    return train.part(slice(None, cut)), train.part(slice(cut, None))
+
+
+def add_label_noise(train, rate, num_classes, seed):
+    """Gives a fraction `rate` of the examples a label drawn uniformly from all classes.
+
+    The draw may give the true label back (MentorNet's convention; the SAM paper does not say), so
+    about rate x (1 - 1 / num_classes) of the labels end up wrong. Exactly round(rate N) examples
+    are drawn, by the run's seed.
+    """
+    n = len(train)
+    noisy = rngs.permutation(seed, 'noisy_examples', n)[:round(rate * n)]
+    draws = rngs.integers(seed, 'noisy_labels', n, num_classes)
+    labels = train.labels.copy()
+    labels[noisy] = draws[noisy]
+    return Split(train.images, labels)

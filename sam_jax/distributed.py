@@ -1,0 +1,64 @@
+"""Several processes: starting them, agreeing between them."""
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sam_jax.errors import UserError
+
+
+def initialize(coordinator_address='', num_processes=0, process_id=-1):
+    """Connects this process to the others of the run; does nothing where it is alone.
+
+    On TPU pods and under Slurm (`srun`) nothing need be given. Elsewhere every process gets the
+    same coordinator address (host:port of process 0), the number of processes and its own number.
+
+    Raises:
+      UserError: some but not all of the three are given.
+    """
+    given = [bool(coordinator_address), num_processes > 0, process_id >= 0]
+    if any(given) and not all(given):
+        raise UserError(
+            'A run of several processes needs --coordinator_address, --num_processes and '
+            f'--process_id together; got {coordinator_address!r}, {num_processes}, {process_id}.')
+    if not (all(given) or _inside_cluster()):
+        return
+    # Collectives between CPU processes; other platforms bring their own and ignore this.
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    if all(given):
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    else:
+        jax.distributed.initialize()
+
+
+def _inside_cluster():
+    tpu_workers = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+    slurm_tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+    return len(tpu_workers) > 1 or int(slurm_tasks) > 1
+
+
+def is_main():
+    """Whether this process writes files and talks."""
+    return jax.process_index() == 0
+
+
+def broadcast(value):
+    """Returns process 0's `value` (a number) on every process; a collective."""
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(np.asarray(value)).item()
+
+
+def any_process(flag):
+    """Returns whether `flag` is true on any process; a collective."""
+    if jax.process_count() == 1:
+        return bool(flag)
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def barrier(name):
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,54 @@
+"""Evaluation: exact sums over a whole split, on any number of devices."""
+
+import functools
+
+import jax
+from jax import lax
+
+from sam_jax import losses, metrics
+from sam_jax.replicas import AXIS
+
+
+def eval_step(params, batch_stats, arrays, feed, *, apply_fn, batch_fn, top5=False):
+    """Sums over one batch, over all devices of the axis; pure.
+
+    Args:
+      params, batch_stats: the model's variables.
+      arrays: the split's arrays on the device.
+      feed: this device's row of the dataset's `eval_feeds`.
+      apply_fn: the model's `apply`.
+      batch_fn: (arrays, feed) -> {'image', 'label', 'mask'}.
+      top5: whether to count top-5 errors too.
+
+    Returns:
+      {'loss', 'error_rate'[, 'top5_error_rate'], 'count'}: sums, the same on all devices. The loss
+      is the cross entropy without smoothing or penalty.
+    """
+    batch = batch_fn(arrays, feed)
+    logits = apply_fn({'params': params, 'batch_stats': batch_stats}, batch['image'], train=False)
+    values = {'loss': losses.cross_entropy(logits, batch['label']),
+              'error_rate': metrics.top1_error(logits, batch['label'])}
+    if top5:
+        values['top5_error_rate'] = metrics.topk_error(logits, batch['label'], 5)
+    return lax.psum(metrics.masked_sums(values, batch['mask']), AXIS)
+
+
+def make_eval_step(model, layout, dataset, top5=False):
+    """Returns the pmapped evaluation step: (params, batch_stats, arrays, feed) -> sums."""
+    step = functools.partial(
+        eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5)
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
+        devices=layout.devices)
+
+
+def evaluate(step, params, batch_stats, arrays, feeds, layout):
+    """Runs an evaluation step over all feeds of a split.
+
+    Returns:
+      {metric: mean over the split's examples} as Python floats.
+    """
+    sums = [step(params, batch_stats, arrays, layout.shard(feed)) for feed in feeds]
+    sums = jax.device_get(sums)
+    count = sum(float(s['count']) for s in sums)
+    return {name: sum(float(s[name]) for s in sums) / count for name in sums[0] if name != 'count'}

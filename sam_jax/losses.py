@@ -1,0 +1,50 @@
+"""Losses and penalties: per-example values in at least float32."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _float32(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def target_distribution(labels, num_classes, dtype):
+    """Returns labels as distributions: integer labels (...,) become one-hot (..., num_classes)."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jax.nn.one_hot(labels, num_classes, dtype=dtype)
+    return labels.astype(dtype)
+
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """Cross entropy of each example, with label smoothing.
+
+    With y the target distribution, C classes and smoothing a:
+    loss = -sum_c ((1 - a) y_c + a / C) log softmax(logits)_c. Non-finite logits give non-finite
+    losses: a diverged model must be seen.
+
+    Args:
+      logits: (..., C), any float dtype.
+      labels: integer classes (...,) or distributions (..., C).
+      label_smoothing: a in [0, 1).
+
+    Returns:
+      Losses in nats, (...,), float32 (float64 if the logits are).
+    """
+    logits = _float32(logits)
+    num_classes = logits.shape[-1]
+    targets = target_distribution(labels, num_classes, logits.dtype)
+    targets = (1.0 - label_smoothing) * targets + label_smoothing / num_classes
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def l2_penalty(params, weight_decay, decay_norm_and_bias=True):
+    """Returns 0.5 * weight_decay * sum of w^2, a scalar (SAM paper's code: part of the loss).
+
+    Args:
+      params: pytree of parameters.
+      weight_decay: scalar, may be traced.
+      decay_norm_and_bias: False leaves out every parameter with fewer than two axes, i.e. the
+        scales and biases of BatchNorm and the biases of dense layers.
+    """
+    leaves = [w for w in jax.tree.leaves(params) if decay_norm_and_bias or jnp.ndim(w) > 1]
+    return 0.5 * weight_decay * sum((jnp.sum(jnp.square(_float32(w))) for w in leaves), 0.0)

@@ -1,0 +1,78 @@
+"""Command line: python -m sam_jax.main --config=configs/digits.py --workdir=DIR [--config.sam.rho=0.1]"""
+
+import logging
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sam_jax import distributed, train
+from sam_jax import config as config_lib
+from sam_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'File with get_config(), e.g. configs/digits.py or configs/digits.py:noise=0.4.',
+    lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run; give it again to resume.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address', '', 'host:port of process 0; not needed on TPU pods and under Slurm.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
+
+
+def _parse(argv):
+    """absl's parser, with one sentence for what ml_collections answers with a traceback."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as e:
+        key = str(e).strip('\'"')
+        known = list(config_lib.KEYS)
+        given = [a.split('=')[0].lstrip('-')[len('config.'):] for a in argv
+                 if a.lstrip('-').startswith('config.')]
+        key = next((k for k in given if k.rsplit('.', 1)[-1] == key), key)
+        _exit(f'Unknown config key {key}{config_lib.nearest(key, known)}.')
+    except (flags.Error, ValueError, OSError) as e:
+        _exit(' '.join(str(e).split()))
+
+
+def _exit(message, status=EXIT_USER_ERROR):
+    print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
+    sys.exit(status)
+
+
+def main(argv):
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
+    logging.getLogger('sam_jax').setLevel(logging.INFO)
+    logging.getLogger('absl').setLevel(logging.WARNING)  # orbax tells of every file there
+    try:
+        if argv[1:]:
+            raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
+        if _CONFIG.value is None:
+            raise UserError('--config is missing; for example --config=configs/digits.py.')
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    except UserError as e:
+        _exit(str(e))
+    except train.Preempted as e:
+        _exit(str(e), EXIT_PREEMPTED)
+
+
+def run():
+    """Console command `sam-jax-train`."""
+    app.run(main, flags_parser=_parse)
+
+
+def run_tests():
+    """Console command `sam-jax-test`: the suite of the checkout this package lies in."""
+    import pytest
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.exit(pytest.main(['--rootdir', root, '-c', os.path.join(root, 'pyproject.toml'),
+                          os.path.join(root, 'tests'), *sys.argv[1:]]))
+
+
+if __name__ == '__main__':
+    run()

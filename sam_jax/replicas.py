@@ -1,0 +1,180 @@
+"""Replicas and groups: how a global batch is cut, and which device computes which part.
+
+The global batch is cut into replicas of `replica_batch_size` examples (the unit of BatchNorm
+statistics), consecutive replicas into groups that ascend together (m = replica_batch_size x
+replicas_per_group, the paper's m-sharpness). Both are functions of the config alone. Devices only
+decide where a replica is computed: each holds a consecutive run of replicas, and a group either
+lies within one device or covers several whole ones.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sam_jax.errors import UserError
+
+AXIS = 'batch'
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the replicas of a run are computed.
+
+    Attributes:
+      devices: the devices used, of all processes, in the order of the pmap axis.
+      num_replicas: replicas in a global batch.
+      replica_batch_size: examples in a replica.
+      replicas_per_group: replicas that share an ascent.
+      unroll: whether several replicas on a device are unrolled or scanned.
+    """
+
+    devices: tuple
+    num_replicas: int
+    replica_batch_size: int
+    replicas_per_group: int
+    unroll: bool
+
+    @property
+    def replicas_per_device(self):
+        return self.num_replicas // len(self.devices)
+
+    @property
+    def devices_per_group(self):
+        return max(self.replicas_per_group // self.replicas_per_device, 1)
+
+    @property
+    def groups_per_device(self):
+        return max(self.replicas_per_device // self.replicas_per_group, 1)
+
+    @property
+    def axis_index_groups(self):
+        """Positions of the devices of each group; None where a group covers all devices."""
+        size = self.devices_per_group
+        if size == len(self.devices):
+            return None
+        return [list(range(i, i + size)) for i in range(0, len(self.devices), size)]
+
+    @property
+    def local_positions(self):
+        """Positions on the pmap axis of this process's devices, ascending."""
+        here = jax.process_index()
+        return [i for i, d in enumerate(self.devices) if d.process_index == here]
+
+    def _sharding(self, *axes):
+        return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
+
+    def replicate(self, tree):
+        """Places a pytree of host arrays, the same on all processes, on every device."""
+        return self._place(tree, self._sharding())
+
+    def shard(self, tree):
+        """Places arrays of shape (devices of this process, ...), one row a device."""
+        return self._place(tree, self._sharding(AXIS))
+
+    def _place(self, tree, sharding):
+        if jax.process_count() == 1:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto', devices=None):
+    """Cuts the batch and chooses the devices.
+
+    Args:
+      batch_size: examples in the global batch.
+      replica_batch_size: examples in a replica.
+      replicas_per_group: replicas that share an ascent.
+      loop: 'unroll', 'scan', or 'auto': unrolled on CPU (XLA runs convolutions inside of a loop
+        about 20 times slower there), scanned elsewhere.
+      devices: default all devices of all processes.
+
+    Returns:
+      (layout, note): note is a sentence if fewer devices are used than there are, else ''.
+
+    Raises:
+      UserError: the batch cannot be cut into these replicas, groups and devices.
+    """
+    if batch_size % replica_batch_size:
+        raise UserError(
+            f'batch_size is {batch_size}; it must be a multiple of replica_batch_size, '
+            f'{replica_batch_size}.')
+    num_replicas = batch_size // replica_batch_size
+    if num_replicas % replicas_per_group:
+        raise UserError(
+            f'sam.replicas_per_group is {replicas_per_group}; it must divide the {num_replicas} '
+            f'replicas (batch_size {batch_size} / replica_batch_size {replica_batch_size}).')
+    devices = list(devices if devices is not None else jax.devices())
+    available = len(devices)
+    note = ''
+    if num_replicas < available:
+        used = max(n for n in range(1, num_replicas + 1)
+                   if _fits(num_replicas, replicas_per_group, n))
+        fix = (f'batch_size {batch_size} has {num_replicas} replicas of {replica_batch_size} for '
+               f'{available} devices')
+        if jax.process_count() > 1:
+            raise UserError(
+                f'{fix}: on several processes every device needs one; set replica_batch_size to '
+                f'{max(batch_size // available, 1)} or use fewer processes.')
+        devices, note = devices[:used], f'{fix}: {used} of them are used.'
+    elif not _fits(num_replicas, replicas_per_group, available):
+        raise UserError(
+            f'The {num_replicas} replicas (batch_size {batch_size} / replica_batch_size '
+            f'{replica_batch_size}) in groups of {replicas_per_group} cannot be shared equally by '
+            f'{available} devices; change replica_batch_size, sam.replicas_per_group or the number '
+            'of devices.')
+    group_devices = max(replicas_per_group * len(devices) // num_replicas, 1)
+    devices = tuple(neighbour_order(devices, group_devices))
+    unroll = loop == 'unroll' or (loop == 'auto' and devices[0].platform == 'cpu')
+    return Layout(devices, num_replicas, replica_batch_size, replicas_per_group, unroll), note
+
+
+def _fits(num_replicas, replicas_per_group, num_devices):
+    per_device = num_replicas // num_devices
+    return num_replicas % num_devices == 0 and (
+        per_device % replicas_per_group == 0 or replicas_per_group % per_device == 0)
+
+
+def neighbour_order(devices, group_size):
+    """Orders devices so that each run of `group_size` is a block of neighbours on a TPU's mesh.
+
+    TPU devices carry `coords` (x, y, z) and `core_on_chip`; the mesh is tiled by boxes of
+    `group_size` devices, as near to cubes as its sides allow. Devices without coordinates (GPU,
+    CPU), or a mesh that no such box tiles, keep the order they came in, which is by process.
+    """
+    if group_size == 1 or not all(hasattr(d, 'coords') for d in devices):
+        return list(devices)
+    places = [(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices]
+    low, high = np.min(places, axis=0), np.max(places, axis=0)
+    box = _tiling_box(high - low + 1, group_size)
+    if box is None or len(set(places)) != np.prod(high - low + 1):
+        return list(devices)
+
+    def rank(i):
+        offset = np.asarray(places[i]) - low
+        # The core comes last within a box and the boxes are in the mesh's order: z, y, x, core.
+        return tuple(offset[::-1] // box[::-1]) + tuple(offset[::-1] % box[::-1])
+
+    return [devices[i] for i in sorted(range(len(devices)), key=rank)]
+
+
+def _tiling_box(sides, size):
+    """The most cubic box of `size` cells whose sides divide `sides`, or None."""
+    best = None
+    for core in _divisors(sides[0]):
+        for x in _divisors(sides[1]):
+            for y in _divisors(sides[2]):
+                z, rest = divmod(size, core * x * y)
+                if rest or z < 1 or sides[3] % z:
+                    continue
+                # Cores of a chip are nearest of all; then the least extent on the mesh.
+                key = (-core, x + y + z, max(x, y, z))
+                if best is None or key < best[0]:
+                    best = key, np.array([core, x, y, z])
+    return None if best is None else best[1]
+
+
+def _divisors(n):
+    return [d for d in range(1, int(n) + 1) if n % d == 0]

@@ -1,0 +1,86 @@
+"""Ascents: optax transformations from a gradient to the perturbation eps that is added to w.
+
+Norms and perturbations are computed in at least float32: in bfloat16 a step of rho = 0.05 would
+leave more than nine coordinates of ten where they were.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def promote(x):
+    """Returns x in float32, or in its own dtype if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def lp_norm(tree, p=2.0):
+    """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
+    leaves = [jnp.abs(promote(x)) for x in jax.tree.leaves(tree)]
+    if p == 2:
+        return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros(())))
+    largest = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in leaves]))
+    if p == np.inf:
+        return largest
+    # In units of the largest entry, so that neither tiny nor huge entries leave the float range.
+    unit = jnp.where(largest > 0, largest, 1.0)
+    return unit * sum(jnp.sum((x / unit) ** p) for x in leaves) ** (1.0 / p)
+
+
+def lp_ball(rho, p=2.0, mask=None):
+    """The step of the linearised worst case in a p-ball (SAM paper, equation 2).
+
+    eps = rho sign(g) |g|^(q-1) / (||g||_q^q)^(1/p) with 1/p + 1/q = 1, the maximiser of <g, eps>
+    under ||eps||_p <= rho. p = 2: rho g / ||g||_2; p = inf: rho sign(g). The norm is over all
+    leaves together. A zero gradient gives eps = 0.
+
+    Args:
+      rho: radius; a number, a traced scalar, or an optax schedule of the number of updates so far.
+      p: a Python float in (1, inf].
+      mask: None, or a pytree of bools shaped like a prefix of the params, or a function from params
+        to one. Where False eps is 0; the norm is over the True leaves only, so ||eps||_p stays rho.
+
+    Returns:
+      An `optax.GradientTransformation` whose updates are eps, in at least float32.
+
+    Raises:
+      ValueError: rho < 0 or p <= 1.
+    """
+    if not p > 1:
+        raise ValueError(f'p is {p}; it must be in (1, inf].')
+    if isinstance(rho, (int, float)) and not 0 <= rho < np.inf:
+        raise ValueError(f'rho is {rho}; it must be a finite number >= 0.')
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params=None):
+        radius = rho(state.count) if callable(rho) else rho
+        if mask is not None:
+            keep = mask(params) if callable(mask) else mask
+            grads = jax.tree.map(
+                lambda m, g: g if m else jax.tree.map(jnp.zeros_like, g), keep, grads)
+        eps = _ball_step(jax.tree.map(promote, grads), radius, p)
+        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _ball_step(grads, rho, p):
+    if p == np.inf:
+        return jax.tree.map(lambda g: rho * jnp.sign(g), grads)
+    if p == 2:
+        norm = lp_norm(grads)
+        scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
+        return jax.tree.map(lambda g: scale.astype(g.dtype) * g, grads)
+    # The formula does not change when g is scaled: divide by the largest entry, since |g|^(q-1)
+    # leaves the float range for p near 1.
+    q = p / (p - 1.0)
+    largest = lp_norm(grads, np.inf)
+    unit = jax.tree.map(lambda g: g / jnp.where(largest > 0, largest, 1.0).astype(g.dtype), grads)
+    total = sum(jnp.sum(jnp.abs(u) ** q) for u in jax.tree.leaves(unit))
+    scale = jnp.where(total > 0, rho / jnp.where(total > 0, total, 1.0) ** (1.0 / p), 0.0)
+    return jax.tree.map(
+        lambda u: scale.astype(u.dtype) * jnp.sign(u) * jnp.abs(u) ** (q - 1.0), unit)

@@ -1,0 +1,142 @@
+"""The transformation that every method is built with: gate, ascent, second gradient, combination."""
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax.sharpness.ascent import lp_norm, promote
+from sam_jax.sharpness.combine import Combine, perturbed
+from sam_jax.sharpness.gate import Gate, always
+
+
+class SharpnessState(NamedTuple):
+    """State of a sharpness-aware method.
+
+    Attributes:
+      count: number of updates so far, int32.
+      ascent, combine, gate: states of the three parts.
+      perturbation_norm: norm of the last perturbation in the norm that rho bounds; 0 where the gate
+        was shut. For reports only.
+    """
+
+    count: jax.Array
+    ascent: Any
+    combine: Any
+    gate: Any
+    perturbation_norm: jax.Array
+
+
+def sharpness_aware(
+    ascent: optax.GradientTransformation,
+    combine: Combine | None = None,
+    gate: Gate | None = None,
+    norm: Callable[[Any], jax.Array] = lp_norm,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a method: gradient at w -> sharpness-aware gradient at w.
+
+    If the gate is open: eps = ascent(g), g_p = grad_fn(w + eps), result = combine(g, g_p); else
+    result = combine.skip(g). w + eps is at least float32 whatever the dtype of w. Where eps = 0
+    (rho = 0, zero gradient) the result is g itself, bit for bit.
+
+    The `update` of the result takes, besides grads, state and params, the keyword arguments
+      grad_fn: params -> gradient of the same loss on the same examples with the same randomness;
+      aux: optional. Then grad_fn returns (gradient, aux) with aux of this structure (losses, say),
+        and update returns ((updates, perturbed_aux), state); where the gate is shut, perturbed_aux
+        is the aux given. For use outside of a chain;
+    and hands all others to the ascent.
+
+    Args:
+      ascent: transformation from the gradient to eps, see `sam_jax.sharpness.ascent`.
+      combine: default `combine.perturbed()`.
+      gate: default `gate.always()`.
+      norm: the norm that rho bounds, for `SharpnessState.perturbation_norm`.
+
+    Raises (from update):
+      TypeError: no grad_fn or params; or grad_fn cannot take the tree that `optax.masked` made.
+    """
+    ascent = optax.with_extra_args_support(ascent)
+    combine = combine or perturbed()
+    gate = gate or always()
+
+    def init(params):
+        return SharpnessState(
+            count=jnp.zeros((), jnp.int32),
+            ascent=ascent.init(params),
+            combine=combine.init(params),
+            gate=gate.init(params),
+            perturbation_norm=jnp.zeros((), float),
+        )
+
+    def update(grads, state, params=None, *, grad_fn=None, aux=None, **extra_args):
+        _check_arguments(params, grad_fn)
+
+        def open_gate(parts):
+            eps, ascent_state = ascent.update(grads, parts[0], params, **extra_args)
+            size = norm(eps).astype(state.perturbation_norm.dtype)
+            moved = jax.tree.map(lambda w, e: promote(w) + e, params, eps)
+            perturbed_grads = grad_fn(moved)
+            perturbed_aux = None
+            if aux is not None:
+                perturbed_grads, perturbed_aux = perturbed_grads
+            perturbed_grads = jax.tree.map(
+                lambda g, g_p: g_p.astype(g.dtype), grads, perturbed_grads)
+            updates, combine_state = combine.combine(grads, perturbed_grads, parts[1], params)
+            # A selection and not a blend: a NaN of the gradient not chosen must not leak.
+            updates = jax.tree.map(lambda g, u: jnp.where(size == 0, g, u), grads, updates)
+            return (updates, perturbed_aux), (ascent_state, combine_state), size
+
+        def shut_gate(parts):
+            updates, combine_state = combine.skip(grads, parts[1], params)
+            return (updates, aux), (parts[0], combine_state), jnp.zeros_like(
+                state.perturbation_norm)
+
+        decision, gate_state = gate.decide(grads, state.gate, state.count)
+        parts = (state.ascent, state.combine)
+        if isinstance(decision, bool):
+            result, parts, size = (open_gate if decision else shut_gate)(parts)
+        else:
+            result, parts, size = jax.lax.cond(decision, open_gate, shut_gate, parts)
+        new_state = SharpnessState(
+            optax.safe_increment(state.count), parts[0], parts[1], gate_state, size)
+        return (result if aux is not None else result[0]), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_masked(x):
+    return isinstance(x, optax.MaskedNode)
+
+
+def _check_arguments(params, grad_fn):
+    if grad_fn is None or params is None:
+        raise TypeError(
+            'A sharpness-aware update needs the params and a gradient function: '
+            'tx.update(grads, state, params, grad_fn=grad_fn).')
+    masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
+    if masked and not getattr(grad_fn, 'fills_masked', False):
+        raise TypeError(
+            'Inside optax.masked a sharpness-aware update sees only a part of the params: pass '
+            'grad_fn=sharpness.fill_masked(grad_fn, params).')
+
+
+def fill_masked(grad_fn, params):
+    """Makes grad_fn usable inside `optax.masked`.
+
+    The masked transformation perturbs only its own part of the params; the function returned fills
+    the rest in from `params`, unperturbed, and returns the gradient of the part.
+
+    Args:
+      grad_fn: function from the full params to their gradient.
+      params: the full params.
+    """
+
+    def filled(part):
+        full = jax.tree.map(
+            lambda x, w: w if _is_masked(x) else x, part, params, is_leaf=_is_masked)
+        return jax.tree.map(
+            lambda x, g: x if _is_masked(x) else g, part, grad_fn(full), is_leaf=_is_masked)
+
+    filled.fills_masked = True
+    return filled

@@ -1,0 +1,181 @@
+"""What a run leaves behind besides checkpoints: TensorBoard, metrics.jsonl, JSON files, progress."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+
+_log = logging.getLogger(__name__)
+
+
+def write_json(path, content):
+    """Writes a JSON file so that it is there whole or not at all."""
+    with open(path + '.part', 'w') as f:
+        json.dump(content, f, indent=2, sort_keys=True)
+        f.write('\n')
+    os.replace(path + '.part', path)
+
+
+def read_json(path):
+    """Returns the content of a JSON file, or None if there is none."""
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)
+
+
+def _jsonable(value):
+    return value if math.isfinite(value) else str(value)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, {'step', metric: value, ..., 'time'}, in step order.
+
+    Non-finite values are written as the strings 'nan', 'inf' and '-inf'. Each line is handed to the
+    system at once, so a killed process loses none that came before its last checkpoint.
+    """
+
+    def __init__(self, path, resume_step):
+        """Opens the file; what lies behind `resume_step` (a killed run's lines) is dropped."""
+        lines = []
+        if resume_step and os.path.exists(path):
+            with open(path) as f:
+                lines = [line for line in f if _step_of(line) <= resume_step]
+        with open(path + '.part', 'w') as f:
+            f.writelines(lines)
+        os.replace(path + '.part', path)
+        self._file = open(path, 'a')
+
+    def write(self, step, scalars):
+        content = {'step': step, **{k: _jsonable(v) for k, v in scalars.items()},
+                   'time': time.time()}
+        self._file.write(json.dumps(content) + '\n')
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)['step']
+    except json.JSONDecodeError:  # the line during which the process was killed
+        return math.inf
+
+
+class TensorBoard:
+    """clu's summary writer, in the background; nothing, with one line, where TensorFlow is not."""
+
+    def __init__(self, workdir):
+        self._writer = None
+        try:
+            from clu import metric_writers
+        except ImportError as e:
+            _log.warning('No TensorBoard files: %s.', e)
+            return
+        self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(workdir))
+
+    def scalars(self, step, scalars):
+        if self._writer:
+            self._writer.write_scalars(step, scalars)
+
+    def images(self, step, images):
+        """images: {name: float array (N, H, W, C) in [0, 1]}."""
+        if self._writer:
+            self._writer.write_images(step, images)
+
+    def hparams(self, hparams):
+        if self._writer:
+            self._writer.write_hparams(hparams)
+
+    def close(self):
+        if self._writer:
+            self._writer.close()
+
+
+class RunWriter:
+    """Everything above for one run; on the main process only (elsewhere it writes nothing)."""
+
+    def __init__(self, workdir, active, resume_step=0):
+        self._tensorboard = None
+        if active:
+            self._tensorboard = TensorBoard(workdir)
+            self._metrics = MetricsFile(os.path.join(workdir, 'metrics.jsonl'), resume_step)
+
+    def scalars(self, step, scalars):
+        if self._tensorboard:
+            self._metrics.write(step, scalars)
+            self._tensorboard.scalars(step, scalars)
+
+    def start(self, hparams, images):
+        """At the start of a run: its settings, and training images {name: (N, H, W, C)}."""
+        if self._tensorboard:
+            self._tensorboard.hparams(hparams)
+            self._tensorboard.images(0, images)
+
+    def close(self):
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._metrics.close()
+
+
+class Progress:
+    """A bar on a terminal, plain log lines otherwise; on the main process only."""
+
+    def __init__(self, first_step, total_steps, batch_size, active):
+        self._total = total_steps
+        self._batch_size = batch_size
+        self._last = (first_step, None)
+        self._images, self._seconds = 0, 0.0
+        self._bar = None
+        self._active = active
+        if active and sys.stderr.isatty():
+            import tqdm
+            self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step')
+
+    def start_clock(self, step):
+        """From here on time counts as training: after compilation, after an evaluation."""
+        self._last = (step, time.perf_counter())
+
+    def images_per_second(self, step):
+        """Returns the speed since the clock was started or this was called, and starts it anew."""
+        before, then = self._last
+        now = time.perf_counter()
+        self._last = (step, now)
+        if then is None or step == before:
+            return 0.0
+        images = (step - before) * self._batch_size
+        self._images += images
+        self._seconds += now - then
+        return images / (now - then)
+
+    def overall_speed(self):
+        """Returns images per second of training, compilation and evaluation left out."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+    def line(self, step, loss, error_rate, images_per_second):
+        if not self._active:
+            return
+        eta = (self._total - step) * self._batch_size / max(images_per_second, 1e-9)
+        text = f'loss {loss:.4f}, error {100 * error_rate:.2f} %, {images_per_second:.0f} images/s'
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            self._bar.update(step - self._bar.n)
+        else:
+            eta = f'{eta:.0f} s' if images_per_second else 'unknown'
+            _log.info('step %d/%d: %s, ETA %s', step, self._total, text, eta)
+
+    def say(self, text):
+        """A line of its own, above the bar if there is one."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            _log.info('%s', text)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
