@@ -36,7 +36,7 @@ def get_config():
 
     c.model = ml_collections.ConfigDict()
     c.model.name = 'wrn28_10'
-    c.model.dtype = 'float32'  # of the computation: 'float32' or 'bfloat16'
+    c.model.dtype = 'float32'  # of the computation: 'float32', 'bfloat16', 'float64'
     c.model.dropout_rate = 0.0
     c.model.batch_norm = True
     c.model.extra_skips = False  # AutoAugment's additional shortcuts

@@ -3,6 +3,8 @@
 import difflib
 import math
 
+import jax
+
 from sam_jax import data, models, optimizers, schedules, sharpness
 from sam_jax.errors import UserError
 
@@ -25,7 +27,7 @@ KEYS = {
     'checkpoint.keep_epochs': tuple,
 }
 
-DTYPES = ('float32', 'bfloat16')
+DTYPES = ('float32', 'bfloat16', 'float64')
 
 _CHOICES = {
     'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
@@ -144,6 +146,11 @@ def create_model(config, num_classes):
       UserError: unknown model, impossible sizes, or an option that the family does not have.
     """
     options = {k: v for k, v in config.model.items() if k != 'name'}
+    if config.model.dtype == 'float64':
+        # To tell a bug from rounding; then params and statistics are float64 as well.
+        if not jax.config.jax_enable_x64:
+            raise UserError('model.dtype is float64; that needs JAX_ENABLE_X64=1.')
+        options['param_dtype'] = 'float64'
     try:
         return models.create_model(config.model.name, num_classes, **options)
     except TypeError as e:

@@ -42,7 +42,7 @@ def ema_update(average, values, step, decay, warmup_steps=0):
       decay: in [0, 1].
       warmup_steps: before this step the average is a copy.
     """
-    s = jnp.maximum(step - warmup_steps, 0)
+    s = jnp.maximum(step - warmup_steps, 0).astype(float)
     d = jnp.minimum(decay, (1.0 + s) / (10.0 + s))
     return jax.tree.map(
         lambda a, v: jnp.where(

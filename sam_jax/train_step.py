@@ -87,6 +87,9 @@ def create_train_state(config, model, image_shape):
     init = jax.jit(functools.partial(model.init, train=False))
     variables = init({'params': rngs.key(config.seed, 'init')}, images)
     params, batch_stats = variables['params'], variables.get('batch_stats', {})
+    # Flax starts statistics in float32 even where a float64 model then keeps them in float64.
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    batch_stats = jax.tree.map(lambda x: x.astype(dtype), batch_stats)
     ema = None
     if config.ema.decay:
         # A copy: the step donates its arguments, and no buffer may be given away twice.
@@ -179,7 +182,7 @@ def _group_step(state, group, gradient, method, layout):
     (updates, perturbed_loss), sharpness_state = method.update(
         grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'])
     report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
-              'perturbed_loss': perturbed_loss, 'clean_grad_norm': optax.global_norm(grads),
+              'perturbed_loss': perturbed_loss, 'clean_grad_norm': optax.tree.norm(grads),
               'perturbation_norm': sharpness_state.perturbation_norm}
     return updates, sharpness_state, aux['batch_stats'], report
 
@@ -223,7 +226,7 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
     if layout.devices_per_group < len(layout.devices):
         result = mean_over_devices(result)
     grads, sharpness_state, batch_stats, report = result
-    report['grad_norm'] = optax.global_norm(grads)
+    report['grad_norm'] = optax.tree.norm(grads)
 
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -234,7 +237,7 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
             config.ema.decay, config.ema.warmup_steps)
     sums, bad_step, logged = _report(state, report, config.log_every_steps)
     logged.update({
-        'train/param_norm': optax.global_norm(params), 'train/learning_rate': learning_rate,
+        'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
         'train/rho': rho})
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, ema, sums, bad_step)

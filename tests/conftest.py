@@ -2,8 +2,10 @@
 
 import os
 
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8').strip()
+# The tests compile much and compute little: LLVM's optimizations would take most of the time.
+os.environ['XLA_FLAGS'] = ' '.join([
+    os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=0']).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax

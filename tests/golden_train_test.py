@@ -1,0 +1,157 @@
+"""Three train steps agree with the original code, from its initial weights, on its batches.
+
+The original ran N replicas on N devices; here they run on N devices and looped over on one.
+"""
+
+import ast
+import functools
+import json
+import types
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import GOLDEN, golden
+from reference import from_reference, images, one_hot, recipe, to_reference
+
+from configs import common
+from sam_jax import models, replicas, train_step
+
+FLOAT64 = sorted(p.stem for p in GOLDEN.glob('train_*_f64.npz'))
+FLOAT32 = sorted(p.stem for p in GOLDEN.glob('train_wrnsmallrecipe_*dev?.npz'))
+
+
+def probe(name, shape):
+    """The golden files' fixed random direction for a tensor."""
+    return np.random.RandomState(zlib.crc32(f'probe:{name}'.encode())).standard_normal(shape)
+
+
+def _config(file):
+    """The settings that the original's run noted, in our words."""
+    flags = dict(ast.literal_eval(str(file['flags'])))
+    num_replicas = int(file['n_devices'])
+    c = common.get_config()
+    c.batch_size, c.replica_batch_size = 8, 8 // num_replicas
+    c.log_every_steps = 1
+    c.label_smoothing = flags['label_smoothing']
+    # rho = 0 gives the base gradient bit for bit, so that plain SGD shares SAM's program here.
+    c.sam.method = 'sam'
+    c.sam.rho = flags['sam_rho']
+    c.sam.replicas_per_group = num_replicas if flags['sync_perturbations'] else 1
+    c.optimizer.name = 'rmsprop' if flags['use_rmsprop'] else 'sgd'
+    c.optimizer.nesterov = not flags['use_rmsprop']
+    c.optimizer.learning_rate = flags['learning_rate']
+    c.optimizer.schedule = 'constant'
+    c.optimizer.weight_decay = flags['weight_decay']
+    c.optimizer.decay_norm_and_bias = not flags['no_weight_decay_on_bn']
+    c.optimizer.clip_norm = flags['gradient_clipping']
+    return c
+
+
+def _start(name, file):
+    names = [*file['param_names'], *file['state_names']]
+    if 'recipe' in name:
+        shapes = golden('model_WideResnet_mini')
+        shape = {n: ast.literal_eval(s) for kind in ('param', 'state') for n, s in zip(
+            shapes[f'{kind}_names'].tolist(), shapes[f'{kind}_shapes'].tolist())}
+        return from_reference({n: recipe(n, shape[n]) for n in names})
+    init = dict(golden('init_WideResnet_mini'))
+    for n in file['state_names']:
+        size = init[n.rsplit('/', 1)[0] + '/scale'].shape
+        init[n] = np.ones(size) if n.endswith('var') else np.zeros(size)
+    return from_reference(init)
+
+
+@functools.cache
+def _session(json_config, num_devices, dtype):
+    """(layout, step, fresh state): shared by runs whose settings differ in swept values alone."""
+    config = common.get_config()
+    config.update(json.loads(json_config))
+    layout, _ = replicas.make_layout(
+        8, config.replica_batch_size, config.sam.replicas_per_group, config.replica_loop,
+        jax.devices()[:num_devices])
+    model = models.create_model('wrn16_1', 10, dtype=dtype, param_dtype=dtype)
+    dataset = types.SimpleNamespace(
+        num_train_examples=8 * 1000, train_batch=lambda arrays, feed, keys: feed)
+    step_fn = train_step.make_train_step(model, config, layout, dataset)
+    return layout, step_fn, train_step.create_train_state(config, model, (8, 8, 3))
+
+
+def _run(name, num_devices, loop, dtype, steps=3):
+    """Yields (params and statistics by the original's names, metrics) after each step."""
+    file = golden(name)
+    config = _config(file)
+    config.replica_loop = loop
+    hparams = train_step.HParams.from_config(config)
+    config.sam.rho = config.optimizer.learning_rate = config.optimizer.weight_decay = 0.0
+    layout, step_fn, state = _session(config.to_json(sort_keys=True), num_devices, dtype)
+    start = jax.tree.map(lambda x: jnp.asarray(x, dtype), _start(name, file))
+    state = layout.replicate(jax.tree.map(jnp.copy, state.replace(**start)))
+    hparams = layout.replicate(hparams)
+    for step in range(steps):
+        batch = {'image': images(100 + step, (8, 8, 8, 3)).astype(dtype),
+                 'label': one_hot(200 + step, 8, 10)}
+        feed = {k: v.reshape(num_devices, layout.replicas_per_device, -1, *v.shape[1:])
+                for k, v in batch.items()}
+        state, metrics = step_fn(state, layout.shard(feed), {}, hparams)
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        yield to_reference(jax.device_get(variables)), jax.device_get(metrics)
+
+
+def _assert_agrees(name, num_devices, loop, dtype, rtol):
+    file = golden(name)
+    start = to_reference(_start(name, file))
+    for step, (values, metrics) in enumerate(_run(name, num_devices, loop, dtype), 1):
+        for kind in ('param', 'state'):
+            names = file[f'{kind}_names'].tolist()
+            rows = file[f'step{step}/{kind}']
+            for row, n in zip(rows, names):
+                x = np.asarray(values[n], np.float64)
+                moved = np.linalg.norm(x - start[n]) + 1e-3 * np.linalg.norm(x)
+                ours = [np.linalg.norm(x), np.vdot(x, probe(n, x.shape)), x.sum(),
+                        x.ravel()[0], x.ravel()[-1]]
+                # An error of rtol * moved in x shows up to this much in a sum over x.
+                slack = rtol * moved * np.array(
+                    [1, np.linalg.norm(probe(n, x.shape)), x.size ** 0.5, 1, 1])
+                assert (np.abs(ours - row) <= slack).all(), (n, step, ours, row)
+        metric = f'step{step}/metrics'
+        close = dict(rtol=20 * rtol)
+        np.testing.assert_allclose(
+            metrics['train/perturbed_loss'], np.mean(file[f'{metric}/train_loss']), **close)
+        np.testing.assert_allclose(
+            metrics['train/param_norm'], file[f'{metric}/param_norm'][0], **close)
+        clip = dict(ast.literal_eval(str(file['flags'])))['gradient_clipping'] or np.inf
+        np.testing.assert_allclose(min(metrics['train/grad_norm'], clip),
+                                   file[f'{metric}/gradient_norm'][0], **close)
+        if 'rho0_' in name:  # under SAM the original's is the error at the perturbed weights
+            assert metrics['train/error_rate'] == np.mean(file[f'{metric}/train_error_rate'])
+
+
+@pytest.mark.parametrize('name', FLOAT64)
+def test_original_float64(name, x64):
+    """One device a replica, as the original ran."""
+    _assert_agrees(name, int(golden(name)['n_devices']), 'auto', jnp.float64, rtol=1e-9)
+
+
+@pytest.mark.parametrize('loop', ['unroll', 'scan'])
+@pytest.mark.parametrize('name', [n for n in FLOAT64 if 'dev4' in n and (
+    'recipe_rho0.05' in n or 'rmsprop' in n) and 'ls0.1' not in n])
+def test_original_float64_replicas_on_one_device(name, loop, x64):
+    _assert_agrees(name, 1, loop, jnp.float64, rtol=1e-9)
+
+
+@pytest.mark.parametrize('name', FLOAT32)
+def test_original_float32(name):
+    _assert_agrees(name, int(golden(name)['n_devices']), 'auto', jnp.float32, rtol=5e-5)
+
+
+def test_every_value_after_three_steps(x64):
+    name = 'train_wrnsmallrecipe_rho0.05_ls0_dev4_f64'
+    file = golden(name)
+    values = [values for values, _ in _run(name, 4, 'auto', jnp.float64)][-1]
+    for kind in ('param', 'state'):
+        for n in file[f'{kind}_names'].tolist():
+            np.testing.assert_allclose(
+                values[n], file[f'step3/{kind}_values/{n}'], rtol=1e-9, atol=1e-11)

@@ -1,0 +1,274 @@
+"""Laws of the train step: what the two passes share, what is kept from which, what is compiled."""
+
+import functools
+from typing import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_trees_close, assert_trees_equal, relative_distance, small_config
+
+from sam_jax import data, losses, replicas, rngs, train_step
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, dropout, head: all that a step must take care of, quick to compile."""
+
+    dtype: str = 'float32'
+    dropout_rate: float = 0.0
+    batch_norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        common = dict(dtype=self.dtype, param_dtype=param_dtype)
+        x = nn.Conv(8, (3, 3), **common)(x)
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **common)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
+        x = nn.Dense(10, **common)(x.mean(axis=(1, 2)))
+        return x.astype(param_dtype)
+
+
+@functools.cache
+def _dataset(augment='none'):
+    return data.load_dataset(small_config(data__augment=augment, data__padding=2).data, seed=0)
+
+
+class Session:
+    """A step and all that it needs, for a config on the first `num_devices` devices."""
+
+    def __init__(self, config, num_devices=1, model=None):
+        self.config = config
+        self.dataset = _dataset(config.data.augment)
+        self.layout, _ = replicas.make_layout(
+            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
+            config.replica_loop, jax.devices()[:num_devices])
+        self.model = model or Net(
+            config.model.dtype, config.model.dropout_rate, config.model.batch_norm)
+        self.step_fn = train_step.make_train_step(
+            self.model, config, self.layout, self.dataset)
+        self.arrays = self.layout.replicate(self.dataset.device_arrays(self.dataset.train))
+
+    def start(self):
+        return self.layout.replicate(train_step.create_train_state(
+            self.config, self.model, self.dataset.image_shape))
+
+    def arguments(self, step, **hparams):
+        values = train_step.HParams.from_config(self.config).replace(**hparams)
+        feed = self.dataset.train_feed(self.config.seed, step, self.layout)
+        return self.layout.shard(feed), self.arrays, self.layout.replicate(values)
+
+    def run(self, steps, **hparams):
+        state = self.start()
+        for step in range(steps):
+            state, metrics = self.step_fn(state, *self.arguments(step, **hparams))
+        return state, metrics
+
+    def batch(self, step=0):
+        """The replicas of a step, as the step itself gathers them: (replicas, examples, ...)."""
+        index = self.dataset.train_feed(self.config.seed, step, self.layout)['index']
+        index = index.reshape(-1, self.config.replica_batch_size)
+        keys = jax.random.split(jax.random.key(0), index.shape)  # no augmentation
+        arrays = jax.tree.map(jnp.asarray, self.dataset.device_arrays(self.dataset.train))
+        return self.dataset.train_batch(arrays, {'index': index}, keys)
+
+
+def _config(**overrides):
+    return small_config(**{'batch_size': 32, 'replica_batch_size': 16, 'log_every_steps': 1,
+                           **overrides})
+
+
+@pytest.mark.parametrize('dropout_rate', [0.0, 0.3])
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(dropout_rate):
+    common = dict(model__dropout_rate=dropout_rate, data__augment='basic', data__padding=2)
+    sam, _ = Session(_config(sam__rho=0.0, **common), 2).run(4)
+    sgd, _ = Session(_config(sam__method='sgd', **common), 2).run(4)
+    for part in ('params', 'batch_stats', 'opt_state'):
+        assert_trees_equal(getattr(sam, part), getattr(sgd, part))
+
+
+def _hand_step(session, state, rho, method='sam'):
+    """Algorithm 1 of the paper, each replica on its own, in plain jax: (gradient, statistics)."""
+    batch, config = session.batch(), session.config
+
+    def one(image, label, replica):
+        def objective(params):
+            logits, new = session.model.apply(
+                {'params': params, 'batch_stats': state.batch_stats}, image, train=True,
+                mutable=['batch_stats'], rngs={'dropout': rngs.key(0, 'dropout', 0, replica)})
+            penalty = losses.l2_penalty(params, config.optimizer.weight_decay)
+            return losses.cross_entropy(logits, label).mean() + penalty, new['batch_stats']
+
+        grads, stats = jax.grad(objective, has_aux=True)(state.params)
+        norm = optax.tree.norm(grads)
+        moved = jax.tree.map(lambda w, g: w + rho * g / norm, state.params, grads)
+        return jax.grad(objective, has_aux=True)(moved)[0], stats
+
+    parts = [one(batch['image'][i], batch['label'][i], i) for i in range(len(batch['label']))]
+    return jax.tree.map(lambda *x: sum(x) / len(x), *parts)
+
+
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, x64):
+    """The second pass sees the first one's mask; its statistics are thrown away."""
+    config = _config(model__dropout_rate=0.5, model__dtype='float64', optimizer__momentum=0.0,
+                     optimizer__nesterov=False, optimizer__clip_norm=0.0,
+                     optimizer__schedule='constant')
+    session = Session(config, num_devices)
+    state = session.start()
+    grads, stats = _hand_step(session, state, config.sam.rho)
+    params = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grads)
+    new, metrics = session.run(1)
+    assert_trees_close(new.params, params, rtol=1e-9, atol=1e-12)
+    assert_trees_close(new.batch_stats, stats, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(metrics['train/grad_norm'], optax.tree.norm(grads), rtol=1e-9)
+    np.testing.assert_allclose(metrics['train/perturbation_norm'], config.sam.rho, rtol=1e-9)
+    assert metrics['train/perturbed_loss'] > metrics['train/loss']
+
+
+def test_both_passes_share_the_dropout_mask():
+    """With rho almost 0 the perturbed loss is the clean one; another mask would change it."""
+    session = Session(_config(model__dropout_rate=0.5, sam__rho=1e-6))
+    _, metrics = session.run(1)
+    np.testing.assert_allclose(metrics['train/perturbed_loss'], metrics['train/loss'], rtol=5e-6)
+    _, other = session.run(1, seed=np.uint32(1))
+    assert abs(other['train/loss'] / metrics['train/loss'] - 1) > 5e-5
+
+
+def test_bfloat16_model_is_perturbed_in_float32():
+    session = Session(_config(model__dtype='bfloat16', sam__rho=0.05))
+    state, metrics = session.run(3)
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {
+        jnp.dtype('float32')}
+    np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
+    assert metrics['train/perturbed_loss'] > metrics['train/loss']
+    reference, _ = Session(_config(sam__rho=0.05)).run(3)
+    assert relative_distance(state.params, reference.params) < 0.05
+
+
+class _DtypeProbe(nn.Module):
+    """Notes the dtypes of the params it is called with."""
+
+    note: Callable
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        w = self.param('w', nn.initializers.normal(0.03), (64, 10), jnp.bfloat16)
+        self.note(w.dtype)
+        return (x.reshape(len(x), -1).astype(w.dtype) @ w).astype(jnp.float32)
+
+
+def test_bfloat16_params_are_perturbed_in_float32():
+    """Even params stored in bfloat16 (a custom model's) are moved in float32."""
+    seen = []
+    state, metrics = Session(_config(sam__rho=0.05), model=_DtypeProbe(seen.append)).run(1)
+    assert state.params['w'].dtype == jnp.bfloat16
+    assert jnp.float32 in seen  # the second pass
+    np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
+
+
+def _count_compilations():
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: events.append(name) if name.endswith(
+            'backend_compile_duration') else None)
+    return events
+
+
+def test_one_compilation_for_all_steps_and_all_swept_values():
+    session = Session(_config())
+    state, steps = session.start(), [session.arguments(i) for i in range(3)]
+    swept = [session.arguments(i, **h) for i, h in enumerate([
+        {'rho': np.float32(0.3)}, {'learning_rate': np.float32(0.01)},
+        {'weight_decay': np.float32(0.0)}, {'seed': np.uint32(7)}])]
+    events = _count_compilations()
+    for i, arguments in enumerate(steps + swept):
+        state, _ = session.step_fn(state, *arguments)
+        assert len(events) == 1, f'call {i}'
+
+
+def test_swept_values_are_not_constants_of_the_program():
+    """Two configs that differ in rho, learning rate, weight decay and seed: one program."""
+    programs = []
+    for overrides in ({}, dict(sam__rho=0.1, optimizer__learning_rate=0.3, seed=5,
+                               optimizer__weight_decay=1e-3)):
+        session = Session(_config(**overrides))
+        lowered = session.step_fn.lower(session.start(), *session.arguments(0))
+        programs.append(lowered.as_text())
+    assert programs[0] == programs[1]
+
+
+def test_swept_values_act():
+    session = Session(_config())
+    base, _ = session.run(2)
+    for hparams in ({'rho': np.float32(0.1)}, {'learning_rate': np.float32(0.05)},
+                    {'weight_decay': np.float32(0.1)}):
+        other, _ = session.run(2, **hparams)
+        assert relative_distance(other.params, base.params) > 1e-4, hparams
+
+
+def test_seeds_differ_in_init_order_and_dropout():
+    starts = [Session(_config(seed=s)).start() for s in (0, 1)]
+    assert relative_distance(starts[0].params, starts[1].params) > 0.1
+    dataset, layout = _dataset(), Session(_config()).layout
+    assert (dataset.train_feed(0, 0, layout)['index']
+            != dataset.train_feed(1, 0, layout)['index']).any()
+
+
+def test_a_group_ascends_by_its_mean_gradient(x64):
+    """All replicas in one group: the perturbation of the whole batch's mean gradient."""
+    overrides = dict(model__dtype='float64', model__batch_norm=False, replica_batch_size=4,
+                     batch_size=16, sam__rho=0.3)
+    whole, _ = Session(_config(**{**overrides, 'replica_batch_size': 16})).run(2)
+    groups = [Session(_config(**overrides, sam__replicas_per_group=g), 2).run(2)[0]
+              for g in (1, 2, 4)]
+    distances = [relative_distance(g.params, whole.params) for g in groups]
+    assert distances[2] < 1e-12 < 1e-5 < min(distances[:2])
+
+
+def test_metrics_are_means_since_the_last_report():
+    each, every_third = Session(_config()), Session(_config(log_every_steps=3))
+    state, values = each.start(), []
+    for step in range(3):
+        state, metrics = each.step_fn(state, *each.arguments(step))
+        values.append(float(metrics['train/loss']))
+    _, metrics = every_third.run(3)
+    np.testing.assert_allclose(metrics['train/loss'], np.mean(values), rtol=1e-6)
+
+
+def test_first_bad_step_is_noted():
+    session = Session(_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0))
+    state, metrics = session.run(1)
+    assert int(metrics['bad_step']) == 0
+    state, metrics = session.run(4)
+    assert 2 <= int(metrics['bad_step']) <= 3 and int(state.bad_step) == int(metrics['bad_step'])
+
+
+def test_ema_follows_the_updated_params_and_statistics(x64):
+    session = Session(_config(ema__decay=0.7, model__dtype='float64'))
+    state = session.start()
+    average = jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})
+    for step in range(3):
+        state, _ = session.step_fn(state, *session.arguments(step))
+        d = min(0.7, (2 + step) / (11 + step))
+        average = jax.tree.map(
+            lambda a, v, d=d: d * a + (1 - d) * np.asarray(v), average,
+            {'params': state.params, 'batch_stats': state.batch_stats})
+    assert_trees_close(state.ema, average, rtol=1e-12)
+
+
+def test_rho_and_learning_rate_follow_their_schedules():
+    config = _config(sam__warmup_epochs=0.1, optimizer__schedule='exponential', batch_size=32)
+    session = Session(config)
+    state, per_epoch = session.start(), 1297 // 32
+    for step in range(5):
+        state, metrics = session.step_fn(state, *session.arguments(step))
+        rho = config.sam.rho * min(step / (0.1 * per_epoch), 1)
+        np.testing.assert_allclose(metrics['train/rho'], rho, rtol=1e-6)
+        np.testing.assert_allclose(metrics['train/perturbation_norm'], rho, rtol=1e-4)
+        np.testing.assert_allclose(
+            metrics['train/learning_rate'], 0.1 * 0.012 ** (step / (2 * per_epoch)), rtol=1e-5)
