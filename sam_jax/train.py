@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import sam_jax
 from sam_jax import config as config_lib
@@ -383,7 +382,7 @@ def _example_images(plan, count=64):
         jnp.arange(len(index)))
     batch = jax.jit(dataset.train_batch)(
         dataset.device_arrays(dataset.train), {'index': index}, keys)
-    return np.asarray(dataset.to_pixels(batch['image']))
+    return dataset.to_pixels(batch['image'])
 
 
 def summary(result, workdir):

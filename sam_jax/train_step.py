@@ -212,7 +212,7 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
     method = _method(config, rho)
     descent = optimizers.create(config.optimizer, learning_rate)
 
-    replicas = _keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
+    replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
     groups = jax.tree.map(
         lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
 
@@ -244,8 +244,12 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
     return new_state, logged
 
 
-def _keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
-    """This device's replicas: the batch, and the keys, which depend on global places alone."""
+def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
+    """Returns this device's replicas, {'image', 'label', 'key'}, with leading axis replicas.
+
+    The keys, of the examples' augmentation and of the replicas' dropout, are functions of seed,
+    step and place in the global batch alone. Arguments as of `train_step`.
+    """
     replica = lax.axis_index(AXIS) * layout.replicas_per_device + jnp.arange(
         layout.replicas_per_device)
     place = jnp.arange(layout.replicas_per_device * layout.replica_batch_size) + (

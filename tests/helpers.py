@@ -2,7 +2,9 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
@@ -48,3 +50,22 @@ def relative_distance(a, b):
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))])
             for t in (a, b))
     return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, dropout, head: all that a step must take care of, quick to compile."""
+
+    dtype: str = 'float32'
+    dropout_rate: float = 0.0
+    batch_norm: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        common = dict(dtype=self.dtype, param_dtype=param_dtype)
+        x = nn.Conv(8, (3, 3), **common)(x)
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **common)(x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
+        x = nn.Dense(10, **common)(x.mean(axis=(1, 2)))
+        return x.astype(param_dtype)

@@ -9,28 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_trees_close, assert_trees_equal, relative_distance, small_config
+from helpers import Net, assert_trees_close, assert_trees_equal, relative_distance, small_config
 
 from sam_jax import data, losses, replicas, rngs, train_step
-
-
-class Net(nn.Module):
-    """Convolution, BatchNorm, dropout, head: all that a step must take care of, quick to compile."""
-
-    dtype: str = 'float32'
-    dropout_rate: float = 0.0
-    batch_norm: bool = True
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        common = dict(dtype=self.dtype, param_dtype=param_dtype)
-        x = nn.Conv(8, (3, 3), **common)(x)
-        if self.batch_norm:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **common)(x)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
-        x = nn.Dense(10, **common)(x.mean(axis=(1, 2)))
-        return x.astype(param_dtype)
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sam_jax import rngs
@@ -114,8 +113,8 @@ class ResidentDataset:
                 'label': arrays['labels'][index], 'mask': feed['mask']}
 
     def to_pixels(self, images):
-        """Undoes the normalisation: float images -> [0, 1], for pictures."""
-        return jnp.clip(images * jnp.asarray(self.std) + jnp.asarray(self.mean), 0.0, 1.0)
+        """Undoes the normalisation: float images -> NumPy images in [0, 1], for pictures."""
+        return np.clip(np.asarray(images) * np.array(self.std) + np.array(self.mean), 0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=2)

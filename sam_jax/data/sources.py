@@ -97,8 +97,20 @@ def read_tfds(name, data_dir):
     return read('train'), read('test')
 
 
+def read_fake_cifar(data_dir):
+    """Random images of CIFAR's shape, 5,000 and 1,000 of them: for benchmarks and smoke runs."""
+    del data_dir
+
+    def split(purpose, n):
+        pixels = rngs.integers(0, purpose, n * 32 * 32 * 3, 256).astype(np.uint8)
+        return Split(pixels.reshape(n, 32, 32, 3), rngs.integers(1, purpose, n, 10))
+
+    return split('fake_train', 5000), split('fake_test', 1000)
+
+
 SOURCES = {
     'digits': Source(read_digits, 10, (0.30533,), (0.37669,)),
+    'fake_cifar10': Source(read_fake_cifar, 10, (0.5,) * 3, (0.289,) * 3),
     'cifar10': Source(
         lambda data_dir: read_tfds('cifar10', data_dir), 10,
         (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),

@@ -1,0 +1,207 @@
+"""Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
+
+    python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
+
+Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
+wrn28_10 (batch 256, bfloat16) is added. Per case:
+
+  step      median time of one compiled step, the three kinds taking turns: SGD, SAM, and the same
+            model stepped with optax.contrib.sam in opaque mode;
+  epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
+            the bare step being on one batch that already lies on the device, not augmented;
+  MFU       XLA's count of floating point operations / time / peak of the device (if known).
+"""
+
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import optax
+from absl import app, flags
+
+from configs import cifar, digits
+from sam_jax import config as config_lib
+from sam_jax import data, replicas, train, train_step
+
+_CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
+_ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
+_EPOCHS = flags.DEFINE_integer('epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1.')
+_JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
+
+# Dense bfloat16 FLOP/s by device kind.
+PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100': 312e12,
+              'TPU v3': 61e12, 'TPU v4': 275e12}
+
+
+def _config(case):
+    if case == 'digits':
+        config = digits.get_config()
+        epochs = 20
+    else:
+        config = cifar.get_config(f'model={case}')
+        config.data.name = 'fake_cifar10'
+        config.batch_size = 128 if case == 'wrn16_4' else 256
+        config.replica_batch_size = config.batch_size
+        config.log_every_steps = 10
+        epochs = 1
+        if case == 'wrn28_10':
+            config.model.dtype = 'bfloat16'
+    config.total_epochs = _EPOCHS.value or epochs
+    config.eval.every_epochs = 0
+    # One checkpoint in the middle, as a run of usual length has one now and then.
+    config.checkpoint.every_epochs = max(config.total_epochs // 2, 1)
+    return config
+
+
+class Stepper:
+    """A compiled step with all its arguments on the device."""
+
+    def __init__(self, config, make_step, own_state=None):
+        layout, _ = replicas.make_layout(
+            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
+            config.replica_loop, jax.devices()[:1])
+        dataset = data.load_dataset(config.data, config.seed)
+        model = config_lib.create_model(config, dataset.num_classes)
+        hparams = train_step.HParams.from_config(config)
+        state = train_step.create_train_state(config, model, dataset.image_shape)
+        if own_state:
+            state = state.replace(opt_state=own_state(config, hparams).init(state.params))
+        self.state = layout.replicate(jax.tree.map(jax.numpy.copy, state))
+        self._arguments = (
+            layout.shard(dataset.train_feed(config.seed, 0, layout)),
+            layout.replicate(dataset.device_arrays(dataset.train)),
+            layout.replicate(hparams))
+        step = make_step(model, config, layout, dataset)
+        self._step = step.lower(self.state, *self._arguments).compile()
+        cost = self._step.cost_analysis()
+        self.flops = (cost[0] if isinstance(cost, list) else cost).get('flops', 0.0)
+
+    def time(self, steps):
+        """Seconds a step, over a few."""
+        then = time.perf_counter()
+        for _ in range(steps):
+            self.state, _ = self._step(self.state, *self._arguments)
+        jax.block_until_ready(self.state)
+        return (time.perf_counter() - then) / steps
+
+
+def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset):
+    """The same step on one replica with optax.contrib.sam in place of ours."""
+    replica = jax.tree.map(lambda x: x[0], train_step.keyed_replicas(
+        state.step, feed, arrays, hparams, layout, dataset.train_batch))
+
+    def gradient(params):
+        return train_step.replica_gradient(
+            params, state.batch_stats, replica, apply_fn=model.apply, config=config,
+            weight_decay=hparams.weight_decay)
+
+    grads, aux = gradient(state.params)
+    updates, opt_state = _optax_sam(config, hparams).update(
+        grads, state.opt_state, state.params, grad_fn=lambda params, i: gradient(params)[0])
+    return state.replace(
+        step=state.step + 1, params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state, batch_stats=aux['batch_stats']), aux['loss']
+
+
+def _optax_sam(config, hparams):
+    descent = optax.chain(
+        optax.clip_by_global_norm(config.optimizer.clip_norm),
+        optax.sgd(hparams.learning_rate, config.optimizer.momentum, config.optimizer.nesterov))
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(hparams.rho))
+    return optax.contrib.sam(descent, ascent, sync_period=2, opaque_mode=True)
+
+
+def _make_optax_step(model, config, layout, dataset):
+    step = functools.partial(
+        _optax_step, model=model, config=config, layout=layout, dataset=dataset)
+    return jax.pmap(
+        step, axis_name=replicas.AXIS, in_axes=(None, 0, None, None), out_axes=(None, None),
+        donate_argnums=0, devices=layout.devices)
+
+
+def _steppers(config):
+    sgd = config.copy_and_resolve_references()
+    sgd.sam.method = 'sgd'
+    steppers = {'sgd': Stepper(sgd, train_step.make_train_step),
+                'sam': Stepper(config, train_step.make_train_step),
+                'optax': Stepper(config, _make_optax_step, own_state=_optax_sam)}
+    for stepper in steppers.values():
+        stepper.time(2)
+    return steppers
+
+
+def _step_times(steppers, rounds):
+    """Median seconds a step of each, the kinds taking turns."""
+    steps = max(1, round(0.5 / steppers['sgd'].time(1)))
+    times = {name: [] for name in steppers}
+    for _ in range(rounds):
+        for name, stepper in steppers.items():
+            times[name].append(stepper.time(steps))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _epoch_ratio(config):
+    """A real run's time over steps x bare step; the bare step is timed before and after it."""
+    bare_config = config.copy_and_resolve_references()
+    bare_config.data.augment = 'none'
+    bare = Stepper(bare_config, train_step.make_train_step)
+    bare.time(2)
+    steps = max(3, round(2.0 / bare.time(1)))
+    before = [bare.time(steps) for _ in range(3)]
+    with tempfile.TemporaryDirectory() as workdir:
+        train.train_and_evaluate(config, workdir, jax.devices()[:1])
+        with open(os.path.join(workdir, 'result.json')) as f:
+            seconds = config.batch_size / json.load(f)['perf/images_per_second']
+    after = [bare.time(steps) for _ in range(3)]
+    return seconds / statistics.median(before + after)
+
+
+def measure(case, rounds):
+    """Returns the figures of a case as a dict."""
+    config = _config(case)
+    device = jax.devices()[0]
+    steppers = _steppers(config)
+    times = _step_times(steppers, rounds)
+    figures = {
+        'case': case, 'device': device.device_kind, 'dtype': config.model.dtype,
+        'batch_size': config.batch_size, 'sgd_step_ms': 1e3 * times['sgd'],
+        'sam_step_ms': 1e3 * times['sam'], 'sam_over_sgd': times['sam'] / times['sgd'],
+        'sam_over_optax': times['sam'] / times['optax'],
+        'sam_images_per_second': config.batch_size / times['sam'],
+    }
+    if device.device_kind in PEAK_FLOPS:
+        figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / PEAK_FLOPS[device.device_kind]
+    memory = device.memory_stats() or {}
+    if 'peak_bytes_in_use' in memory:
+        figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2 ** 30
+    del steppers
+    figures['epoch_over_bare_steps'] = _epoch_ratio(config)
+    return figures
+
+
+def main(argv):
+    del argv
+    cases = _CASES.value or ['digits', 'wrn16_4'] + (
+        ['wrn28_10'] if jax.default_backend() != 'cpu' else [])
+    rows = [measure(case, _ROUNDS.value) for case in cases]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print('| ' + ' | '.join(names) + ' |')
+    print('|' + '---|' * len(names))
+    for row in rows:
+        cells = [row.get(name, '') for name in names]
+        print('| ' + ' | '.join(f'{c:.4g}' if isinstance(c, float) else str(c) for c in cells)
+              + ' |')
+    if _JSON.value:
+        with open(_JSON.value, 'w') as f:
+            json.dump(rows, f, indent=2)
+
+
+if __name__ == '__main__':
+    app.run(main)
