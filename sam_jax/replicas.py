@@ -8,6 +8,7 @@ lies within one device or covers several whole ones.
 """
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -56,22 +57,31 @@ class Layout:
             return None
         return [list(range(i, i + size)) for i in range(0, len(self.devices), size)]
 
-    @property
+    @functools.cached_property
     def local_positions(self):
         """Positions on the pmap axis of this process's devices, ascending."""
         here = jax.process_index()
         return [i for i, d in enumerate(self.devices) if d.process_index == here]
 
-    def _sharding(self, *axes):
-        return NamedSharding(Mesh(np.array(self.devices), (AXIS,)), PartitionSpec(*axes))
+    @functools.cached_property
+    def _mesh(self):
+        return Mesh(np.array(self.devices), (AXIS,))
+
+    @functools.cached_property
+    def _replicated(self):
+        return NamedSharding(self._mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _sharded(self):
+        return NamedSharding(self._mesh, PartitionSpec(AXIS))
 
     def replicate(self, tree):
         """Places a pytree of host arrays, the same on all processes, on every device."""
-        return self._place(tree, self._sharding())
+        return self._place(tree, self._replicated)
 
     def shard(self, tree):
         """Places arrays of shape (devices of this process, ...), one row a device."""
-        return self._place(tree, self._sharding(AXIS))
+        return self._place(tree, self._sharded)
 
     def _place(self, tree, sharding):
         if jax.process_count() == 1:
@@ -148,8 +158,10 @@ def neighbour_order(devices, group_size):
         return list(devices)
     places = [(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices]
     low, high = np.min(places, axis=0), np.max(places, axis=0)
-    box = _tiling_box(high - low + 1, group_size)
-    if box is None or len(set(places)) != np.prod(high - low + 1):
+    sides = high - low + 1
+    box = _tiling_box(sides, group_size)
+    # A part of a mesh, or several slices of which each has coordinates of its own, are no mesh.
+    if box is None or not len(set(places)) == len(places) == np.prod(sides):
         return list(devices)
 
     def rank(i):

@@ -239,10 +239,6 @@ def test_layout_groups_neighbours(mesh, num_replicas, group, extents):
         assert (core, *sorted(sides)) == extents
 
 
-# This fails at the time of writing: neighbour_order compares the number of places, and not of
-# devices, with the size of the mesh, and so puts the same corners of two slices side by side.
-
-
 def test_two_slices_keep_their_order():
     devices = _tpu(2, 2, 1) + _tpu(2, 2, 1)  # a slice has coordinates of its own
     assert replicas.neighbour_order(devices, 2) == devices
