@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 
 def _flatten(tree):
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator='.'): x for path, x in leaves}, structure
+    names = [jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in leaves]
+    return {name: x for name, (_, x) in zip(names, leaves)}, structure
 
 
 class Checkpoints:

@@ -1,18 +1,23 @@
-"""Command line: python -m sam_jax.main --config=configs/digits.py --workdir=DIR [--config.sam.rho=0.1]"""
+"""Command line.
 
+    python -m sam_jax.main --config=configs/digits.py --workdir=DIR [--config.sam.rho=0.1]
+"""
+
+import importlib.util
 import logging
 import os
+import re
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from sam_jax import distributed, train
 from sam_jax import config as config_lib
+from sam_jax import distributed, train
 from sam_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'File with get_config(), e.g. configs/digits.py or configs/digits.py:noise=0.4.',
+    'config', None, 'File with get_config(), e.g. configs/digits.py:noise=0.4.',
     lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run; give it again to resume.')
 _COORDINATOR = flags.DEFINE_string(
@@ -25,18 +30,39 @@ EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
 
 
 def _parse(argv):
-    """absl's parser, with one sentence for what ml_collections answers with a traceback."""
+    """absl's parser, with one sentence for what it or ml_collections would answer at length."""
     try:
+        _check_config_flags(argv)
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as e:
-        key = str(e).strip('\'"')
-        known = list(config_lib.KEYS)
-        given = [a.split('=')[0].lstrip('-')[len('config.'):] for a in argv
-                 if a.lstrip('-').startswith('config.')]
-        key = next((k for k in given if k.rsplit('.', 1)[-1] == key), key)
-        _exit(f'Unknown config key {key}{config_lib.nearest(key, known)}.')
-    except (flags.Error, ValueError, OSError) as e:
+    except UserError as e:
+        _exit(str(e))
+    except (flags.Error, ValueError) as e:
         _exit(' '.join(str(e).split()))
+
+
+def _check_config_flags(argv):
+    """Checks the file of --config and the names of the --config.KEY flags."""
+    given = dict(re.fullmatch(r'--?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
+                 for a in argv if re.match(r'--?config(?=[.=]|$)', a))
+    path, _, argument = (given.pop('config', None) or '').partition(':')
+    if not path:
+        return
+    if not os.path.isfile(path):
+        raise UserError(f'--config is {path!r}: No such file.')
+    spec = importlib.util.spec_from_file_location('checked_config', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'--config is {path!r}; that file must define get_config().')
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as e:
+        raise UserError(f'--config={path}:{argument}: {e}') from e
+    known = config_lib.flatten(config)
+    sections = {key.rpartition('.')[0] for key in known}
+    for key in (name.removeprefix('config.') for name in given):
+        if key not in known and key not in sections:
+            raise UserError(f'Unknown config key {key}{config_lib.nearest(key, list(known))}.')
 
 
 def _exit(message, status=EXIT_USER_ERROR):
@@ -45,6 +71,7 @@ def _exit(message, status=EXIT_USER_ERROR):
 
 
 def main(argv):
+    """Trains what the flags say; bad input ends with one sentence and status 2."""
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
     logging.getLogger('sam_jax').setLevel(logging.INFO)
     logging.getLogger('absl').setLevel(logging.WARNING)  # orbax tells of every file there

@@ -38,5 +38,5 @@ def permutation(seed, purpose, n, *ids):
 
 
 def integers(seed, purpose, n, high, *ids):
-    """Returns n uniform integers in [0, high), int32, made on the host for (seed, purpose, *ids)."""
+    """Returns n uniform int32 in [0, high), made on the host for (seed, purpose, *ids)."""
     return (_bits(seed, purpose, n, *ids) % np.uint64(high)).astype(np.int32)

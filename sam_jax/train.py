@@ -1,13 +1,10 @@
 """The one training loop. It decides when; what is computed stands in `train_step.py`."""
 
-import collections
 import contextlib
 import functools
 import logging
-import math
 import os
 import signal
-import subprocess
 import threading
 import time
 from typing import Any, NamedTuple
@@ -15,14 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import sam_jax
 from sam_jax import config as config_lib
-from sam_jax import data, distributed, evaluate, replicas, rngs, train_step, writers
+from sam_jax import (
+    data,
+    distributed,
+    evaluate,
+    replicas,
+    reports,
+    rngs,
+    train_step,
+    writers,
+)
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.errors import UserError
-
-# Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
-_IN_FLIGHT = 2
 
 _log = logging.getLogger(__name__)
 
@@ -85,82 +87,6 @@ class _Evaluator:
         return results
 
 
-class _Reports:
-    """Metrics on their way from the device: fetched late, so that the device never waits."""
-
-    def __init__(self, config, writer, progress, steps_per_epoch, first_step):
-        self._config, self._writer, self._progress = config, writer, progress
-        self._steps_per_epoch, self._first_step = steps_per_epoch, first_step
-        self._waiting = collections.deque()
-        self._checked = first_step > 0
-        self._bad_step = 0
-
-    def add(self, step, metrics):
-        self._waiting.append((step, metrics))
-        while len(self._waiting) > _IN_FLIGHT:
-            self._take()
-
-    def flush(self, refuse_bad=False):
-        """Waits for all steps; with refuse_bad raises if any of them was not finite."""
-        while self._waiting:
-            self._take()
-        if refuse_bad:
-            _refuse_bad(self._bad_step)
-
-    def _take(self):
-        step, metrics = self._waiting.popleft()
-        self._bad_step = jax.block_until_ready(metrics)['bad_step']
-        due = step % self._config.log_every_steps == 0
-        if not (due or step == self._first_step + 1):
-            return
-        metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
-        _refuse_bad(metrics.pop('bad_step'))
-        if not self._checked:
-            self._checked = sharpness_check(self._config, metrics, self._progress.say)
-        if not due:
-            self._progress.start_clock(step)  # the first step includes compilation
-            return
-        speed = self._progress.images_per_second(step)
-        metrics['epoch'] = step / self._steps_per_epoch
-        self._writer.scalars(step, {**metrics, 'perf/images_per_second': speed})
-        self._progress.line(step, metrics['train/loss'], metrics['train/error_rate'], speed)
-
-
-def _refuse_bad(bad_step):
-    if bad_step:
-        raise UserError(
-            f'The loss or the gradient is not finite at step {int(bad_step)}; the run stops. '
-            'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.')
-
-
-def sharpness_check(config, metrics, say):
-    """Says whether the sharpness-aware gradient is really on; a warning where it is not.
-
-    Args:
-      config: the run's config.
-      metrics: of the first step, or, while rho still is 0 in a warm-up, of the first report.
-      say: where the line goes.
-
-    Returns:
-      Whether the check is done (False: rho warms up, ask again).
-    """
-    if config.sam.method == 'sgd':
-        return True
-    rho, norm = metrics['train/rho'], metrics['train/perturbation_norm']
-    loss, perturbed = metrics['train/loss'], metrics['train/perturbed_loss']
-    if config.sam.rho > 0 and config.sam.warmup_epochs and not norm:
-        return False
-    facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
-             'the perturbed weights')
-    steady = config.sam.schedule == 'constant' and not config.sam.warmup_epochs
-    right_norm = math.isclose(norm, rho, rel_tol=1e-3) if steady else norm > 0
-    if norm and right_norm and perturbed > loss:
-        say(f'{config.sam.method} is on: {facts}.')
-    else:
-        say(f'WARNING: {config.sam.method} is not doing its work: {facts}.')
-    return True
-
-
 class _Plan(NamedTuple):
     """What is known of a run before it starts."""
 
@@ -209,7 +135,7 @@ def train_and_evaluate(config, workdir, devices=None):
             if main:
                 _log.info('The run in %s is finished; nothing to do. For another one choose '
                           'another workdir.', workdir)
-                _log.info('%s', summary(writers.read_json(plan.result_path), workdir))
+                _log.info('%s', reports.summary(writers.read_json(plan.result_path), workdir))
             return state
         writer = writers.RunWriter(workdir, main, first_step)
         progress = writers.Progress(first_step, plan.total_steps, config.batch_size, main)
@@ -236,12 +162,12 @@ def _make_plan(config, workdir, devices):
 
 def _restore(plan, checkpoints):
     """Returns (state on the devices, steps made, wall time so far)."""
-    state = train_step.create_train_state(plan.config, plan.model, plan.dataset.image_shape)
     # The settings are compared first: of another model they say more than shapes do.
     metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
     meta = next(filter(None, metas), None)
     if meta:
         config_lib.check_same_mathematics(plan.config, meta['config'])
+    state = train_step.create_train_state(plan.config, plan.model, plan.dataset.image_shape)
     first_step, wall_time = 0, 0.0
     restored = checkpoints.restore_newest(state)
     if restored:
@@ -258,9 +184,9 @@ def _announce(plan, first_step, writer, progress):
         progress.say(f'Resuming at step {first_step} of {plan.total_steps}.')
     if distributed.is_main():
         writers.write_json(os.path.join(plan.workdir, 'config.json'),
-                           _provenance(plan.config, plan.layout))
+                           reports.provenance(plan.config, plan.layout))
     if not first_step:
-        writer.start(_hparams(plan.config), {'train_images': _example_images(plan)})
+        writer.start(reports.hparams(plan.config), {'train_images': _example_images(plan)})
         progress.say(f'Training {plan.config.model.name} on {plan.dataset.name} for '
                      f'{plan.total_steps} steps; the first one compiles.')
 
@@ -272,7 +198,7 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
     hparams = layout.replicate(train_step.HParams.from_config(config))
     step_fn = train_step.make_train_step(plan.model, config, layout, dataset)
     evaluator = _Evaluator(config, plan.model, dataset, layout)
-    reports = _Reports(config, writer, progress, plan.steps_per_epoch, first_step)
+    outbox = reports.Reports(config, writer, progress, plan.steps_per_epoch, first_step)
     saved_at = time.time()
     results = None
     try:
@@ -280,10 +206,10 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
             feed = layout.shard(dataset.train_feed(config.seed, step, layout))
             state, metrics = step_fn(state, feed, arrays, hparams)
             done = step + 1
-            reports.add(done, metrics)
+            outbox.add(done, metrics)
             last = done == plan.total_steps
             if last or _epoch_due(plan, done, config.eval.every_epochs):
-                reports.flush()
+                outbox.flush()
                 results = evaluator(state)
                 writer.scalars(done, results)
                 progress.say(f'step {done}: ' + ', '.join(
@@ -291,9 +217,9 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
                 progress.start_clock(done)
             stopping = stop.received(done)
             if last or stopping or _checkpoint_due(plan, done, saved_at):
-                reports.flush(refuse_bad=True)
+                outbox.flush(refuse_bad=True)
                 checkpoints.save(done, state, {
-                    'config': _jsonable(config), 'wall_time': wall_time()})
+                    'config': reports.jsonable(config), 'wall_time': wall_time()})
                 saved_at = time.time()
             if stopping and not last:
                 checkpoints.wait()
@@ -312,7 +238,7 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
               'perf/images_per_second': progress.overall_speed(), 'seed': config.seed}
     if distributed.is_main():
         writers.write_json(plan.result_path, result)
-        progress.say(summary(result, plan.workdir))
+        progress.say(reports.summary(result, plan.workdir))
     return state
 
 
@@ -345,34 +271,6 @@ def _check_workdir(workdir):
         raise UserError(f'workdir {workdir!r} is not writable: {e.strerror}.') from e
 
 
-def _jsonable(config):
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in config_lib.flatten(config).items()}
-
-
-def _hparams(config):
-    return {k: v if isinstance(v, (int, float, str)) else str(v)
-            for k, v in config_lib.flatten(config).items()}
-
-
-def _provenance(config, layout):
-    """Content of config.json: settings, versions, revision, hardware."""
-    import flax
-    import optax
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
-                         capture_output=True, text=True, check=False)
-    return {
-        'config': _jsonable(config),
-        'versions': {'sam_jax': sam_jax.__version__, 'jax': jax.__version__,
-                     'flax': flax.__version__, 'optax': optax.__version__},
-        'git_revision': git.stdout.strip() or 'unknown',
-        'device_kind': layout.devices[0].device_kind,
-        'device_count': len(layout.devices),
-        'process_count': jax.process_count(),
-    }
-
-
 def _example_images(plan, count=64):
     """The first augmented training images of the run, in [0, 1], for a picture."""
     seed, dataset = plan.config.seed, plan.dataset
@@ -383,17 +281,3 @@ def _example_images(plan, count=64):
     batch = jax.jit(dataset.train_batch)(
         dataset.device_arrays(dataset.train), {'index': index}, keys)
     return dataset.to_pixels(batch['image'])
-
-
-def summary(result, workdir):
-    """The few lines at the end of a run."""
-    minutes, seconds = divmod(round(result['wall_time']), 60)
-    lines = [f'test error     {100 * result["test/error_rate"]:.2f} %']
-    if 'test/ema_error_rate' in result:
-        lines.append(f'with EMA       {100 * result["test/ema_error_rate"]:.2f} %')
-    if 'validation/error_rate' in result:
-        lines.append(f'validation     {100 * result["validation/error_rate"]:.2f} %')
-    lines += [f'wall time      {minutes} min {seconds} s',
-              f'images/s       {result["perf/images_per_second"]:.0f}',
-              f'files          {os.path.abspath(workdir)}']
-    return 'Finished.\n  ' + '\n  '.join(lines)

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: TensorBoard, metrics.jsonl, JSON files, progress."""
+"""What a run leaves behind but for checkpoints: TensorBoard, metrics.jsonl, JSON; progress."""
 
 import json
 import logging
@@ -42,9 +42,10 @@ class MetricsFile:
         lines = []
         if resume_step and os.path.exists(path):
             with open(path) as f:
-                lines = [line for line in f if _step_of(line) <= resume_step]
+                lines = [line for line in f.read().splitlines()
+                         if _step_of(line) <= resume_step]
         with open(path + '.part', 'w') as f:
-            f.writelines(lines)
+            f.writelines(f'{line}\n' for line in lines)
         os.replace(path + '.part', path)
         self._file = open(path, 'a')
 

@@ -14,6 +14,7 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
 
 import functools
 import json
+import logging
 import os
 import statistics
 import sys
@@ -188,6 +189,8 @@ def measure(case, rounds):
 
 def main(argv):
     del argv
+    logging.getLogger('sam_jax').setLevel(logging.WARNING)
+    logging.getLogger('absl').setLevel(logging.WARNING)
     cases = _CASES.value or ['digits', 'wrn16_4'] + (
         ['wrn28_10'] if jax.default_backend() != 'cpu' else [])
     rows = [measure(case, _ROUNDS.value) for case in cases]

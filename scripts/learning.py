@@ -7,6 +7,7 @@ runs are not run again. Prints test error on clean test labels: mean and 95 % t-
 """
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -49,6 +50,8 @@ def test_error(method, noise, seed):
 
 def main(argv):
     del argv
+    logging.getLogger('sam_jax').setLevel(logging.WARNING)
+    logging.getLogger('absl').setLevel(logging.WARNING)
     print('| label noise | ' + ' | '.join(f'{m.upper()} test error (%)' for m in METHODS) + ' |')
     print('|---|' + '---|' * len(METHODS))
     for noise in _NOISE.value:

@@ -220,6 +220,22 @@ def test_all_damaged(tmp_path):
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
 
 
+@pytest.mark.parametrize('error,reason', [
+    (ValueError('First line.\nSecond line.'), 'First line.'), (KeyError(), 'KeyError'),
+    (OSError('x' * 1000), 'x' * 200)])
+def test_the_reason_is_one_line(tmp_path, monkeypatch, caplog, error, reason):
+    def read(step):
+        raise error
+
+    checkpoints = _open(tmp_path)
+    _save(checkpoints, 1)
+    monkeypatch.setattr(checkpoints, '_read', read)
+    with pytest.raises(UserError), caplog.at_level(logging.ERROR, 'sam_jax'):
+        checkpoints.restore_newest(TARGET)
+    checkpoints.close()
+    assert caplog.messages == [f'Checkpoint 1 is damaged and not used: {reason}']
+
+
 @pytest.mark.parametrize('change,words', [
     (lambda t: {**t, 'conv': {'kernel': np.zeros((3, 3, 2, 8))},
                 'head': {'bias': np.zeros(8)}}, ['conv.kernel', '(3, 3, 2, 4)', '(3, 3, 2, 8)']),

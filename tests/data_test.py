@@ -442,9 +442,6 @@ def test_a_missing_dataset_names_the_default_folder(monkeypatch, tmp_path):
         _load(name='cifar10', dir='')
 
 
-# This fails at the time of writing.
-
-
 def test_the_command_for_a_missing_dataset_can_start(tmp_path):
     # tensorflow_datasets imports importlib_resources there, which neither it nor, any more, etils
     # asks for: requirements.txt must.

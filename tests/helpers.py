@@ -53,7 +53,7 @@ def relative_distance(a, b):
 
 
 class Net(nn.Module):
-    """Convolution, BatchNorm, dropout, head: all that a step must take care of, quick to compile."""
+    """Convolution, BatchNorm, dropout, head: all that a step must mind, quick to compile."""
 
     dtype: str = 'float32'
     dropout_rate: float = 0.0

@@ -12,21 +12,22 @@ FLOORS = [
     {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'distributed', 'replicas'},
     {'train_step', 'evaluate'},
-    {'config', 'train'},
+    {'config', 'reports', 'train'},
     {'main'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Imports within a floor: the loop asks for the checks, checkpoints for the number of processes.
-NEIGHBOURS = {('train', 'config'), ('checkpoint', 'distributed')}
+NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
+              ('checkpoint', 'distributed')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'writers')}
 
 # Where each outside library may be imported, besides jax, numpy and Python's own.
 LIBRARIES = {
-    'optax': {'sharpness', 'optimizers', 'train_step', 'train'},
-    'flax': {'models', 'train_step', 'train'},
+    'optax': {'sharpness', 'optimizers', 'train_step', 'reports'},
+    'flax': {'models', 'train_step', 'reports'},
     'sklearn': {'data'},
     'tensorflow': {'data'},
     'tensorflow_datasets': {'data'},

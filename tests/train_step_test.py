@@ -1,7 +1,7 @@
 """Laws of the train step: what the two passes share, what is kept from which, what is compiled."""
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax

@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, Net, assert_trees_equal, small_config
 
 from sam_jax import config as config_lib
-from sam_jax import data, train, train_step
+from sam_jax import data, reports, train, train_step
 from sam_jax.errors import UserError
 
 
@@ -251,9 +251,9 @@ def test_warns_when_the_perturbation_does_not_climb():
     lines = []
     metrics = {'train/rho': 0.5, 'train/perturbation_norm': 0.5, 'train/loss': 2.0,
                'train/perturbed_loss': 1.9}
-    assert train.sharpness_check(small_config(), metrics, lines.append)
+    assert reports.sharpness_check(small_config(), metrics, lines.append)
     metrics.update({'train/perturbed_loss': 2.1, 'train/perturbation_norm': 0.4})
-    assert train.sharpness_check(small_config(), metrics, lines.append)
+    assert reports.sharpness_check(small_config(), metrics, lines.append)
     assert all(line.startswith('WARNING') for line in lines) and len(lines) == 2
 
 

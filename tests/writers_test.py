@@ -290,9 +290,6 @@ def test_a_bar_on_a_terminal(monkeypatch, caplog):
                          rf'loss {loss}, error 25\.00 %, \d+ images/s', terminal.text)
 
 
-# This fails at the time of writing: what follows is glued to the line.
-
-
 def test_a_last_line_that_only_lacks_its_end(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     _written(path, [1, 2])

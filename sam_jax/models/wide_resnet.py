@@ -63,6 +63,9 @@ class WideResNet(nn.Module):
             raise UserError(
                 f'A WideResNet of depth {self.depth} and width {self.width} does not exist: '
                 'the depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...) and the width at least 1.')
+        if not 0 <= self.dropout_rate < 1:
+            raise UserError(
+                f'model.dropout_rate is {self.dropout_rate}; it must be at least 0 and below 1.')
         super().__post_init__()
 
     def _conv(self, x, channels, stride, name):

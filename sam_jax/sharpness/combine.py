@@ -1,6 +1,7 @@
 """Combinations: the clean and the perturbed gradient -> the gradient handed on."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Combine(NamedTuple):

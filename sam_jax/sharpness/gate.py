@@ -1,6 +1,7 @@
 """Gates: whether this step pays for a perturbed gradient."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Gate(NamedTuple):

@@ -1,6 +1,7 @@
-"""The transformation that every method is built with: gate, ascent, second gradient, combination."""
+"""What every method is built with: gate, ascent, second gradient, combination."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

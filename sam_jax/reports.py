@@ -1,0 +1,137 @@
+"""What a run says of itself: metrics on their way out, whether SAM is on, provenance, summary."""
+
+import collections
+import math
+import os
+import subprocess
+
+import flax
+import jax
+import optax
+
+import sam_jax
+from sam_jax import config as config_lib
+from sam_jax.errors import UserError
+
+# Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
+_IN_FLIGHT = 2
+
+
+class Reports:
+    """Metrics on their way from the device: fetched late, so that the device never waits."""
+
+    def __init__(self, config, writer, progress, steps_per_epoch, first_step):
+        self._config, self._writer, self._progress = config, writer, progress
+        self._steps_per_epoch, self._first_step = steps_per_epoch, first_step
+        self._waiting = collections.deque()
+        self._checked = first_step > 0
+        self._bad_step = 0
+
+    def add(self, step, metrics):
+        """Takes the metrics of the step just dispatched; handles those that are ready."""
+        self._waiting.append((step, metrics))
+        while len(self._waiting) > _IN_FLIGHT:
+            self._take()
+
+    def flush(self, refuse_bad=False):
+        """Waits for all steps; with refuse_bad raises if any of them was not finite."""
+        while self._waiting:
+            self._take()
+        if refuse_bad:
+            refuse_bad_step(self._bad_step)
+
+    def _take(self):
+        step, metrics = self._waiting.popleft()
+        self._bad_step = jax.block_until_ready(metrics)['bad_step']
+        due = step % self._config.log_every_steps == 0
+        if not (due or step == self._first_step + 1):
+            return
+        metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
+        refuse_bad_step(metrics.pop('bad_step'))
+        if not self._checked:
+            self._checked = sharpness_check(self._config, metrics, self._progress.say)
+        if not due:
+            self._progress.start_clock(step)  # the first step includes compilation
+            return
+        speed = self._progress.images_per_second(step)
+        metrics['epoch'] = step / self._steps_per_epoch
+        self._writer.scalars(step, {**metrics, 'perf/images_per_second': speed})
+        self._progress.line(step, metrics['train/loss'], metrics['train/error_rate'], speed)
+
+
+def refuse_bad_step(bad_step):
+    """Raises UserError if a step (its number, or 0) was not finite."""
+    if bad_step:
+        raise UserError(
+            f'The loss or the gradient is not finite at step {int(bad_step)}; the run stops. '
+            'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.')
+
+
+def sharpness_check(config, metrics, say):
+    """Says whether the sharpness-aware gradient is really on; a warning where it is not.
+
+    Args:
+      config: the run's config.
+      metrics: of the first step, or, while rho still is 0 in a warm-up, of the first report.
+      say: where the line goes.
+
+    Returns:
+      Whether the check is done (False: rho warms up, ask again).
+    """
+    if config.sam.method == 'sgd':
+        return True
+    rho, norm = metrics['train/rho'], metrics['train/perturbation_norm']
+    loss, perturbed = metrics['train/loss'], metrics['train/perturbed_loss']
+    if config.sam.rho > 0 and config.sam.warmup_epochs and not norm:
+        return False
+    facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
+             'the perturbed weights')
+    steady = config.sam.schedule == 'constant' and not config.sam.warmup_epochs
+    right_norm = math.isclose(norm, rho, rel_tol=1e-3) if steady else norm > 0
+    if norm and right_norm and perturbed > loss:
+        say(f'{config.sam.method} is on: {facts}.')
+    else:
+        say(f'WARNING: {config.sam.method} is not doing its work: {facts}.')
+    return True
+
+
+def jsonable(config):
+    """Returns the flat settings as JSON holds them."""
+    return {k: list(v) if isinstance(v, tuple) else v
+            for k, v in config_lib.flatten(config).items()}
+
+
+def hparams(config):
+    """Returns the settings as TensorBoard's hparams take them."""
+    return {k: v if isinstance(v, (int, float, str)) else str(v)
+            for k, v in config_lib.flatten(config).items()}
+
+
+def provenance(config, layout):
+    """Content of config.json: settings, versions, revision, hardware."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
+                         capture_output=True, text=True, check=False)
+    return {
+        'config': jsonable(config),
+        'versions': {'sam_jax': sam_jax.__version__, 'jax': jax.__version__,
+                     'flax': flax.__version__, 'optax': optax.__version__},
+        'git_revision': git.stdout.strip() or 'unknown',
+        'device_kind': layout.devices[0].device_kind,
+        'device_count': len(layout.devices),
+        'process_count': jax.process_count(),
+    }
+
+
+def summary(result, workdir):
+    """The few lines at the end of a run."""
+    minutes, seconds = divmod(round(result['wall_time']), 60)
+    lines = [f'test error     {100 * result["test/error_rate"]:.2f} %']
+    if 'test/ema_error_rate' in result:
+        lines.append(f'with EMA       {100 * result["test/ema_error_rate"]:.2f} %')
+    if 'validation/error_rate' in result:
+        lines.append(f'validation     {100 * result["validation/error_rate"]:.2f} %')
+    lines += [f'wall time      {minutes} min {seconds} s',
+              f'images/s       {result["perf/images_per_second"]:.0f}',
+              f'files          {os.path.abspath(workdir)}']
+    return 'Finished.\n  ' + '\n  '.join(lines)
