@@ -1,7 +1,10 @@
 """Checks of a run's settings, all before any long work: types, names, ranges, and changes."""
 
 import difflib
+import importlib.util
 import math
+import os
+import re
 
 import jax
 
@@ -176,3 +179,36 @@ def check_same_mathematics(config, before):
         raise UserError(
             f'The workdir holds a run with other settings: {", ".join(changed)}; use them again to '
             'resume it, or choose a new workdir.')
+
+
+def check_flags(argv, default):
+    """Checks the file of --config and the names of the --config.KEY flags.
+
+    Args:
+      argv: the command line.
+      default: the config file where none is given.
+
+    Raises:
+      UserError: no such file, a bad argument of the config, or a key that it does not have.
+    """
+    given = dict(re.fullmatch(r'--?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
+                 for a in argv if re.match(r'--?config(?=[.=]|$)', a))
+    if '--config' in argv[:-1]:  # the form with a space
+        given['config'] = argv[argv.index('--config') + 1]
+    path, _, argument = (given.pop('config', None) or default).partition(':')
+    if not os.path.isfile(path):
+        raise UserError(f'--config is {path!r}: No such file.')
+    spec = importlib.util.spec_from_file_location('checked_config', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'--config is {path!r}; that file must define get_config().')
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as e:
+        raise UserError(f'--config={path}:{argument}: {e}') from e
+    known = flatten(config)
+    sections = {key.rpartition('.')[0] for key in known}
+    for key in (name.removeprefix('config.') for name in given):
+        if key not in known and key not in sections:
+            raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')

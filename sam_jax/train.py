@@ -271,13 +271,17 @@ def _check_workdir(workdir):
         raise UserError(f'workdir {workdir!r} is not writable: {e.strerror}.') from e
 
 
-def _example_images(plan, count=64):
-    """The first augmented training images of the run, in [0, 1], for a picture."""
+def _example_images(plan, side=8):
+    """The first augmented training images of the run as one square grid, (1, H, W, C) in [0, 1]."""
     seed, dataset = plan.config.seed, plan.dataset
     feed = dataset.train_feed(seed, 0, plan.layout)
-    index = feed['index'].reshape(-1)[:count]
+    side = min(side, int(feed['index'].size ** 0.5))
+    index = feed['index'].reshape(-1)[:side * side]
     keys = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(seed, 'augment', 0)))(
         jnp.arange(len(index)))
     batch = jax.jit(dataset.train_batch)(
         dataset.device_arrays(dataset.train), {'index': index}, keys)
-    return dataset.to_pixels(batch['image'])
+    images = dataset.to_pixels(batch['image'])
+    height, width, channels = images.shape[1:]
+    rows = images.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    return rows.reshape(1, side * height, side * width, channels)

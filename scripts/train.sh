@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Trains one config: ./scripts/train.sh configs/digits.py [--workdir=DIR] [--config.sam.rho=0.1 ...]
+# Trains one config: ./scripts/train.sh [CONFIG[:ARGUMENTS]] [--workdir=DIR] [--config.KEY=VALUE ...]
+# The default config is configs/digits.py.
 # Without --workdir the run goes to runs/<name of the config and its arguments>.
 set -euo pipefail
 
-if [ $# -eq 0 ] || [[ "$1" == -* ]]; then
-  echo "usage: $0 CONFIG[:ARGUMENTS] [--workdir=DIR] [--config.KEY=VALUE ...]" >&2
-  exit 2
+config=configs/digits.py
+if [ $# -gt 0 ] && [[ "$1" != -* ]]; then
+  config="$1"
+  shift
 fi
-config="$1"
-shift
 # Paths are meant from where the command was typed.
 here="$PWD"
 file="${config%%:*}"
-case "$file" in /*) ;; *) [ -e "$here/$file" ] && config="$here/$config" ;; esac
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ "$file" != /* ]]; then
+  if [ -e "$here/$file" ]; then config="$here/$config"; else config="$root/$config"; fi
+fi
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
 
@@ -21,6 +24,5 @@ for argument in "$@"; do
   case "$argument" in --workdir|--workdir=*|-workdir|-workdir=*) workdir="" ;; esac
 done
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-root="$PWD"
 cd "$here"
 exec python -m sam_jax.main --config="$config" ${workdir:+--workdir="$root/$workdir"} "$@"

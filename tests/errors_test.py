@@ -66,7 +66,7 @@ def _assert_sentence(message, words):
     assert '\n' not in message and 'Traceback' not in message
     assert message.endswith(('.', '"'))  # the quote: of the command that prepares a dataset
     assert message[0].isupper() or message.startswith(tuple(config_lib.KEYS)) or (
-        message.startswith(('workdir', '--', 'config')))
+        message.startswith(('workdir', '--', 'config', 'model.')))
 
 
 def _key(key):
@@ -307,8 +307,7 @@ COMMANDS = [
     ([CONFIG, WORKDIR, '--config.data.augment=foo'], ['data.augment is \'foo\'', 'none, basic']),
     ([CONFIG], ['--workdir is \'\'']),
     ([CONFIG, '--workdir=pyproject.toml'], ['workdir \'pyproject.toml\' is not writable']),
-    ([WORKDIR], ['--config is missing', '--config=configs/digits.py']),
-    ([], ['--config is missing']),
+    ([], ["--workdir is ''"]),  # and configs/digits.py is the default
     ([CONFIG, WORKDIR, 'stray'], ['\'stray\'', '--']),
     ([CONFIG, '--wrkdir=x'], ['wrkdir', 'workdir']),
     ([CONFIG, WORKDIR, '--num_processes=a'], ['num_processes=a', 'int']),

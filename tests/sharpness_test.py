@@ -171,24 +171,25 @@ def test_diverged_gradient_stays_visible(value, p):
 
 
 def test_bfloat16_params_are_perturbed_in_float32():
-    params, grad_fn, _ = quadratic()
+    """And the result has the dtype of the gradient again."""
+    params, grad_float32, _ = quadratic()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     seen = []
 
-    def grad_bfloat16(moved):
-        seen.append(moved)
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), grad_fn(
-            jax.tree.map(lambda x: x.astype(jnp.float32), moved)))
+    def grad_fn(tree):  # in the dtype of its argument, as jax.grad
+        seen.append(tree)
+        full = grad_float32(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), full, tree)
 
-    grads = grad_bfloat16(half)
-    tx = sharpness.sam(0.05)
-    updates, state = tx.update(grads, tx.init(half), half, grad_fn=grad_bfloat16)
-    assert {x.dtype for x in jax.tree.leaves(seen[1])} == {np.dtype('float32')}
-    w, g = (flat(t).astype(np.float64) for t in (half, grads))
-    np.testing.assert_allclose(flat(seen[1]) - w, ball_step(g, 0.05), rtol=1e-4, atol=1e-7)
+    updates, state = update(sharpness.sam(0.05), grad_fn, half)
+    _, moved = seen
+    assert {x.dtype for x in jax.tree.leaves(moved)} == {np.dtype(np.float32)}
+    w, g = (flat(t).astype(np.float64) for t in (half, grad_fn(half)))
+    np.testing.assert_allclose(flat(moved) - w, ball_step(g, 0.05), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(state.perturbation_norm, 0.05, rtol=1e-6)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype(jnp.bfloat16)}
-    helpers.assert_trees_equal(updates, grad_bfloat16(seen[1]))
+    expected = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grad_fn(moved))
+    helpers.assert_trees_equal(updates, expected)
 
 
 # Gates

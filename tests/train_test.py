@@ -77,6 +77,17 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert lines[-1]['test/error_rate'] == result['test/error_rate']
 
 
+def test_the_picture_at_the_start_is_the_first_batch(tmp_path):
+    plan = train._make_plan(small_config(), str(tmp_path), jax.devices()[:1])
+    grid = train._example_images(plan)
+    assert grid.shape == (1, 64, 64, 1)
+    first = plan.dataset.train_feed(0, 0, plan.layout)['index'].reshape(8, 8)
+    for row, column in ((0, 0), (0, 5), (6, 2)):
+        tile = grid[0, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
+        image = plan.dataset.train.images[first[row, column]] / 255
+        np.testing.assert_allclose(tile, image, atol=1e-6)
+
+
 def test_evaluation_is_exact_on_any_device_count(tmp_path):
     """Against a plain NumPy computation over the whole split; 500 is no multiple of 3 or 8."""
     config = small_config(total_epochs=1, eval__top5=True, eval__batch_size=96)
