@@ -328,6 +328,13 @@ COMMANDS = [
      ["dataset is 'mnist'", 'cifar10, cifar100.']),
     (['--config=configs/none.py', WORKDIR], ['configs/none.py', 'No such file']),
     (['--config=tests/golden/recipe.py', WORKDIR], ['tests/golden/recipe.py', 'get_config']),
+    (['--config', 'configs/digits.py:foo=1', WORKDIR], ["'foo'; the arguments are"]),
+    ([CONFIG, WORKDIR, '--config.sam.roh', '1'], ['key sam.roh (did you mean sam.rho?).']),
+    (['-config=configs/cifar.py:foo=1', '-config.sam.roh=1'], ["'foo'; the arguments are model"]),
+    ([CONFIG, WORKDIR, '--noconfig.eval.top5', '--config.sam.rho=-1'], ['sam.rho is -1.0']),
+    # These two fail at the time of writing: config.check_flags does not know these forms.
+    ([CONFIG, WORKDIR, '--noconfig.eval.tpo5'], ['key eval.tpo5 (did you mean eval.top5?).']),
+    (['-config', 'configs/digits.py:foo=1', WORKDIR], ["'foo'; the arguments are"]),
 ]
 
 

@@ -196,12 +196,8 @@ def test_batch_norm_statistics_move_by_a_tenth():
 # Types, dropout, errors
 
 
-PADDING_BUG = pytest.mark.xfail(
-    jax.__version_info__ >= (0, 12), reason="NaN from XLA's CPU fusion of bfloat16 padding")
-
-
 @pytest.mark.parametrize('size, train', [
-    (32, True), (8, False), pytest.param(32, False, marks=PADDING_BUG)])
+    (32, True), (8, False), (32, False)])
 def test_bfloat16_computes_in_half_and_keeps_params_and_statistics(size, train):
     x = images(1, (4, size, size, 3))
     results = []

@@ -271,6 +271,16 @@ class _Terminal:
         return b''.join(self._shown).decode()
 
 
+def test_other_processes_are_silent_on_a_terminal(monkeypatch):
+    with contextlib.closing(_Terminal()) as terminal:
+        monkeypatch.setattr(sys, 'stderr', terminal.file)
+        progress = writers.Progress(0, 100, 64, False)
+        _report(progress, 10)
+        progress.close()
+        monkeypatch.undo()
+    assert not terminal.text
+
+
 def test_a_bar_on_a_terminal(monkeypatch, caplog):
     with contextlib.closing(_Terminal()) as terminal, caplog.at_level(logging.INFO, 'sam_jax'):
         monkeypatch.setattr(sys, 'stderr', terminal.file)

@@ -29,8 +29,8 @@ def add_shortcut(x, shortcut):
     if x.shape[-1] != shortcut.shape[-1]:
         stride = shortcut.shape[-2] // x.shape[-2]
         shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
-        extra = x.shape[-1] - shortcut.shape[-1]
-        shortcut = jnp.pad(shortcut, [(0, 0), (0, 0), (0, 0), (0, extra)])
+        # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
+        return x.at[..., :shortcut.shape[-1]].add(shortcut)
     return x + shortcut
 
 
@@ -45,8 +45,8 @@ class WideResNet(nn.Module):
         the SAM paper.
       batch_norm: False leaves out BatchNorm (SAM paper, Figure 3); convolutions get biases.
       extra_skips: AutoAugment's additional shortcuts around each group and around all groups.
-      dtype: dtype of the computation; params, statistics and logits stay in `param_dtype`.
-      param_dtype: dtype of params and statistics.
+      dtype: dtype of the computation; params and logits stay in `param_dtype`.
+      param_dtype: dtype of params.
     """
 
     num_classes: int

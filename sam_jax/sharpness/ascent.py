@@ -70,7 +70,7 @@ def lp_ball(rho, p=2.0, mask=None):
 
 def _ball_step(grads, rho, p):
     if p == np.inf:
-        return jax.tree.map(lambda g: rho * jnp.sign(g), grads)
+        return jax.tree.map(lambda g: jnp.asarray(rho, g.dtype) * jnp.sign(g), grads)
     if p == 2:
         norm = lp_norm(grads)
         scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
