@@ -30,7 +30,7 @@ def add_shortcut(x, shortcut):
         stride = shortcut.shape[-2] // x.shape[-2]
         shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
         # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
-        return x.at[..., :shortcut.shape[-1]].add(shortcut)
+        return jnp.asarray(x).at[..., :shortcut.shape[-1]].add(shortcut)
     return x + shortcut
 
 
