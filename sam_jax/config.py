@@ -191,10 +191,11 @@ def check_flags(argv, default):
     Raises:
       UserError: no such file, a bad argument of the config, or a key that it does not have.
     """
-    given = dict(re.fullmatch(r'--?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
-                 for a in argv if re.match(r'--?config(?=[.=]|$)', a))
-    if '--config' in argv[:-1]:  # the form with a space
-        given['config'] = argv[argv.index('--config') + 1]
+    given = dict(re.fullmatch(r'--?(?:no)?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
+                 for a in argv if re.match(r'--?(?:no)?config(?=[.=]|$)', a))
+    for flag, value in zip(argv, argv[1:]):
+        if flag in ('--config', '-config'):  # the form with a space
+            given['config'] = value
     path, _, argument = (given.pop('config', None) or default).partition(':')
     if not os.path.isfile(path):
         raise UserError(f'--config is {path!r}: No such file.')
