@@ -70,8 +70,11 @@ def run():
 def run_tests():
     """Console command `sam-jax-test`: the suite of the checkout this package lies in."""
     import pytest
-    sys.exit(pytest.main(['--rootdir', ROOT, '-c', os.path.join(ROOT, 'pyproject.toml'),
-                          os.path.join(ROOT, 'tests'), *sys.argv[1:]]))
+    arguments = sys.argv[1:]
+    if not any(os.path.exists(a.partition('::')[0]) for a in arguments):
+        arguments.append(os.path.join(ROOT, 'tests'))
+    sys.exit(pytest.main(
+        ['--rootdir', ROOT, '-c', os.path.join(ROOT, 'pyproject.toml'), *arguments]))
 
 
 if __name__ == '__main__':

@@ -31,7 +31,9 @@ MUTANTS = {
         STEP, '    if layout.devices_per_group < len(layout.devices):\n'
               '        result = mean_over_devices(result)\n', '', ALGORITHM_1),
     'gradient averaged before the ascent': (
-        STEP, 'if layout.devices_per_group > 1:', 'if True:', ALGORITHM_1),
+        STEP, '        if layout.devices_per_group > 1:\n'
+              '            result = mean_over_devices(result, layout.axis_index_groups)',
+        '        result = mean_over_devices(result)', ALGORITHM_1),
     'statistics of the second pass': (
         STEP, "    return updates, sharpness_state, aux['batch_stats'], report",
         '    moved = jax.tree.map(lambda w, g: w + 0.5 * g / optax.tree.norm(grads),\n'
@@ -39,8 +41,8 @@ MUTANTS = {
         "    return updates, sharpness_state, group_gradient(moved)[1]['batch_stats'], report",
         ALGORITHM_1),
     'the same dropout in all replicas': (
-        STEP, 'jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(replica)',
-        'jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(0 * replica)', ALGORITHM_1),
+        STEP, 'rngs.key(hparams.seed, purpose, step)))(replica)',
+        'rngs.key(hparams.seed, purpose, step)))(0 * replica)', ALGORITHM_1),
     'replicas summed': (STEP, 't / n if', 't if', ALGORITHM_1),
     'augmentation by device': (
         STEP, '(\n        replica[0] * layout.replica_batch_size)', '0', 'tests/topology_test.py'),
