@@ -23,6 +23,37 @@ def parse_arg(arg, **defaults):
     return ml_collections.ConfigDict(values)
 
 
+# Options of the families of models, by the beginning of the name, with their defaults.
+MODEL_OPTIONS = {
+    'wrn': {
+        'dropout_rate': 0.0,
+        'batch_norm': True,
+        'extra_skips': False,  # AutoAugment's additional shortcuts
+    },
+    'shake_shake': {},
+    'pyramidnet': {'alpha': 200.0},
+    'resnet': {},
+    'efficientnet': {
+        'dropout_rate': 0.2,  # in the original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5
+        'stochastic_depth_rate': 0.2,
+    },
+}
+CIFAR_RESNET_OPTIONS = {'residual': True, 'batch_norm': True}
+IMAGENET_RESNETS = (
+    'resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet200')
+
+
+def set_model(c, name):
+    """Chooses a model and declares its options, `config.model.*`."""
+    c.model.name = name
+    family = next((f for f in MODEL_OPTIONS if name.startswith(f)), '')
+    options = dict(MODEL_OPTIONS.get(family, {}))
+    if family == 'resnet' and name not in IMAGENET_RESNETS:
+        options = CIFAR_RESNET_OPTIONS
+    for option, default in options.items():
+        c.model[option] = default
+
+
 def get_config():
     """Returns the settings that all experiments start from."""
     c = ml_collections.ConfigDict()
@@ -35,11 +66,12 @@ def get_config():
     c.log_every_steps = 100
 
     c.model = ml_collections.ConfigDict()
-    c.model.name = 'wrn28_10'
+    c.model.name = ''
     c.model.dtype = 'float32'  # of the computation: 'float32', 'bfloat16', 'float64'
-    c.model.dropout_rate = 0.0
-    c.model.batch_norm = True
-    c.model.extra_skips = False  # AutoAugment's additional shortcuts
+    c.model.init_from = ''  # file or folder of weights to start from; '' for random ones
+    c.model.frozen_batch_norm = False  # normalise by the running statistics and leave them alone
+    c.model.sync_batch_norm = False  # statistics over all replicas, one a device
+    c.model.remat = False  # compute activations anew in the backward pass: less memory, slower
 
     c.data = ml_collections.ConfigDict()
     c.data.name = 'cifar10'

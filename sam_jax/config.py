@@ -10,12 +10,14 @@ import jax
 
 from sam_jax import data, models, optimizers, schedules, sharpness
 from sam_jax.errors import UserError
+from sam_jax.replicas import AXIS
 
 # Every key and its type. Further keys under `model` are options of the model's family.
 KEYS = {
     'seed': int, 'total_epochs': int, 'batch_size': int, 'replica_batch_size': int,
     'replica_loop': str, 'label_smoothing': float, 'log_every_steps': int,
-    'model.name': str, 'model.dtype': str,
+    'model.name': str, 'model.dtype': str, 'model.init_from': str,
+    'model.frozen_batch_norm': bool, 'model.sync_batch_norm': bool, 'model.remat': bool,
     'data.name': str, 'data.dir': str, 'data.augment': str, 'data.padding': int,
     'data.validation': bool, 'data.label_noise': float,
     'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
@@ -80,7 +82,7 @@ def nearest(name, known):
 
 
 def check(config):
-    """Checks a config by itself: keys, types, names, ranges.
+    """Checks a config by itself: keys, types, names, ranges, the model and its options.
 
     Raises:
       UserError: one sentence about the first thing wrong.
@@ -106,6 +108,7 @@ def check(config):
                 f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.')
     if flat['optimizer.name'] == 'rmsprop' and not flat['optimizer.epsilon'] > 0:
         raise UserError('optimizer.epsilon is 0; rmsprop needs a positive one.')
+    create_model(config, num_classes=1)  # names and options do not depend on the data
 
 
 def _check_value(key, kind, value):
@@ -142,13 +145,29 @@ def check_with_data(config, dataset):
             f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')
 
 
+def check_with_layout(config, layout):
+    """Checks a config against the devices.
+
+    Raises:
+      UserError: BatchNorm over all replicas, several of which are on one device.
+    """
+    if config.model.sync_batch_norm and layout.replicas_per_device > 1:
+        raise UserError(
+            f'model.sync_batch_norm is True; it needs each of the {layout.num_replicas} replicas '
+            f'on a device of its own, and here are {len(layout.devices)} devices: set '
+            f'replica_batch_size to {config.batch_size // len(layout.devices)}.')
+
+
 def create_model(config, num_classes):
     """Builds the model of `config.model`: its other keys are the family's options.
 
     Raises:
       UserError: unknown model, impossible sizes, or an option that the family does not have.
     """
-    options = {k: v for k, v in config.model.items() if k != 'name'}
+    own = ('name', 'init_from', 'sync_batch_norm')
+    options = {k: v for k, v in config.model.items() if k not in own}
+    if config.model.sync_batch_norm:
+        options['batch_norm_axis'] = AXIS
     if config.model.dtype == 'float64':
         # To tell a bug from rounding; then params and statistics are float64 as well.
         if not jax.config.jax_enable_x64:
@@ -157,7 +176,8 @@ def create_model(config, num_classes):
     try:
         return models.create_model(config.model.name, num_classes, **options)
     except TypeError as e:
-        raise UserError(f'config.model: {e}') from e
+        raise UserError(
+            f"config.model: {e} To change the family use the config's argument, model=NAME.") from e
 
 
 def check_same_mathematics(config, before):

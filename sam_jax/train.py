@@ -140,7 +140,7 @@ def train_and_evaluate(config, workdir, devices=None):
         writer = writers.RunWriter(workdir, main, first_step)
         progress = writers.Progress(first_step, plan.total_steps, config.batch_size, main)
         with contextlib.closing(writer), contextlib.closing(progress):
-            _announce(plan, first_step, writer, progress)
+            _announce(plan, state, first_step, writer, progress)
             return _run(plan, state, first_step, checkpoints, writer, progress, stop,
                         wall_time=lambda: wall_before + time.time() - began)
 
@@ -151,6 +151,7 @@ def _make_plan(config, workdir, devices):
     layout, note = replicas.make_layout(
         config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
         config.replica_loop, devices)
+    config_lib.check_with_layout(config, layout)
     _check_workdir(workdir)
     dataset = data.load_dataset(config.data, config.seed)
     config_lib.check_with_data(config, dataset)
@@ -173,10 +174,12 @@ def _restore(plan, checkpoints):
     if restored:
         first_step, state, meta = restored
         wall_time = meta['wall_time']
+    elif plan.config.model.init_from:
+        state = train_step.load_pretrained(state, plan.model, plan.config.model.init_from)
     return plan.layout.replicate(jax.device_get(state)), first_step, wall_time
 
 
-def _announce(plan, first_step, writer, progress):
+def _announce(plan, state, first_step, writer, progress):
     """Says what starts, and leaves it in the workdir."""
     if plan.note:
         progress.say(plan.note)
@@ -187,6 +190,7 @@ def _announce(plan, first_step, writer, progress):
                            reports.provenance(plan.config, plan.layout))
     if not first_step:
         writer.start(reports.hparams(plan.config), {'train_images': _example_images(plan)})
+        progress.say(writers.parameter_overview(state.params))
         progress.say(f'Training {plan.config.model.name} on {plan.dataset.name} for '
                      f'{plan.total_steps} steps; the first one compiles.')
 

@@ -6,15 +6,18 @@
 """
 
 import functools
+import inspect
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from sam_jax import losses, metrics, optimizers, rngs, schedules, sharpness
+from sam_jax.models import pretrained
 from sam_jax.replicas import AXIS
 
 # Reported as means over the steps since the last report, in this order; the rest as last values.
@@ -102,6 +105,20 @@ def create_train_state(config, model, image_shape):
         bad_step=jnp.zeros((), jnp.int32))
 
 
+def load_pretrained(state, model, path):
+    """Returns the state with the weights of a file, see `models.pretrained.load`.
+
+    Args:
+      state: of `create_train_state`, before the first step.
+      model: its model.
+      path: `config.model.init_from`.
+    """
+    variables = pretrained.load(
+        path, model, {'params': state.params, 'batch_stats': state.batch_stats})
+    ema = state.ema and jax.tree.map(np.copy, variables)
+    return state.replace(ema=ema, **variables)
+
+
 def mean_over(function, xs, unroll):
     """Returns the mean of function(x) over the leading axis of the pytree xs.
 
@@ -138,22 +155,32 @@ def mean_over_devices(tree, axis_index_groups=None):
     return jax.tree.unflatten(structure, leaves)
 
 
-def replica_gradient(params, batch_stats, replica, *, apply_fn, config, weight_decay):
+def replica_gradient(params, batch_stats, replica, *, model, config, weight_decay,
+                     true_gradient=False):
     """Gradient of one replica's mean cross entropy plus the L2 penalty.
 
     Args:
       params, batch_stats: the model's variables.
-      replica: {'image', 'label', 'key'}: R examples and the key of the replica's dropout.
+      replica: {'image', 'label', 'rngs'}: R examples and the keys of the replica's dropout and
+        shakes.
+      model: flax module of `models.create_model`.
+      config: the run's config.
+      weight_decay: factor of the penalty.
+      true_gradient: whether shake models return the gradient of the loss they compute; a boolean,
+        traced or not. Models that do not take it always do.
 
     Returns:
       (gradient, aux), aux = {'loss': cross entropy without the penalty, 'error_rate',
       'batch_stats': running statistics after this pass}.
     """
+    options = {}
+    if 'true_gradient' in inspect.signature(type(model).__call__).parameters:
+        options['true_gradient'] = true_gradient
 
     def objective(params):
-        logits, updated = apply_fn(
+        logits, updated = model.apply(
             {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
-            mutable=['batch_stats'], rngs={'dropout': replica['key']})
+            mutable=['batch_stats'], rngs=replica['rngs'], **options)
         loss = jnp.mean(losses.cross_entropy(logits, replica['label'], config.label_smoothing))
         penalty = losses.l2_penalty(
             params, weight_decay, config.optimizer.decay_norm_and_bias)
@@ -165,11 +192,12 @@ def replica_gradient(params, batch_stats, replica, *, apply_fn, config, weight_d
     return jax.grad(objective, has_aux=True)(params)
 
 
-def _group_step(state, group, gradient, method, layout):
+def _group_step(state, group, gradient, method, layout, ascends):
     """One group's sharpness-aware gradient, from the replicas that this device holds of it."""
 
-    def group_gradient(params):
-        result = mean_over(functools.partial(gradient, params), group, layout.unroll)
+    def group_gradient(params, true_gradient=False):
+        result = mean_over(functools.partial(gradient, params, true_gradient=true_gradient),
+                           group, layout.unroll)
         if layout.devices_per_group > 1:
             result = mean_over_devices(result, layout.axis_index_groups)
         return result
@@ -178,7 +206,8 @@ def _group_step(state, group, gradient, method, layout):
         grads, aux = group_gradient(params)
         return grads, aux['loss']
 
-    grads, aux = group_gradient(state.params)
+    # What is climbed is the loss: its own gradient, where shake models know two.
+    grads, aux = group_gradient(state.params, true_gradient=ascends)
     (updates, perturbed_loss), sharpness_state = method.update(
         grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'])
     report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
@@ -189,7 +218,7 @@ def _group_step(state, group, gradient, method, layout):
     return updates, sharpness_state, aux['batch_stats'], report
 
 
-def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_fn,
+def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
                steps_per_epoch):
     """One step on one device of the pmap axis; pure.
 
@@ -198,7 +227,7 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
       feed: this device's row of the dataset's `train_feed`.
       arrays: the dataset's arrays on the device.
       hparams: HParams.
-      apply_fn: the model's `apply`.
+      model: flax module of `models.create_model`.
       config: the run's config.
       layout: replicas.Layout.
       batch_fn: (arrays, feed, keys of the examples) -> {'image', 'label'}, leading axes (replicas
@@ -218,13 +247,16 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
     groups = jax.tree.map(
         lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
 
-    def gradient(params, replica):
+    def gradient(params, replica, true_gradient):
         return replica_gradient(
-            params, state.batch_stats, replica, apply_fn=apply_fn, config=config,
-            weight_decay=hparams.weight_decay)
+            params, state.batch_stats, replica, model=model, config=config,
+            weight_decay=hparams.weight_decay, true_gradient=true_gradient)
 
+    # With rho = 0 the clean gradient is what descends, and nothing is climbed.
+    ascends = rho > 0 if config.sam.method != 'sgd' else False
     result = mean_over(
-        lambda group: _group_step(state, group, gradient, method, layout), groups, layout.unroll)
+        lambda group: _group_step(state, group, gradient, method, layout, ascends),
+        groups, layout.unroll)
     if layout.devices_per_group < len(layout.devices):
         result = mean_over_devices(result)
     grads, sharpness_state, batch_stats, report = result
@@ -247,10 +279,10 @@ def train_step(state, feed, arrays, hparams, *, apply_fn, config, layout, batch_
 
 
 def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
-    """Returns this device's replicas, {'image', 'label', 'key'}, with leading axis replicas.
+    """Returns this device's replicas, {'image', 'label', 'rngs'}, with leading axis replicas.
 
-    The keys, of the examples' augmentation and of the replicas' dropout, are functions of seed,
-    step and place in the global batch alone. Arguments as of `train_step`.
+    The keys, of the examples' augmentation and of the replicas' dropout and shakes, are functions
+    of seed, step and place in the global batch alone. Arguments as of `train_step`.
     """
     replica = lax.axis_index(AXIS) * layout.replicas_per_device + jnp.arange(
         layout.replicas_per_device)
@@ -258,10 +290,12 @@ def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
         replica[0] * layout.replica_batch_size)
     augment_key = rngs.key(hparams.seed, 'augment', step)
     example_keys = jax.vmap(functools.partial(jax.random.fold_in, augment_key))(place)
-    dropout_key = rngs.key(hparams.seed, 'dropout', step)
-    replica_keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(replica)
+    replica_rngs = {
+        purpose: jax.vmap(functools.partial(
+            jax.random.fold_in, rngs.key(hparams.seed, purpose, step)))(replica)
+        for purpose in ('dropout', 'shake')}
     example_keys = example_keys.reshape(layout.replicas_per_device, -1)
-    return {**batch_fn(arrays, feed, example_keys), 'key': replica_keys}
+    return {**batch_fn(arrays, feed, example_keys), 'rngs': replica_rngs}
 
 
 def _report(state, report, log_every_steps):
@@ -283,7 +317,7 @@ def make_train_step(model, config, layout, dataset):
     (`layout.replicate`); the state's buffers are donated.
     """
     step = functools.partial(
-        train_step, apply_fn=model.apply, config=config, layout=layout,
+        train_step, model=model, config=config, layout=layout,
         batch_fn=dataset.train_batch,
         steps_per_epoch=dataset.num_train_examples // config.batch_size)
     return jax.pmap(

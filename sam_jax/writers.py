@@ -7,6 +7,8 @@ import os
 import sys
 import time
 
+import jax
+
 _log = logging.getLogger(__name__)
 
 
@@ -24,6 +26,15 @@ def read_json(path):
         return None
     with open(path) as f:
         return json.load(f)
+
+
+def parameter_overview(params):
+    """Returns clu's table of names, shapes and sizes; without clu only the number of params."""
+    try:
+        from clu import parameter_overview as clu_overview
+    except ImportError:
+        return f'{sum(x.size for x in jax.tree.leaves(params))} parameters.'
+    return clu_overview.get_parameter_overview(params, include_stats=False)
 
 
 def _jsonable(value):

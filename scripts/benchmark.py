@@ -100,7 +100,7 @@ def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset)
 
     def gradient(params):
         return train_step.replica_gradient(
-            params, state.batch_stats, replica, apply_fn=model.apply, config=config,
+            params, state.batch_stats, replica, model=model, config=config,
             weight_decay=hparams.weight_decay)
 
     grads, aux = gradient(state.params)

@@ -316,7 +316,8 @@ def _batches(dataset, layout):
     make = functools.partial(
         train_step.keyed_replicas, layout=layout, batch_fn=dataset.train_batch)
     compiled = jax.pmap(
-        lambda *args: {**(batch := make(*args)), 'key': jax.random.key_data(batch['key'])},
+        lambda *args: {**(batch := make(*args)), 'rngs': None,
+                       'key': jax.random.key_data(batch['rngs']['dropout'])},
         axis_name=replicas.AXIS, in_axes=(None, 0, None, None), devices=layout.devices)
 
     def batch(seed, step):
@@ -325,7 +326,7 @@ def _batches(dataset, layout):
             dataset.device_arrays(dataset.train),
             train_step.HParams.from_config(small_config(seed=seed)))
         return {name: np.asarray(x).reshape(-1, *x.shape[2 if name == 'key' else 3:])
-                for name, x in result.items()}
+                for name, x in result.items() if x is not None}
 
     return batch
 

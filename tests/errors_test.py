@@ -1,8 +1,8 @@
 """Bad input gets one sentence: field, value, what would be right; before anything compiles."""
 
 import ast
+import dataclasses
 import importlib
-import inspect
 import json
 import math
 import os
@@ -20,6 +20,7 @@ from configs import common
 from sam_jax import config as config_lib
 from sam_jax import data, models, replicas, train
 from sam_jax.errors import UserError
+from sam_jax.models import layers
 
 COMPILED = '/jax/core/compile/backend_compile_duration'
 
@@ -91,7 +92,7 @@ BAD = [
     ({'sam.p': math.nan}, ['sam.p is nan', 'greater than 1']),
     ({'sam.roh': 0.1}, ['Unknown config key sam.roh', 'did you mean sam.rho?']),
     ({'sam.method': 'mas'}, ['sam.method is \'mas\'', 'one of', 'sam', 'sgd']),
-    ({'model.name': 'resnet99'}, ['model.name is \'resnet99\'', *models.NAMES]),
+    ({'model.name': 'vgg16'}, ['model.name is \'vgg16\'', *models.NAMES]),
     ({'model.name': 'wrn16'}, ['model.name is \'wrn16\'', *models.NAMES]),
     ({'model.name': 'wrn11_1'}, ['depth 11', '6n + 4']),
     ({'model.name': 'wrn10_0'}, ['width 0', 'at least 1']),
@@ -303,7 +304,13 @@ COMMANDS = [
     ([CONFIG, WORKDIR, '--config.batch_size=96', '--config.replica_batch_size=8'],
      ['12 replicas', '8 devices']),
     ([CONFIG, WORKDIR, '--config.checkpoint.keep_epochs=(0,)'], ['keep_epochs is (0,)']),
-    ([CONFIG, WORKDIR, '--config.model.name=resnet99'], [*models.NAMES]),
+    ([CONFIG, WORKDIR, '--config.model.name=vgg16'], [*models.NAMES]),
+    (['--config=configs/cifar.py:model=vgg16', WORKDIR], [*models.NAMES]),  # before the dataset
+    ([CONFIG, WORKDIR, '--config.model.name=resnet20'],
+     ["no option 'dropout_rate'", "config's argument, model=NAME"]),
+    ([CONFIG, WORKDIR, '--config.batch_size=80', '--config.replica_batch_size=10',
+      '--config.model.sync_batch_norm=True'],
+     ['model.sync_batch_norm is True', '8 replicas', 'set replica_batch_size to 80']),
     ([CONFIG, WORKDIR, '--config.data.augment=foo'], ['data.augment is \'foo\'', 'none, basic']),
     ([CONFIG], ['--workdir is \'\'']),
     ([CONFIG, '--workdir=pyproject.toml'], ['workdir \'pyproject.toml\' is not writable']),
@@ -322,7 +329,7 @@ COMMANDS = [
      ['key optimzer.learning_rate (did you mean optimizer.learning_rate?).']),
     ([CONFIG, WORKDIR, '--config.sam.rho.x=1'], ['key sam.rho.x (did you mean sam.rho?).']),
     (['--config=configs/digits.py:foo=1', WORKDIR],
-     ["'foo'; the arguments are method, noise, rho, seed."]),
+     ["'foo'; the arguments are model, method, noise, rho, seed."]),
     (['--config=configs/digits.py:noise=abc', WORKDIR], ["noise is 'abc'", 'of type float.']),
     (['--config=configs/cifar.py:dataset=mnist', WORKDIR],
      ["dataset is 'mnist'", 'cifar10, cifar100.']),
@@ -392,14 +399,28 @@ LOADED = [(stem, argument, expected) for stem in CONFIGS if stem not in ('__init
           for argument, expected in [(None, {}), ('', {}), *ARGUMENTS.get(stem, {}).items()]]
 
 
-def test_common_has_the_known_keys_and_the_options_of_the_models():
+def test_common_has_the_known_keys():
     flat = config_lib.flatten(common.get_config())
-    options = {f'model.{name}' for name in inspect.signature(models.WideResNet).parameters} - {
-        f'model.{name}' for name in ('name', 'parent', 'num_classes', 'depth', 'width',
-                                     'param_dtype')}
-    assert set(flat) == set(config_lib.KEYS) | options
+    assert set(flat) == set(config_lib.KEYS)
     for key, kind in config_lib.KEYS.items():
         assert type(flat[key]) is kind, key
+
+
+@pytest.mark.parametrize('name', [
+    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
+    'efficientnet-tiny', *common.IMAGENET_RESNETS])
+def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
+    config = common.get_config()
+    common.set_model(config, name)
+    model = config_lib.create_model(config, 10)
+    base = {f.name for f in dataclasses.fields(layers.Network)}
+    # What a name fixes, and what is for tests and people who build models by hand.
+    sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
+    own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
+           if f.name not in base | sizes}
+    declared = {key: value for key, value in config.model.items()
+                if f'model.{key}' not in config_lib.KEYS}
+    assert declared == own
 
 
 @pytest.mark.parametrize('stem,argument,expected', LOADED)
@@ -417,7 +438,7 @@ def test_every_config_loads(stem, argument, expected):
 
 
 @pytest.mark.parametrize('stem,argument,words', [
-    ('digits', 'foo=1', ["'foo'", 'method, noise, rho, seed']),
+    ('digits', 'foo=1', ["'foo'", 'model, method, noise, rho, seed']),
     ('digits', 'noise=abc', ["noise is 'abc'", 'float']),
     ('digits', 'noise', ["noise is ''", 'float']),
     ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),

@@ -37,9 +37,12 @@ LIBRARIES = {
     'absl': {'main'},
     'ml_collections': {'main'},
     'pytest': {'main'},
+    'h5py': {'models'},
+    'safetensors': {'models'},
 }
 # Imported inside functions only: slow, or absent on many machines.
-LAZY = {'sklearn', 'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'tqdm', 'pytest'}
+LAZY = {'sklearn', 'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'tqdm', 'pytest', 'h5py',
+        'safetensors'}
 
 MODULES = sorted((ROOT / 'sam_jax').rglob('*.py'))
 

@@ -10,11 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import from_reference, images, recipe, to_reference
+from reference import (
+    from_reference,
+    golden_shapes,
+    images,
+    recipe,
+    recipe_variables,
+    shapes,
+    to_reference,
+)
 
 from sam_jax import models
 from sam_jax.errors import UserError
-from sam_jax.models import wide_resnet
+from sam_jax.models import layers
 
 MINI = helpers.golden('model_WideResnet_mini')
 FULL = helpers.golden('model_WideResnet28x10_c100')
@@ -23,17 +31,6 @@ KEYS = [jax.random.key(i, impl='rbg') for i in range(2)]  # compiles faster than
 
 def init(model):
     return jax.jit(model.init)(KEYS[0], jnp.zeros((1, 8, 8, 3)))
-
-
-def shapes(model):
-    """Variables as shapes and dtypes: nothing is computed."""
-    return jax.eval_shape(functools.partial(init, model))
-
-
-def recipe_variables(model):
-    """The weights and statistics with which golden logits were computed."""
-    return from_reference(
-        {n: recipe(n, x.shape) for n, x in to_reference(shapes(model)).items()})
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'train'))
@@ -49,32 +46,22 @@ def count(tree):
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def golden_shapes(file):
-    return {name: tuple(map(int, filter(None, shape.strip('()').split(','))))
-            for kind in ('param', 'state')
-            for name, shape in zip(file[f'{kind}_names'], file[f'{kind}_shapes'], strict=True)}
-
-
 # Against the original
-
-
-@pytest.mark.parametrize('name, num_classes, params', [
-    ('wrn28_10', 100, 36_278_324), ('wrn28_10', 10, 36_220_634), ('wrn16_1', 10, 172_506)])
-def test_number_of_params(name, num_classes, params):
-    assert count(shapes(models.create_model(name, num_classes))['params']) == params
 
 
 @pytest.mark.parametrize('name, file', [('wrn16_1', MINI), ('wrn28_10', FULL)])
 def test_every_shape_is_the_original_s(name, file):
-    variables = shapes(models.create_model(name, int(file['num_classes'])))
-    assert {n: x.shape for n, x in to_reference(variables).items()} == golden_shapes(file)
+    model = models.create_model(name, int(file['num_classes']))
+    variables = shapes(model)
+    assert {n: x.shape for n, x in to_reference(model, variables).items()} == golden_shapes(file)
     assert (count(variables['params']), count(variables['batch_stats'])) == (
         file['param_count'], file['state_count'])
 
 
 def test_reference_names_go_there_and_back():
     arrays = {n: recipe(n, shape) for n, shape in golden_shapes(MINI).items()}
-    helpers.assert_trees_equal(to_reference(from_reference(arrays)), arrays)
+    model = models.create_model('wrn16_1', 10)
+    helpers.assert_trees_equal(to_reference(model, from_reference(model, arrays)), arrays)
 
 
 def test_logits_are_the_original_s():
@@ -86,7 +73,8 @@ def test_logits_are_the_original_s():
 
 def test_initial_values_are_distributed_as_the_original_s():
     """Mean, deviation and largest entry of each tensor agree, to what two samples may differ."""
-    ours = to_reference(init(models.create_model('wrn16_1', 10))['params'])
+    model = models.create_model('wrn16_1', 10)
+    ours = to_reference(model, jax.device_get({'params': init(model)['params']}))
     for name, mean, std, absmax in zip(*(
             MINI[k] for k in ('param_names', 'init_mean', 'init_std', 'init_absmax')), strict=True):
         x = np.asarray(ours[name])
@@ -102,7 +90,7 @@ def test_initial_values_are_distributed_as_the_original_s():
 
 def test_initial_head_scales_with_the_number_of_classes():
     """Uniform in +-1 / sqrt(C)."""
-    kernel = wide_resnet.dense_init(KEYS[0], (640, 100))
+    kernel = layers.dense_init(KEYS[0], (640, 100))
     row = FULL['param_names'].tolist().index('Dense_3/kernel')
     np.testing.assert_allclose(kernel.std(), FULL['init_std'][row], rtol=0.01)
     assert 0.0999 < FULL['init_absmax'][row] <= 0.1
@@ -175,8 +163,8 @@ def test_shortcut_is_pooled_and_padded():
     x = np.ones((1, 2, 2, 3))
     means = [[2.5, 4.5], [10.5, 12.5]]
     expected = 1 + np.stack([means, np.zeros((2, 2)), np.zeros((2, 2))], axis=-1)[None]
-    np.testing.assert_allclose(wide_resnet.add_shortcut(x, shortcut), expected)
-    np.testing.assert_allclose(wide_resnet.add_shortcut(shortcut, shortcut), 2 * shortcut)
+    np.testing.assert_allclose(layers.add_shortcut(x, shortcut), expected)
+    np.testing.assert_allclose(layers.add_shortcut(shortcut, shortcut), 2 * shortcut)
 
 
 def test_batch_norm_statistics_move_by_a_tenth():
@@ -250,7 +238,7 @@ def test_dropout_sits_in_front_of_the_second_convolution():
     assert abs(kept.sum() / (clean2 != 0).sum() - 0.25) < 0.05
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'wrn', 'wrn28', 'wrn28_10_x', 'WRN28_10', ''])
+@pytest.mark.parametrize('name', ['resnet', 'wrn', 'wrn28', 'wrn28_10_x', 'WRN28_10', ''])
 def test_unknown_model_lists_the_models(name):
     with pytest.raises(UserError, match=r'the models are wrn28_10, .*wrn<depth>_<width>') as error:
         models.create_model(name, 10)

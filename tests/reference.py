@@ -4,50 +4,62 @@ The original names a tensor by its modules ('WideResnetGroup_1/WideResnetBlock_0
 'pre-pool-bn/mean'); we have {'params' or 'batch_stats': {module: {leaf: array}}}.
 """
 
-import re
+import ast
 
+import flax.traverse_util
 import jax
+import jax.numpy as jnp
 from golden.recipe import images, one_hot, recipe
 
-__all__ = ['from_reference', 'images', 'one_hot', 'recipe', 'to_reference']
+from sam_jax.models import pretrained
 
-_THEIRS = {'conv_init': 'init_conv', 'bn_final': 'pre-pool-bn', 'head': 'Dense_3'}
-_THEIR_PARTS = {'bn1': 'init_bn', 'bn2': 'bn_2', 'conv1': 'conv1', 'conv2': 'conv2'}
-_OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
-_OUR_PARTS = {theirs: ours for ours, theirs in _THEIR_PARTS.items()}
+__all__ = ['from_reference', 'golden_shapes', 'images', 'one_hot', 'recipe', 'recipe_variables',
+           'shapes', 'to_reference']
 
 
-def _to_our_module(module):
-    match = re.fullmatch(r'WideResnetGroup_(\d+)/WideResnetBlock_(\d+)/(.+)', module)
-    if not match:
-        return _OURS[module]
-    group, block, part = match.groups()
-    return f'group{group}_block{block}_{_OUR_PARTS[part]}'
+def shapes(model, image_shape=(32, 32, 3)):
+    """Variables as shapes and dtypes: nothing is computed."""
+    return jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
 
 
-def _to_their_module(module):
-    match = re.fullmatch(r'group(\d+)_block(\d+)_(.+)', module)
-    if not match:
-        return _THEIRS[module]
-    group, block, part = match.groups()
-    return f'WideResnetGroup_{group}/WideResnetBlock_{block}/{_THEIR_PARTS[part]}'
-
-
-def from_reference(arrays):
-    """{original name: array} -> our variables, with the collections that occur among the names."""
-    variables = {}
-    for name, array in arrays.items():
-        module, leaf = name.rsplit('/', 1)
-        collection = 'batch_stats' if leaf in ('mean', 'var') else 'params'
-        module = _to_our_module(module)
-        variables.setdefault(collection, {}).setdefault(module, {})[leaf] = array
-    return variables
-
-
-def to_reference(tree):
-    """Our variables, or one collection of them -> {original name: array}."""
+def to_reference(model, variables):
+    """Our variables -> {original name: array}."""
     arrays = {}
-    for path, array in jax.tree.leaves_with_path(tree):
-        *_, module, leaf = (key.key for key in path)
-        arrays[f'{_to_their_module(module)}/{leaf}'] = array
+    for path, x in flax.traverse_util.flatten_dict(variables, sep='/').items():
+        # The layout is its own inverse.
+        arrays[pretrained.REFERENCE.name(model, path)] = pretrained.REFERENCE.layout(
+            path, x, x.ndim)
     return arrays
+
+
+def from_reference(model, arrays):
+    """{original name: array} -> our variables, those whose names occur."""
+    flat = {}
+    for path in flax.traverse_util.flatten_dict(shapes(model), sep='/'):
+        name = pretrained.REFERENCE.name(model, path)
+        if name in arrays:
+            flat[path] = pretrained.REFERENCE.layout(path, arrays[name], arrays[name].ndim)
+    assert len(flat) == len(arrays), arrays.keys()
+    return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def recipe_variables(model):
+    """The weights and statistics with which golden logits were computed.
+
+    Of models that the original does not have, something of the same kind.
+    """
+    flat = {}
+    known = isinstance(model, tuple(pretrained.REFERENCE.modules))
+    for path, x in flax.traverse_util.flatten_dict(shapes(model), sep='/').items():
+        name = pretrained.REFERENCE.name(model, path) if known else path
+        shape = x.shape[:2] + x.shape[:1:-1] if name.endswith('depthwise_kernel') else x.shape
+        flat[path] = pretrained.REFERENCE.layout(path, recipe(name, shape), x.ndim)
+    return flax.traverse_util.unflatten_dict(flat, sep='/')
+
+
+def golden_shapes(file):
+    """{original name: shape} of a model_*.npz."""
+    return {name: ast.literal_eval(shape) for kind in ('param', 'state')
+            for name, shape in zip(file[f'{kind}_names'].tolist(),
+                                   file[f'{kind}_shapes'].tolist(), strict=True)}

@@ -4,16 +4,61 @@ import inspect
 import re
 
 from sam_jax.errors import UserError
+from sam_jax.models import efficientnet, resnet
+from sam_jax.models.cifar_resnet import CifarResNet
+from sam_jax.models.efficientnet import EfficientNet
+from sam_jax.models.pyramidnet import PyramidNet
+from sam_jax.models.resnet import ResNet
+from sam_jax.models.shake_shake import ShakeShake
 from sam_jax.models.wide_resnet import WideResNet
 
-# Pattern of the name -> function from the match's groups to (class, sizes). Sizes are data.
+
+def _wide_resnet(depth, width):
+    return WideResNet, {'depth': int(depth), 'width': int(width)}, {}
+
+
+def _shake_shake(depth, width):
+    return ShakeShake, {'depth': int(depth), 'width': int(width)}, {}
+
+
+def _pyramidnet(depth, shakedrop):
+    return PyramidNet, {'depth': int(depth), 'shakedrop': bool(shakedrop)}, {}
+
+
+def _resnet(name):
+    blocks, bottleneck = resnet.SIZES[name]
+    return ResNet, {'blocks': blocks, 'bottleneck': bottleneck}, {}
+
+
+def _cifar_resnet(depth):
+    return CifarResNet, {'depth': int(depth)}, {}
+
+
+def _efficientnet(size):
+    s = efficientnet.SIZES[size]
+    stages = efficientnet.TINY_STAGES if size == 'tiny' else efficientnet.STAGES
+    return (EfficientNet, {'width': s.width, 'depth': s.depth, 'stages': stages},
+            {'dropout_rate': s.dropout_rate})
+
+
+# Pattern of the name -> function from the match's groups to (class, sizes, defaults of options).
+# The first that matches counts: resnet50 is of ImageNet although 50 is 6n + 2.
 _FAMILIES = {
-    r'wrn(\d+)_(\d+)': lambda depth, width: (
-        WideResNet, {'depth': int(depth), 'width': int(width)}),
+    r'wrn(\d+)_(\d+)': _wide_resnet,
+    r'shake_shake_(\d+)_2x(\d+)d': _shake_shake,
+    r'pyramidnet(\d+)(_shakedrop)?': _pyramidnet,
+    f'({"|".join(resnet.SIZES)})': _resnet,
+    r'resnet(\d+)': _cifar_resnet,
+    f'efficientnet-({"|".join(efficientnet.SIZES)})': _efficientnet,
 }
 
 # Names that stand for their family in messages and documents.
-NAMES = ('wrn28_10', 'wrn40_10', 'wrn40_2', 'wrn16_8', 'wrn16_4', 'wrn10_2', 'wrn<depth>_<width>')
+NAMES = (
+    'wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>',
+    'shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d',
+    'pyramidnet272', 'pyramidnet272_shakedrop', 'pyramidnet<depth>[_shakedrop]',
+    'resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)',
+    *resnet.SIZES, *(f'efficientnet-{size}' for size in efficientnet.SIZES))
 
 
 def create_model(name, num_classes, **options):
@@ -21,13 +66,15 @@ def create_model(name, num_classes, **options):
 
     Called as `module.init(rngs, images, train=False)` and
     `module.apply(variables, images, train=..., mutable=..., rngs=...)` with images (N, H, W, C),
-    rng names 'params' and 'dropout', collections 'params' and 'batch_stats'. Returns logits
-    (N, num_classes) in at least float32.
+    rng names 'params', 'dropout' and 'shake', collections 'params' and 'batch_stats'. Returns
+    logits (N, num_classes) in at least float32. The calls of Shake-Shake and PyramidNet also take
+    `true_gradient`, see `models.shake`.
 
     Args:
-      name: see NAMES; WideResNets of any depth 6n + 4 and any width, e.g. 'wrn16_4'.
+      name: see NAMES.
       num_classes: size of the head.
-      **options: keyword arguments of the family's class, e.g. `dropout_rate=0.3`.
+      **options: keyword arguments of the family's class, e.g. `dropout_rate=0.3`; those of
+        `layers.Network` are for all families.
 
     Raises:
       UserError: no such model, or impossible sizes.
@@ -36,9 +83,9 @@ def create_model(name, num_classes, **options):
     for pattern, family in _FAMILIES.items():
         match = re.fullmatch(pattern, name)
         if match:
-            cls, sizes = family(*match.groups())
+            cls, sizes, defaults = family(*match.groups())
             _check_options(name, cls, sizes, options)
-            return cls(num_classes=num_classes, **sizes, **options)
+            return cls(num_classes=num_classes, **sizes, **{**defaults, **options})
     raise UserError(f'model.name is {name!r}; the models are {", ".join(NAMES)}.')
 
 

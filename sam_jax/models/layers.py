@@ -1,0 +1,92 @@
+"""What the architectures share: initialisers, BatchNorm, convolutions, blocks, the head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sam_jax.errors import UserError
+
+# Kaiming normal, fan-out, gain 2: not truncated.
+conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def dense_init(key, shape, dtype=jnp.float32):
+    """U[-1, 1] / sqrt(number of outputs)."""
+    return jax.random.uniform(key, shape, dtype, -1.0) * shape[1] ** -0.5
+
+
+def add_shortcut(x, shortcut):
+    """Returns x + shortcut, the latter average-pooled and padded with zero channels to fit."""
+    stride = shortcut.shape[-2] // x.shape[-2]
+    if stride > 1:
+        shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
+    if x.shape[-1] != shortcut.shape[-1]:
+        # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
+        return jnp.asarray(x).at[..., :shortcut.shape[-1]].add(shortcut)
+    return x + shortcut
+
+
+class Network(nn.Module):
+    """Base of all architectures.
+
+    Attributes:
+      num_classes: size of the head.
+      dtype: dtype of the computation; params, statistics and logits stay in `param_dtype`.
+      param_dtype: dtype of params.
+      batch_norm_axis: name of the pmap axis over whose devices BatchNorm averages its statistics;
+        None for those of a replica alone.
+      frozen_batch_norm: normalise by the running statistics in training too, and leave them as they
+        are (SAM paper, appendix C.2: fine-tuning).
+      remat: compute the activations within a block anew in the backward pass: less memory, one more
+        forward pass, the same numbers.
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    batch_norm_axis: str | None = None
+    frozen_batch_norm: bool = False
+    remat: bool = False
+
+    # No annotations: constants of the architecture and no options.
+    batch_norm_momentum = 0.9
+    batch_norm_epsilon = 1e-5
+    kernel_init = staticmethod(conv_init)
+    head_init = staticmethod(dense_init)
+
+    def conv(self, x, channels, kernel, stride, name, **options):
+        """Convolution, `kernel` x `kernel`, padded as 'SAME' and without bias unless asked for."""
+        options = {'padding': 'SAME', 'use_bias': False, 'kernel_init': self.kernel_init, **options}
+        return nn.Conv(
+            channels, (kernel, kernel), (stride, stride), dtype=self.dtype,
+            param_dtype=self.param_dtype, name=name, **options)(x)
+
+    def norm(self, x, train, name, **options):
+        """BatchNorm with the biased variance E[x^2] - E[x]^2, in float32 at least."""
+        return nn.BatchNorm(
+            use_running_average=not train or self.frozen_batch_norm,
+            momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon,
+            axis_name=self.batch_norm_axis, dtype=self.dtype, param_dtype=self.param_dtype,
+            name=name, **options)(x)
+
+    def pool(self, x):
+        """Mean over the image, in float32 at least."""
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+    def head(self, x):
+        """The last layer: features (N, C) -> logits, in float32 at least."""
+        return nn.Dense(
+            self.num_classes, kernel_init=self.head_init, dtype=x.dtype,
+            param_dtype=self.param_dtype, name='head')(x)
+
+    def run_block(self, block, x):
+        """block(self, x), the activations within it kept or computed anew as `remat` says."""
+        return (nn.remat(block) if self.remat else block)(self, x)
+
+
+def require_rate(name, rate):
+    """Raises UserError unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise UserError(f'model.{name} is {rate}; it must be at least 0 and below 1.')

@@ -1,0 +1,337 @@
+"""Every family of models against the original's sizes, logits and formulas; options of all."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_trees_equal, golden, relative_distance
+from reference import golden_shapes, images, recipe_variables, shapes, to_reference
+
+from sam_jax import models
+from sam_jax.errors import UserError
+from sam_jax.models import shake
+
+COUNTS = {  # of params, by number of classes
+    ('wrn28_10', 100): 36_278_324, ('wrn28_10', 10): 36_220_634,
+    ('shake_shake_26_2x96d', 100): 26_227_572, ('shake_shake_26_2x96d', 10): 26_192_922,
+    ('pyramidnet272_shakedrop', 100): 26_288_692, ('pyramidnet272', 10): 26_210_842,
+    ('resnet20', 10): 269_722, ('resnet32', 10): 464_154, ('resnet56', 10): 853_018,
+    ('resnet110', 10): 1_727_962,
+    ('resnet18', 1000): 11_689_512, ('resnet34', 1000): 21_797_672,
+    ('resnet50', 1000): 25_557_032, ('resnet101', 1000): 44_549_160,
+    ('resnet152', 1000): 60_192_808, ('resnet200', 1000): 64_673_832,
+    ('efficientnet-b0', 1000): 5_288_548, ('efficientnet-b1', 1000): 7_794_184,
+    ('efficientnet-b2', 1000): 9_109_994, ('efficientnet-b3', 1000): 12_233_232,
+    ('efficientnet-b4', 1000): 19_341_616, ('efficientnet-b5', 1000): 30_389_784,
+    ('efficientnet-b6', 1000): 43_040_704, ('efficientnet-b7', 1000): 66_347_960,
+    ('efficientnet-b8', 1000): 87_413_142, ('efficientnet-l2', 1000): 480_309_308,
+    ('efficientnet-l2-475', 1000): 480_309_308,
+}
+GOLDEN = {  # our name: the golden file, the size of its images, its number of classes
+    'shake_shake_14_2x16d': ('WideResnet_ShakeShake_mini', 32, 10),
+    'pyramidnet11_shakedrop': ('Pyramid_ShakeDrop_mini', 32, 10),
+    'resnet50': ('Resnet50', 224, 1000), 'efficientnet-b0': ('efficientnet-b0', 224, 1000),
+    'resnet101': ('Resnet101', 0, 1000), 'efficientnet-b4': ('efficientnet-b4', 0, 1000)}
+# A small size of each family, with what makes it smaller still.
+TINY = {
+    'wrn10_1': {}, 'shake_shake_8_2x4d': {}, 'pyramidnet11': {'alpha': 12.0},
+    'pyramidnet11_shakedrop': {'alpha': 12.0}, 'resnet8': {}, 'resnet10': {'width': 8},
+    'efficientnet-tiny': {}}
+RANDOM = ['shake_shake_8_2x4d', 'pyramidnet11_shakedrop', 'efficientnet-tiny']
+
+
+def tiny(name, **options):
+    return models.create_model(name, 10, **TINY[name], **options)
+
+
+def keys(seed):
+    return {name: jax.random.key(seed + i) for i, name in enumerate(('dropout', 'shake'))}
+
+
+def train(model, variables, x, seed=0, **options):
+    """(logits, new statistics) of a training pass."""
+    logits, new = model.apply(
+        variables, x, train=True, mutable=['batch_stats'], rngs=keys(seed), **options)
+    return logits, new['batch_stats']
+
+
+def loss_and_gradient(model, variables, x, seed=0, **options):
+    def loss(params):
+        logits, stats = train(model, {**variables, 'params': params}, x, seed, **options)
+        return jnp.mean(logits.astype(float) * jnp.arange(10.0)[None]), stats
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
+
+
+# Sizes and numbers of the original
+
+
+@pytest.mark.parametrize('name, classes', COUNTS)
+def test_number_of_params(name, classes):
+    variables = shapes(models.create_model(name, classes))
+    assert sum(x.size for x in jax.tree.leaves(variables['params'])) == COUNTS[name, classes]
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_every_shape_is_the_original_s(name):
+    file, _, classes = GOLDEN[name]
+    model = models.create_model(name, classes)
+    ours = to_reference(model, jax.tree.map(
+        lambda x: np.broadcast_to(np.float32(0), x.shape), shapes(model)))
+    assert {n: x.shape for n, x in ours.items()} == golden_shapes(golden(f'model_{file}'))
+
+
+@pytest.mark.parametrize('name', [name for name, (_, size, _) in GOLDEN.items() if size])
+def test_logits_are_the_original_s(name):
+    file, size, classes = GOLDEN[name]
+    expected = golden(f'model_{file}')['logits_recipe']
+    model = models.create_model(name, classes)
+    logits = jax.jit(model.apply)(
+        recipe_variables(model), images(1, (len(expected), size, size, 3)))
+    assert relative_distance(logits, expected) < 1e-5
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('name', [
+    'shake_shake_14_2x16d', 'pyramidnet11_shakedrop', 'efficientnet-b0',
+    pytest.param('resnet50', marks=pytest.mark.slow)])
+def test_initial_values_are_distributed_as_the_original_s(name):
+    """Deviation and end of each tensor's distribution; 5 standard errors of two samples apart."""
+    file, _, classes = GOLDEN[name]
+    file, model = golden(f'model_{file}'), models.create_model(name, classes)
+    start = jax.jit(model.init)(jax.random.key(0, impl='rbg'), jnp.zeros((1, 32, 32, 3)))
+    ours = to_reference(model, jax.device_get({'params': start['params']}))
+    for n, mean, std, absmax in zip(
+            *(file[k].tolist() for k in ('param_names', 'init_mean', 'init_std', 'init_absmax'))):
+        x = ours[n]
+        if std < 1e-5:
+            np.testing.assert_allclose(x, round(mean), err_msg=n)  # scales, biases
+        else:
+            assert abs(x.std() - std) < 5 * std / np.sqrt(x.size), n
+            # A uniform distribution ends at 1.7 deviations, a truncated normal at 2.3; a normal
+            # one ends nowhere.
+            kind, expected = np.searchsorted([2.0, 2.5], [np.abs(x).max() / x.std(), absmax / std])
+            assert x.size < 1000 or kind == expected, n
+
+
+def test_stem_of_resnet_has_a_relu_when_asked_for():
+    plain, with_relu = (models.create_model('resnet10', 10, width=8, stem_relu=r) for r in (0, 1))
+    variables, x = recipe_variables(plain), images(1, (2, 32, 32, 3))
+    # A stem that is never negative needs none.
+    positive = jax.tree.map(jnp.copy, variables)
+    positive['params']['bn_init']['bias'] += 100
+    for start, same in [(variables, False), (positive, True)]:
+        logits = [m.apply(start, x) for m in (plain, with_relu)]
+        assert np.allclose(*logits, rtol=1e-5) == same
+
+
+# The random parts
+
+
+@pytest.mark.parametrize('true_gradient', [False, True])
+def test_shake_shake_is_the_original_s(true_gradient):
+    file, tg = golden('noise_functions'), int(true_gradient)
+    forward, backward = file['ss_gate_forward'], file['ss_gate_backward']
+    out, pull = jax.vjp(lambda a, b: shake.shake_shake(
+        a, b, forward, forward if true_gradient else backward), file['xa'], file['xb'])
+    np.testing.assert_allclose(out, file[f'ss_tg{tg}_out'], rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(pull(file['cotangent']), ('dxa', 'dxb')):
+        np.testing.assert_allclose(ours, file[f'ss_tg{tg}_{theirs}'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('true_gradient', [False, True])
+@pytest.mark.parametrize('p', ['1', '0.75', '0.5'])
+def test_shake_drop_is_the_original_s(p, true_gradient):
+    file, tg = golden('noise_functions'), int(true_gradient)
+    mask, alpha, beta = (file[f'sd_p{p}_{n}'].astype(np.float32) for n in ('mask', 'alpha', 'beta'))
+    out, pull = jax.vjp(lambda x: shake.shake_drop(
+        x, mask, alpha, alpha if true_gradient else beta), file['xa'])
+    np.testing.assert_allclose(out, file[f'sd_p{p}_tg{tg}_out'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        pull(file['cotangent'])[0], file[f'sd_p{p}_tg{tg}_dx'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(file['xa'] * float(p), file[f'sd_p{p}_eval'], rtol=1e-5)
+
+
+def test_stochastic_depth_is_the_original_s():
+    file = golden('noise_functions')
+    mask, out = file['sdepth_mask'].astype(np.float32), file['sdepth_out']
+    rate = np.median((file['xa'] / out)[np.broadcast_to(mask == 1, out.shape)])
+    np.testing.assert_allclose(
+        shake.stochastic_depth(file['xa'], mask, rate), out, rtol=1e-5, atol=1e-6)
+
+
+def test_distributions_of_the_coefficients():
+    """One an image; uniform where they should be; forward and backward independent or equal."""
+    ones = jnp.ones((4000, 1, 1, 2))
+
+    def coefficients(function, **options):
+        out, pull = jax.vjp(lambda x: function(x, **options), ones)
+        both = out, pull(jnp.ones_like(out))[0]
+        assert all((c[..., 0] == c[..., 1]).all() for c in both)
+        return [np.asarray(c[:, 0, 0, 0]) for c in both]
+
+    def mix(x, **options):
+        return shake.random_shake_shake(x, 0 * x, jax.random.key(1), **options)
+
+    def drop(x, **options):
+        return shake.random_shake_drop(x, jax.random.key(1), 0.75, **options)
+
+    for function, lows in [(mix, (0, 0)), (drop, (-1, 0))]:
+        both = coefficients(function, true_gradient=False)
+        if function is drop:
+            dropped = both[0] != 1
+            assert abs(dropped.mean() - 0.25) < 0.03
+            both = [c[dropped] for c in both]
+        for c, low in zip(both, lows):
+            quantiles = np.quantile(c, [0, 0.25, 0.5, 0.75, 1])
+            np.testing.assert_allclose(quantiles, np.linspace(low, 1, 5), atol=0.09)
+        assert abs(np.corrcoef(both)[0, 1]) < 0.1
+        np.testing.assert_allclose(*coefficients(function, true_gradient=jnp.array(True)))
+    kept, _ = coefficients(
+        lambda x: shake.random_stochastic_depth(x, jax.random.key(1), 0.8))
+    assert set(np.unique(kept)) == {0.0, np.float32(1.25)}
+    assert abs((kept > 0).mean() - 0.8) < 0.03
+
+
+@pytest.mark.parametrize('name', ['shake_shake_8_2x4d', 'pyramidnet11_shakedrop'])
+def test_true_gradient_is_that_of_the_loss(name, x64):
+    """Along a direction it is the difference quotient; the shaken one is not."""
+    model = tiny(name, dtype='float64', param_dtype='float64')
+    variables = jax.tree.map(lambda x: jnp.asarray(x, float), recipe_variables(model))
+    x = images(1, (4, 8, 8, 3)).astype(float)
+    params, h = variables['params'], 1e-8  # so small that no ReLU changes its mind
+    direction = jax.tree.map(lambda w: jnp.asarray(images(w.size, w.shape), float), params)
+
+    def loss_at(t):
+        moved = jax.tree.map(lambda w, d: w + t * d, params, direction)
+        return loss_and_gradient(model, {**variables, 'params': moved}, x)[0][0]
+
+    (loss, _), true = loss_and_gradient(model, variables, x, true_gradient=True)
+    (shaken_loss, _), shaken = loss_and_gradient(model, variables, x, true_gradient=False)
+    np.testing.assert_allclose(shaken_loss, loss, rtol=1e-12)
+    slope = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, true, direction))
+    np.testing.assert_allclose(slope, (loss_at(h) - loss_at(-h)) / (2 * h), rtol=1e-4)
+    assert relative_distance(shaken, true) > 0.05
+
+
+@pytest.mark.parametrize('name', RANDOM)
+def test_randomness_is_for_training_and_keyed(name):
+    model = tiny(name)
+    variables, x = recipe_variables(model), images(1, (4, 8, 8, 3))
+    run = jax.jit(functools.partial(train, model), static_argnames='seed')
+    (first, _), (again, _), (other, _) = (run(variables, x, seed=s) for s in (0, 0, 5))
+    assert_trees_equal(first, again)
+    assert relative_distance(other, first) > 1e-3
+    plain = model.apply(variables, x)
+    assert_trees_equal(plain, model.apply(variables, x, rngs=keys(7)))
+
+
+def test_evaluation_is_the_mean_of_the_branches():
+    """What shake-shake's branches and ShakeDrop's branch end with, moved by one, moves the sum."""
+    def first_block(name, moved):
+        model = tiny(name)
+        variables = jax.tree.map(np.array, recipe_variables(model))
+        for norm in moved:
+            variables['params'][norm]['bias'] += 1
+        run = functools.partial(model.apply, variables, images(1, (2, 8, 8, 3)))
+        outputs = []
+
+        def spy(call, args, kwargs, context):
+            outputs.append((context.module.name, np.asarray(args[0])) if args else None)
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(spy):
+            run()
+        reader = 'block1_bn1' if 'pyramid' in name else 'group1_block0_conv_shortcut1'
+        return next(x for n, x in filter(None, outputs) if n == reader)
+
+    for name, moved, expected in [
+            ('shake_shake_8_2x4d', ['group0_block0_bn_a2'], 0.5),
+            ('shake_shake_8_2x4d', ['group0_block0_bn_b2'], 0.5),
+            ('pyramidnet11_shakedrop', ['block0_bn4'], 1 - 0.5 / 3),
+            ('pyramidnet11', ['block0_bn4'], 1)]:
+        shift = first_block(name, moved) - first_block(name, [])
+        np.testing.assert_allclose(shift, expected, rtol=1e-4)
+
+
+# Options of all families
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_bfloat16_keeps_params_statistics_and_logits_in_float32(name):
+    x, results = images(1, (8, 16, 16, 3)), []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = tiny(name, dtype=dtype)
+        variables = recipe_variables(model)
+        evaluated = jax.jit(model.apply)(variables, x)
+        trained = jax.jit(functools.partial(train, model))(variables, x)
+        assert {v.dtype for v in jax.tree.leaves((shapes(model), evaluated, trained))} == {
+            np.dtype('float32')}
+        results.append((evaluated, *trained))
+    for full, half in zip(*results):
+        assert 1e-5 < relative_distance(half, full) < 0.05
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_remat_changes_the_program_and_no_number(name):
+    x, results = images(1, (4, 8, 8, 3)), []
+    for remat in (False, True):
+        model = tiny(name, remat=remat)
+        variables = recipe_variables(model)
+        program = jax.make_jaxpr(lambda v, m=model: train(m, v, x))(variables)
+        assert ('remat' in str(program)) == remat
+        results.append(loss_and_gradient(model, variables, x))
+    assert relative_distance(*results) < 1e-5
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_frozen_statistics_are_used_and_kept(name):
+    model = tiny(name, frozen_batch_norm=True)
+    variables, x = recipe_variables(model), images(1, (4, 8, 8, 3))
+    logits, stats = train(model, variables, x)
+    assert_trees_equal(stats, variables['batch_stats'])
+    if name not in RANDOM:
+        np.testing.assert_allclose(logits, model.apply(variables, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_synchronised_statistics_are_those_of_the_whole_batch(name):
+    model, alone = tiny(name, batch_norm_axis='batch'), tiny(name)
+    variables, x = recipe_variables(alone), images(1, (8, 8, 8, 3))
+    whole = jax.jit(functools.partial(train, alone))(variables, x)[1]
+    parts = jax.pmap(functools.partial(train, model), axis_name='batch', in_axes=(None, 0),
+                     devices=jax.devices()[:2])(variables, x.reshape(2, 4, 8, 8, 3))[1]
+    # Of the first layers, which no randomness reaches.
+    first = {'wrn10_1': 'group0_block0_bn1', 'efficientnet-tiny': 'bn_stem'}.get(name, 'bn_init')
+    first = 'bn_init' if first not in whole and 'bn_init' in whole else first
+    for leaf in ('mean', 'var'):
+        np.testing.assert_allclose(parts[first][leaf][0], whole[first][leaf], rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(parts[first][leaf][0], parts[first][leaf][1])
+
+
+def test_options_are_checked():
+    with pytest.raises(TypeError, match=r"resnet32 has no option 'shortcut'; .*residual"):
+        models.create_model('resnet32', 10, shortcut=False)
+    for name, options, message in [
+            ('shake_shake_27_2x96d', {}, 'depth 27 and width 96'),
+            ('shake_shake_26_2x95d', {}, 'width 95'), ('pyramidnet270', {}, 'depth 270'),
+            ('pyramidnet272', {'alpha': 0.0}, 'model.alpha is 0.0'), ('resnet33', {}, 'depth 33'),
+            ('efficientnet-b0', {'dropout_rate': 1.0}, 'model.dropout_rate is 1.0'),
+            ('efficientnet-b0', {'stochastic_depth_rate': -0.1}, 'model.stochastic_depth_rate is'),
+            ('efficientnet-b9', {}, 'the models are')]:
+        with pytest.raises(UserError, match=message):
+            models.create_model(name, 10, **options)
+
+
+def test_resnet_without_shortcuts_is_a_plain_chain():
+    """Where the second BatchNorm of a block gives nothing, nothing is left of the image."""
+    for residual in (True, False):
+        model = models.create_model('resnet8', 10, residual=residual)
+        variables = recipe_variables(model)
+        for leaf in ('scale', 'bias'):
+            value = variables['params']['group1_block0_bn2'][leaf]
+            variables['params']['group1_block0_bn2'][leaf] = jnp.zeros_like(value)
+        logits = model.apply(variables, images(1, (2, 16, 16, 3)))
+        assert np.allclose(logits[0], logits[1]) == (not residual)
