@@ -20,3 +20,11 @@ def x64():
     """Runs the test in float64, which separates a bug from rounding."""
     with jax.enable_x64(True):
         yield
+
+
+# A file stays with one worker: the long ones come first, so that no worker ends alone with one.
+LONG = ('topology_test.py', 'train_test.py', 'golden_train_test.py', 'zoo_test.py')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

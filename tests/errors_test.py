@@ -308,9 +308,9 @@ COMMANDS = [
     (['--config=configs/cifar.py:model=vgg16', WORKDIR], [*models.NAMES]),  # before the dataset
     ([CONFIG, WORKDIR, '--config.model.name=resnet20'],
      ["no option 'dropout_rate'", "config's argument, model=NAME"]),
-    ([CONFIG, WORKDIR, '--config.batch_size=80', '--config.replica_batch_size=10',
+    ([CONFIG, WORKDIR, '--config.batch_size=80', '--config.replica_batch_size=5',
       '--config.model.sync_batch_norm=True'],
-     ['model.sync_batch_norm is True', '8 replicas', 'set replica_batch_size to 80']),
+     ['model.sync_batch_norm is True', '16 replicas', 'set replica_batch_size to 10']),
     ([CONFIG, WORKDIR, '--config.data.augment=foo'], ['data.augment is \'foo\'', 'none, basic']),
     ([CONFIG], ['--workdir is \'\'']),
     ([CONFIG, '--workdir=pyproject.toml'], ['workdir \'pyproject.toml\' is not writable']),
