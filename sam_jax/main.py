@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -46,6 +47,17 @@ def _exit(message, status=EXIT_USER_ERROR):
     sys.exit(status)
 
 
+def _keep_compiled_programs():
+    """Sets JAX's persistent compilation cache, unless JAX has been told of one or of none."""
+    if not jax.config.jax_enable_compilation_cache:
+        return
+    if not jax.config.jax_compilation_cache_dir:
+        caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'sam_jax', 'compiled'))
+    logging.getLogger('sam_jax').info(
+        'Compiled programs are kept in %s.', jax.config.jax_compilation_cache_dir)
+
+
 def main(argv):
     """Trains what the flags say; bad input ends with one sentence and status 2."""
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
@@ -54,6 +66,7 @@ def main(argv):
     try:
         if argv[1:]:
             raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
+        _keep_compiled_programs()
         distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     except UserError as e:

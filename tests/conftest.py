@@ -1,12 +1,17 @@
 """Eight fake CPU devices and strict numerics for every test."""
 
 import os
+import tempfile
 
 # The tests compile much and compute little: LLVM's optimizations would take most of the time.
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
     '--xla_backend_optimization_level=0']).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+# Runs as users start them keep compiled programs; those of the tests go elsewhere, and go away.
+_caches = tempfile.TemporaryDirectory()
+os.environ['XDG_CACHE_HOME'] = _caches.name
 
 import jax
 import pytest

@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import assert_trees_equal, golden, relative_distance
+from helpers import assert_trees_equal, golden, relative_distance, small_config
 from reference import golden_shapes, images, recipe_variables, shapes, to_reference
 
-from sam_jax import models
+from sam_jax import data, models, replicas, rngs, train_step
 from sam_jax.errors import UserError
 from sam_jax.models import shake
 
@@ -335,3 +336,70 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
             variables['params']['group1_block0_bn2'][leaf] = jnp.zeros_like(value)
         logits = model.apply(variables, images(1, (2, 16, 16, 3)))
         assert np.allclose(logits[0], logits[1]) == (not residual)
+
+
+# Under SAM
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_sam_lowers_the_loss_on_two_devices(name):
+    """Ten steps on one batch of digits, two replicas that ascend each on its own."""
+    config = small_config(
+        batch_size=32, replica_batch_size=16, log_every_steps=1, sam__rho=0.05,
+        optimizer__learning_rate=0.02, optimizer__schedule='constant')
+    dataset = data.load_dataset(config.data, seed=0)
+    layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
+    model = tiny(name)
+    step = train_step.make_train_step(model, config, layout, dataset)
+    state = layout.replicate(
+        train_step.create_train_state(config, model, dataset.image_shape))
+    arguments = (layout.shard(dataset.train_feed(0, 0, layout)),
+                 layout.replicate(dataset.device_arrays(dataset.train)),
+                 layout.replicate(train_step.HParams.from_config(config)))
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, *arguments)
+        np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-3)
+        losses.append(float(metrics['train/loss']))
+    assert np.mean(losses[-3:]) < 0.9 * losses[0], losses
+
+
+def test_ascent_alone_is_along_the_true_gradient():
+    """The step perturbs by the true gradient and descends by the shaken one, with one set of rngs.
+
+    With rho = 0, and for plain SGD, the shaken one is all there is.
+    """
+    config = small_config(batch_size=16, replica_batch_size=16, log_every_steps=1, sam__rho=0.1,
+                          optimizer__clip_norm=0.0, optimizer__momentum=0.0,
+                          optimizer__schedule='constant', optimizer__weight_decay=0.0)
+    dataset = data.load_dataset(config.data, seed=0)
+    layout, _ = replicas.make_layout(16, 16, 1, devices=jax.devices()[:1])
+    model = tiny('shake_shake_8_2x4d')
+    start = train_step.create_train_state(config, model, dataset.image_shape)
+    feed = dataset.train_feed(0, 0, layout)
+    arrays = jax.tree.map(jnp.asarray, dataset.device_arrays(dataset.train))
+    batch = dataset.train_batch(arrays, {'index': jnp.asarray(feed['index'][0, 0])},
+                                jax.random.split(jax.random.key(0), 16))
+    replica = {**batch, 'rngs': {
+        purpose: rngs.key(0, purpose, 0, 0) for purpose in ('dropout', 'shake')}}
+
+    @jax.jit
+    def gradient(params, true_gradient):
+        return train_step.replica_gradient(
+            params, start.batch_stats, replica, model=model, config=config, weight_decay=0.0,
+            true_gradient=true_gradient)[0]
+
+    true, shaken = (gradient(start.params, t) for t in (True, False))
+    assert relative_distance(true, shaken) > 0.05
+    scale = 0.1 / optax.tree.norm(true)
+    perturbed = gradient(jax.tree.map(lambda w, g: w + scale * g, start.params, true), False)
+    for method, rho, expected in [('sam', 0.1, perturbed), ('sam', 0.0, shaken),
+                                  ('sgd', 0.1, shaken)]:
+        config.sam.method = method
+        config.sam.rho = rho
+        step = train_step.make_train_step(model, config, layout, dataset)
+        state = layout.replicate(jax.tree.map(jnp.copy, start))
+        state, _ = step(state, layout.shard(feed), layout.replicate(arrays),
+                        layout.replicate(train_step.HParams.from_config(config)))
+        descended = jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, start.params)
+        assert relative_distance(descended, expected) < 1e-4

@@ -42,8 +42,13 @@ def load_reference_checkpoint(source, model_name, num_classes, seed=0, **options
         first parameter that differs, and both shapes.
     """
     model = models.create_model(model_name, num_classes, **options)
-    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 32, 32, 3))))(
-        jax.random.key(seed))
+    shapes = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    # Zeros for all that comes from the file; only the head may have to be made.
+    variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    kernel = shapes['params']['head']['kernel']
+    variables['params']['head']['kernel'] = model.head_init(
+        jax.random.key(seed), kernel.shape, kernel.dtype)
     return load(source, model, variables)
 
 
@@ -69,7 +74,7 @@ def load(source, model, variables):
     names = max(named, key=lambda n: len(n.keys() & arrays.keys()), default={})
     if not names.keys() & arrays.keys():
         kind = type(model).__name__
-        raise UserError(f'{where} are not those of a {kind}: none of their names is known; the '
+        raise UserError(f'{where} are not those of {kind}: none of their names is known; the '
                         f'first is {min(arrays, default="(nothing)")!r}.')
     head = {name for name, (path, _) in names.items() if path.startswith('params/head/')}
     values = {}
@@ -133,12 +138,8 @@ def _read_safetensors(path):
     return {k: v for k, v in load_file(path).items() if not k.endswith('num_batches_tracked')}
 
 
-_KERAS_VARS = {1: ('kernel',), 2: ('kernel', 'bias'),
-               4: ('gamma', 'beta', 'moving_mean', 'moving_variance')}
-
-
 def _read_h5(path):
-    """{'layer/kind of weight': array}, from Keras 2's layout or from that of Keras 3."""
+    """{'layer/kind or number of the weight': array}, from the layout of Keras 2 or 3."""
     import h5py
     arrays = {}
 
@@ -146,12 +147,11 @@ def _read_h5(path):
         if not isinstance(item, h5py.Dataset) or 'optimizer' in name:
             return
         parts = name.split('/')
-        if parts[-2] == 'vars':  # layers/<layer>/vars/<number>
-            layer, kinds = parts[-3], _KERAS_VARS.get(len(item.parent), ())
-            leaf = kinds[int(parts[-1])] if kinds else parts[-1]
-        else:  # <layer>/<layer>/<kind>:0
+        if parts[-2] == 'vars':  # Keras 3: layers/<class>_<number>/vars/<number>
+            layer, leaf = parts[-3], parts[-1]
+        else:  # Keras 2: <layer>/<layer>/<kind>:0
             layer, leaf = parts[-2], parts[-1].partition(':')[0]
-        if not layer.startswith(('normalization', 'rescaling')):
+        if not layer.startswith('normalization'):  # of the input; the pipeline's task here
             arrays[f'{layer}/{leaf.replace("depthwise_kernel", "kernel")}'] = np.asarray(item)
 
     with h5py.File(path) as f:
@@ -298,6 +298,33 @@ KERAS = Format(
     separator='/', layout=_reference_layout)
 
 
+def _keras3_name(model, module):
+    """<class>_<how many of the class came before>: Keras 3 does not write layers' names."""
+    modules = ['conv_stem', 'bn_stem']
+    for block in range(sum(model.repeats)):
+        parts = list(_KERAS_PARTS)[0 if _stage_of(model, block)[0].expansion > 1 else 2:]
+        modules += [f'block{block}_{part}' for part in parts]
+    modules += ['conv_head', 'bn_head', 'head']
+
+    def kind(module):
+        if module.endswith('conv_depthwise'):
+            return 'depthwise_conv2d'
+        if module == 'head':
+            return 'dense'
+        return 'batch_normalization' if 'bn_' in module else 'conv2d'
+
+    before = [kind(m) for m in modules[:modules.index(module)]].count(kind(module))
+    return kind(module) + (f'_{before}' if before else '')
+
+
+KERAS3 = Format(
+    modules={EfficientNet: {'(.+)': _keras3_name}},
+    leaf=lambda leaf, module: str(
+        ['scale', 'bias', 'mean', 'var'].index(leaf) if 'bn_' in module
+        else ['kernel', 'bias'].index(leaf)),
+    separator='/', layout=_reference_layout)
+
+
 def _timm_block(model, block, part):
     stage, number, position = _stage_of(model, int(block))
     expanded = stage.expansion > 1
@@ -326,4 +353,4 @@ TIMM = Format(
     leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
     separator='.', layout=_timm_layout)
 
-FORMATS = (REFERENCE, KERAS, TIMM)
+FORMATS = (REFERENCE, KERAS, KERAS3, TIMM)

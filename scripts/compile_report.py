@@ -1,0 +1,81 @@
+"""How long the SAM step of every full-size model takes to compile, and the memory it needs.
+
+    python scripts/compile_report.py [--models=wrn28_10,...] [--cache=DIR]
+
+Traces and compiles the whole train step (two gradients, clipping, momentum) on one device for one
+replica, without ever allocating the model, and prints a row a model as soon as it is known:
+
+  trace, compile    seconds; compile is XLA's part, without a cache unless --cache names one
+  temporary         XLA's memory for what the step computes in between
+  arguments         state, batch and hyper-parameters; the step gives the state's memory back
+"""
+
+import os
+import sys
+import time
+import types
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from configs import common
+from sam_jax import config as config_lib
+from sam_jax import replicas, train_step
+
+# Model -> (side of the image, classes, examples of a replica as in the paper).
+MODELS = {
+    'wrn28_10': (32, 100, 32), 'wrn40_10': (32, 10, 32), 'shake_shake_26_2x96d': (32, 100, 32),
+    'pyramidnet272': (32, 100, 32), 'pyramidnet272_shakedrop': (32, 100, 32),
+    'resnet32': (32, 10, 32), 'resnet56': (32, 10, 32), 'resnet110': (32, 10, 32),
+    **{f'resnet{n}': (224, 1000, 32) for n in (18, 34, 50, 101, 152, 200)},
+    **{f'efficientnet-b{i}': (side, 1000, 16)
+       for i, side in enumerate((224, 240, 260, 300, 380, 456, 528, 600, 672))},
+    'efficientnet-l2': (800, 1000, 4), 'efficientnet-l2-475': (475, 1000, 4),
+}
+
+_MODELS = flags.DEFINE_list('models', list(MODELS), 'Models to report.')
+_REMAT = flags.DEFINE_bool('remat', False, 'With config.model.remat.')
+_CACHE = flags.DEFINE_string('cache', '', 'Folder of a persistent compilation cache.')
+
+
+def report(name):
+    """Returns (batch, side, seconds to trace, to compile, GiB of temporaries, of arguments)."""
+    side, classes, batch = MODELS[name]
+    config = common.get_config()
+    common.set_model(config, name)
+    config.batch_size = config.replica_batch_size = batch
+    config.model.remat = _REMAT.value
+    layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
+    model = config_lib.create_model(config, classes)
+    dataset = types.SimpleNamespace(
+        num_train_examples=1000 * batch, train_batch=lambda arrays, feed, keys: feed)
+    began = time.perf_counter()
+    state = jax.eval_shape(
+        lambda: train_step.create_train_state(config, model, (side, side, 3)))
+    feed = {'image': jax.ShapeDtypeStruct((1, 1, batch, side, side, 3), jnp.float32),
+            'label': jax.ShapeDtypeStruct((1, 1, batch), jnp.int32)}
+    step = train_step.make_train_step(model, config, layout, dataset)
+    lowered = step.lower(state, feed, {}, train_step.HParams.from_config(config))
+    traced = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
+    return (batch, side, traced - began, time.perf_counter() - traced,
+            memory.temp_size_in_bytes / 2 ** 30, memory.argument_size_in_bytes / 2 ** 30)
+
+
+def main(argv):
+    del argv
+    if _CACHE.value:
+        jax.config.update('jax_compilation_cache_dir', _CACHE.value)
+    print('| model | batch | image | trace (s) | compile (s) | temporary (GiB) | arguments (GiB) |')
+    print('|---|---|---|---|---|---|---|', flush=True)
+    for name in _MODELS.value:
+        batch, side, *figures = report(name)
+        cells = [f'{x:.3g}' for x in figures]
+        print(f'| {name} | {batch} | {side} | {" | ".join(cells)} |', flush=True)
+
+
+if __name__ == '__main__':
+    app.run(main)
