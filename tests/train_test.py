@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -308,7 +309,9 @@ def test_killed_processes(tmp_path):
     """SIGKILL at several moments, two of them during a save, and a SIGTERM: nothing is lost."""
     cache, workdir = tmp_path / 'cache', tmp_path / 'killed'
     process = _start(tmp_path / 'undisturbed', cache)
-    assert 'Finished.' in process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=300)[0]
+    assert 'Finished.' in output and f'Compiled programs are kept in {cache}.' in output
+    assert re.search(r'group0_block0_conv1/kernel *\| \(3, 3, 16, 16\)', output), 'clu\'s overview'
 
     def steps():
         folder = workdir / 'checkpoints'

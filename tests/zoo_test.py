@@ -1,6 +1,7 @@
 """Every family of models against the original's sizes, logits and formulas; options of all."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from sam_jax.errors import UserError
 from sam_jax.models import shake
 
 COUNTS = {  # of params, by number of classes
-    ('wrn28_10', 100): 36_278_324, ('wrn28_10', 10): 36_220_634,
+    ('wrn28_10', 100): 36_278_324, ('wrn28_10', 10): 36_220_634, ('wrn16_1', 10): 172_506,
     ('shake_shake_26_2x96d', 100): 26_227_572, ('shake_shake_26_2x96d', 10): 26_192_922,
     ('pyramidnet272_shakedrop', 100): 26_288_692, ('pyramidnet272', 10): 26_210_842,
     ('resnet20', 10): 269_722, ('resnet32', 10): 464_154, ('resnet56', 10): 853_018,
@@ -129,6 +130,55 @@ def test_stem_of_resnet_has_a_relu_when_asked_for():
 
 
 # The random parts
+
+
+def keep_rates(name, function, **options):
+    """The chances with which a network keeps its branches, in order."""
+    model, seen = models.create_model(name, 10, **options), []
+
+    def record(x, key, keep_rate, *_):
+        seen.append(keep_rate)
+        return x
+
+    with mock.patch.object(shake, function, record):
+        jax.eval_shape(functools.partial(train, model), shapes(model), jnp.zeros((1, 32, 32, 3)))
+    return seen
+
+
+def test_branches_of_deeper_blocks_are_dropped_more_often():
+    """Linearly: PyramidNet's last one half of the time, EfficientNet's first never."""
+    np.testing.assert_allclose(
+        keep_rates('pyramidnet29_shakedrop', 'random_shake_drop'), 1 - np.arange(1, 10) / 18)
+    # Of B0's 16 blocks these keep the shape; the first stage's only block drops nothing anyway.
+    blocks = np.array([2, 4, 6, 7, 9, 10, 12, 13, 14])
+    for rate in (0.2, 0.4):
+        np.testing.assert_allclose(
+            keep_rates('efficientnet-b0', 'random_stochastic_depth', stochastic_depth_rate=rate),
+            1 - rate * blocks / 16)
+    assert not keep_rates('efficientnet-b0', 'random_stochastic_depth', stochastic_depth_rate=0.0)
+    assert not keep_rates('pyramidnet29', 'random_shake_drop')
+
+
+def test_dropout_of_efficientnets():
+    rates = [models.create_model(f'efficientnet-{size}', 10).dropout_rate
+             for size in ('b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'b6', 'b7', 'b8', 'l2', 'l2-475')]
+    assert rates == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5]
+    plain, model = (tiny('efficientnet-tiny', stochastic_depth_rate=0.0, dropout_rate=r)
+                    for r in (0.0, 0.5))
+    variables, x = recipe_variables(plain), images(1, (64, 8, 8, 3))
+    inputs = []
+
+    def spy(call, args, kwargs, context):
+        inputs.extend([np.asarray(args[0])] * (context.module.name == 'head'))
+        return call(*args, **kwargs)
+
+    for m in (plain, model):
+        with nn.intercept_methods(spy):
+            train(m, variables, x)
+    clean, dropped = inputs
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], 2 * clean[kept], rtol=1e-5)
+    assert abs(kept.mean() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize('true_gradient', [False, True])
