@@ -290,10 +290,12 @@ def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
         replica[0] * layout.replica_batch_size)
     augment_key = rngs.key(hparams.seed, 'augment', step)
     example_keys = jax.vmap(functools.partial(jax.random.fold_in, augment_key))(place)
-    replica_rngs = {
-        purpose: jax.vmap(functools.partial(
-            jax.random.fold_in, rngs.key(hparams.seed, purpose, step)))(replica)
-        for purpose in ('dropout', 'shake')}
+
+    def of_replicas(key):
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(replica)
+
+    replica_rngs = {'dropout': of_replicas(rngs.key(hparams.seed, 'dropout', step)),
+                    'shake': of_replicas(rngs.key(hparams.seed, 'shake', step))}
     example_keys = example_keys.reshape(layout.replicas_per_device, -1)
     return {**batch_fn(arrays, feed, example_keys), 'rngs': replica_rngs}
 

@@ -297,7 +297,7 @@ def purposes():
 
 def test_no_two_purposes_seeds_or_ids_share_a_key():
     names = purposes()
-    assert {'init', 'augment', 'dropout', 'order'} <= set(names)
+    assert {'init', 'augment', 'dropout', 'shake', 'order'} <= set(names)
     ids = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
     keys = {tuple(jax.random.key_data(rngs.key(seed, name, *i)).tolist())
             for seed in (0, 1, 2) for name in names for i in ids}

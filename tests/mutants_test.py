@@ -41,8 +41,7 @@ MUTANTS = {
         "    return updates, sharpness_state, group_gradient(moved)[1]['batch_stats'], report",
         ALGORITHM_1),
     'the same dropout in all replicas': (
-        STEP, 'rngs.key(hparams.seed, purpose, step)))(replica)',
-        'rngs.key(hparams.seed, purpose, step)))(0 * replica)', ALGORITHM_1),
+        STEP, 'fold_in, key))(replica)', 'fold_in, key))(0 * replica)', ALGORITHM_1),
     'replicas summed': (STEP, 't / n if', 't if', ALGORITHM_1),
     'augmentation by device': (
         STEP, '(\n        replica[0] * layout.replica_batch_size)', '0', 'tests/topology_test.py'),
