@@ -15,7 +15,7 @@ work and the paper's authors used elsewhere. It gives SGD twice the epochs and r
 the two: --config.total_epochs=400.
 
 Arguments: model (any name of the zoo; those without a row in Table 6 get WRN-28-10's settings),
-dataset (cifar10, cifar100), augment (none, basic), method (sam, sgd), seed.
+dataset (cifar10, cifar100), augment (a recipe of sam_jax/data/augment.py), method (sam, sgd), seed.
 """
 
 from configs import common

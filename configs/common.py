@@ -76,8 +76,13 @@ def get_config():
     c.data = ml_collections.ConfigDict()
     c.data.name = 'cifar10'
     c.data.dir = ''  # where TFDS datasets lie; '' for TFDS's own default
-    c.data.augment = 'basic'  # 'none' or 'basic': flip and shift crop
+    c.data.augment = 'basic'  # flip and shift crop; the other recipes: sam_jax/data/augment.py
     c.data.padding = 4  # pixels of the shift crop
+    c.data.cutout_size = 16  # side of the square that 'cutout' empties
+    c.data.cutout_per_image = False  # True: a place for each image; False: one for the batch
+    c.data.corrected_ops = False  # AutoAugment and RandAugment without the original's quirks
+    c.data.randaugment_layers = 2
+    c.data.randaugment_magnitude = 9
     c.data.validation = False  # hold out the last tenth of the training set and evaluate on it too
     c.data.label_noise = 0.0  # fraction of training labels drawn anew, uniformly from all classes
 

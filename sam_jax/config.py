@@ -19,6 +19,8 @@ KEYS = {
     'model.name': str, 'model.dtype': str, 'model.init_from': str,
     'model.frozen_batch_norm': bool, 'model.sync_batch_norm': bool, 'model.remat': bool,
     'data.name': str, 'data.dir': str, 'data.augment': str, 'data.padding': int,
+    'data.corrected_ops': bool, 'data.cutout_size': int, 'data.cutout_per_image': bool,
+    'data.randaugment_layers': int, 'data.randaugment_magnitude': int,
     'data.validation': bool, 'data.label_noise': float,
     'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
     'sam.schedule': str, 'sam.warmup_epochs': float,
@@ -46,7 +48,10 @@ _RANGES = {
     'seed': (0, 2 ** 32 - 1, True), 'total_epochs': (1, math.inf, False),
     'batch_size': (1, math.inf, False), 'replica_batch_size': (1, math.inf, False),
     'label_smoothing': (0, 1, False), 'log_every_steps': (1, math.inf, False),
-    'data.padding': (0, math.inf, False), 'data.label_noise': (0, 1, True),
+    'data.padding': (0, math.inf, False), 'data.cutout_size': (1, math.inf, False),
+    'data.randaugment_layers': (1, math.inf, False),
+    'data.randaugment_magnitude': (0, math.inf, False),
+    'data.label_noise': (0, 1, True),
     'sam.rho': (0, math.inf, False), 'sam.replicas_per_group': (1, math.inf, False),
     'sam.warmup_epochs': (0, math.inf, False), 'optimizer.learning_rate': (0, math.inf, False),
     'optimizer.warmup_epochs': (0, math.inf, False), 'optimizer.momentum': (0, 1, False),
@@ -136,7 +141,8 @@ def check_with_data(config, dataset):
         raise UserError(
             f'batch_size is {config.batch_size}; the training set of {dataset.name} has only {n} '
             'examples.')
-    if config.data.augment != 'none' and config.data.padding >= min(dataset.image_shape[:2]):
+    shifts = 'shift' in data.RECIPES[config.data.augment]
+    if shifts and config.data.padding >= min(dataset.image_shape[:2]):
         raise UserError(
             f'data.padding is {config.data.padding}; it must be smaller than the images of '
             f'{dataset.name}, {dataset.image_shape[0]}x{dataset.image_shape[1]}.')

@@ -49,13 +49,9 @@ def _exit(message, status=EXIT_USER_ERROR):
 
 def _keep_compiled_programs():
     """Sets JAX's persistent compilation cache, unless JAX has been told of one or of none."""
-    if not jax.config.jax_enable_compilation_cache:
-        return
-    if not jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
         caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'sam_jax', 'compiled'))
-    logging.getLogger('sam_jax').info(
-        'Compiled programs are kept in %s.', jax.config.jax_compilation_cache_dir)
 
 
 def main(argv):

@@ -191,6 +191,8 @@ def _announce(plan, state, first_step, writer, progress):
     if not first_step:
         writer.start(reports.hparams(plan.config), {'train_images': _example_images(plan)})
         progress.say(writers.parameter_overview(state.params))
+        if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+            progress.say(f'Compiled programs are kept in {jax.config.jax_compilation_cache_dir}.')
         progress.say(f'Training {plan.config.model.name} on {plan.dataset.name} for '
                      f'{plan.total_steps} steps; the first one compiles.')
 
@@ -284,7 +286,8 @@ def _example_images(plan, side=8):
     keys = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(seed, 'augment', 0)))(
         jnp.arange(len(index)))
     batch = jax.jit(dataset.train_batch)(
-        dataset.device_arrays(dataset.train), {'index': index}, keys)
+        dataset.device_arrays(dataset.train), {'index': index}, keys,
+        rngs.key(seed, 'augment_batch', 0))
     images = dataset.to_pixels(batch['image'])
     height, width, channels = images.shape[1:]
     rows = images.reshape(side, side, height, width, channels).swapaxes(1, 2)

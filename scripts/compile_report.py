@@ -51,7 +51,7 @@ def report(name):
     layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
     model = config_lib.create_model(config, classes)
     dataset = types.SimpleNamespace(
-        num_train_examples=1000 * batch, train_batch=lambda arrays, feed, keys: feed)
+        num_train_examples=1000 * batch, train_batch=lambda arrays, feed, *_: feed)
     began = time.perf_counter()
     state = jax.eval_shape(
         lambda: train_step.create_train_state(config, model, (side, side, 3)))

@@ -176,7 +176,8 @@ NUMBERS = [key for key, kind in config_lib.KEYS.items() if kind in (int, float)]
 def test_every_number_has_its_range():
     assert {*config_lib._RANGES, 'sam.p'} == set(NUMBERS)
     from_one = {'total_epochs', 'batch_size', 'replica_batch_size', 'log_every_steps',
-                'sam.replicas_per_group', 'eval.batch_size'}
+                'sam.replicas_per_group', 'eval.batch_size', 'data.cutout_size',
+                'data.randaugment_layers'}
     below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
     for key, (low, high, closed) in config_lib._RANGES.items():
         assert low == (key in from_one), key

@@ -92,7 +92,7 @@ def _session(json_config, num_devices, dtype):
     config.model.dtype = jnp.dtype(dtype).name
     model = config_lib.create_model(config, 10)
     dataset = types.SimpleNamespace(
-        num_train_examples=config.batch_size * 1000, train_batch=lambda arrays, feed, keys: feed)
+        num_train_examples=config.batch_size * 1000, train_batch=lambda arrays, feed, *_: feed)
     step_fn = train_step.make_train_step(model, config, layout, dataset)
     return layout, model, step_fn, train_step.create_train_state(config, model, (8, 8, 3))
 

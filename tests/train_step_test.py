@@ -55,7 +55,7 @@ class Session:
         index = index.reshape(-1, self.config.replica_batch_size)
         keys = jax.random.split(jax.random.key(0), index.shape)  # no augmentation
         arrays = jax.tree.map(jnp.asarray, self.dataset.device_arrays(self.dataset.train))
-        return self.dataset.train_batch(arrays, {'index': index}, keys)
+        return self.dataset.train_batch(arrays, {'index': index}, keys, keys[0, 0])
 
 
 def _config(**overrides):

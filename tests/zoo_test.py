@@ -429,7 +429,7 @@ def test_ascent_alone_is_along_the_true_gradient():
     feed = dataset.train_feed(0, 0, layout)
     arrays = jax.tree.map(jnp.asarray, dataset.device_arrays(dataset.train))
     batch = dataset.train_batch(arrays, {'index': jnp.asarray(feed['index'][0, 0])},
-                                jax.random.split(jax.random.key(0), 16))
+                                jax.random.split(jax.random.key(0), 16), jax.random.key(0))
     replica = {**batch, 'rngs': {
         purpose: rngs.key(0, purpose, 0, 0) for purpose in ('dropout', 'shake')}}
 

@@ -1,7 +1,114 @@
-"""Augmentation in JAX: functions of one image and a key, run for a whole batch inside the step."""
+"""Augmentation in JAX, run for a whole batch inside the step: the recipes and their parts.
+
+A recipe is a row of names. `augment` carries out those that work on uint8 pixels, `finish` the
+normalisation and those that come after it. All randomness is a function of the examples' keys,
+but for the original's cutout, which cuts one place in the whole batch.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sam_jax.data import ops
+from sam_jax.data.policies import POLICIES
+
+# The names that config.data.augment may take, and who uses them.
+RECIPES = {
+    'none': (),
+    'basic': ('flip', 'shift'),  # the SAM paper's "Basic"
+    'cutout': ('flip', 'shift', 'cutout'),  # its "Cutout"; on Fashion-MNIST its "Auto augment"
+    'autoaugment': ('autoaugment', 'flip', 'shift'),  # its code's README, "AA" on CIFAR
+    'autoaugment_cutout': ('autoaugment', 'flip', 'shift', 'cutout'),  # AutoAugment's own code
+    'autoaugment_only': ('autoaugment',),
+    'autoaugment_only_cutout': ('autoaugment', 'cutout'),  # its "Auto augment" on SVHN
+    'randaugment': ('randaugment', 'flip', 'shift'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A recipe with its numbers.
+
+    Attributes:
+      recipe: one of RECIPES.
+      padding: pixels of the shift crop.
+      policy: AutoAugment's, one of POLICIES.
+      corrected: use `ops.corrected` in place of the original's constants and quirks.
+      cutout_size: side of the square that cutout empties, in pixels.
+      cutout_per_image: a place for each image (DeVries and Taylor) in place of one for the whole
+        batch (the SAM paper's code).
+      randaugment_layers, randaugment_magnitude: RandAugment's N and M.
+    """
+
+    recipe: str
+    padding: int = 4
+    policy: str = 'cifar'
+    corrected: bool = False
+    cutout_size: int = 16
+    cutout_per_image: bool = False
+    randaugment_layers: int = 2
+    randaugment_magnitude: int = 9
+
+    @property
+    def parts(self):
+        return RECIPES[self.recipe]
+
+
+def augment(images, keys, augmentation):
+    """Carries out the parts of a recipe that work on pixels.
+
+    Args:
+      images: uint8 (N, H, W, C).
+      keys: one an image, (N,).
+      augmentation: Augmentation.
+
+    Returns:
+      uint8 (N, H, W, C).
+    """
+    parts = augmentation.parts
+    policies = [part for part in parts if part in ('autoaugment', 'randaugment')]
+    for policy in policies:
+        constants = (ops.corrected(min(images.shape[1:3])) if augmentation.corrected else
+                     ops.FAITHFUL if policy == 'autoaugment' else ops.FAITHFUL_RANDAUGMENT)
+        if policy == 'autoaugment':
+            table, draw = autoaugment(POLICIES[augmentation.policy], images.shape[1:], constants)
+        else:
+            table, draw = randaugment(augmentation.randaugment_layers,
+                                      augmentation.randaugment_magnitude, images.shape[1:],
+                                      constants)
+        policy_keys = jax.vmap(functools.partial(jax.random.fold_in, data=1))(keys)
+        images = apply_ops(images, table, *jax.vmap(draw)(policy_keys))
+    if 'shift' in parts:
+        images = jax.vmap(functools.partial(basic, padding=augmentation.padding))(images, keys)
+    return images
+
+
+def finish(images, keys, batch_key, augmentation, mean, std):
+    """Normalises, and empties cutout's squares: 0 there, which is the mean colour.
+
+    Args:
+      images: uint8 (N, H, W, C).
+      keys: one an image, (N,).
+      batch_key: one for the whole global batch.
+      augmentation: Augmentation.
+      mean, std: of `normalize`.
+    """
+    shape = images.shape[1:3]
+    images = normalize(images, mean, std)
+    if 'cutout' not in augmentation.parts:
+        return images
+    if augmentation.cutout_per_image:
+        centers = jax.vmap(lambda key: _center(jax.random.fold_in(key, 2), shape))(keys)
+        return jax.vmap(functools.partial(cutout, size=augmentation.cutout_size))(images, centers)
+    center = _center(batch_key, shape)
+    return jax.vmap(lambda image: cutout(image, center, augmentation.cutout_size))(images)
+
+
+# Flip and shift
 
 
 def flip(image, flipped):
@@ -24,14 +131,107 @@ def basic(image, key, padding):
     return shift(image, padding, dy, dx)
 
 
-def none(image, key, padding):
-    """No augmentation."""
-    del key, padding
-    return image
+# Policies: a table of operations, of which each image gets some
 
 
-# The names that config.data.augment may take.
-RECIPES = {'none': none, 'basic': basic}
+def autoaugment(policy, shape, constants):
+    """Returns (table, draw) of an AutoAugment policy.
+
+    Args:
+      policy: of `policies`: a line is two operations, (name, chance, level) each.
+      shape: (H, W, C) of the images.
+      constants: ops.Constants.
+
+    Returns:
+      table: ops.Op of all operations, stacked; the first does nothing.
+      draw: key -> (rows of the table (2,), places (2, 2) for the squares of its Cutout). A line is
+        chosen uniformly, each operation done with its chance, its sign turned with chance 1/2.
+    """
+    table = [ops.resolve('Identity', 0, False, shape, constants)]
+    rows = np.zeros((len(policy), 2, 2), np.int32)
+    for line, operations in enumerate(policy):
+        for i, (name, _, level) in enumerate(operations):
+            for negative in (0, 1):
+                rows[line, i, negative] = len(table)
+                table.append(ops.resolve(name, level, bool(negative), shape, constants))
+    chances = np.array([[chance for _, chance, _ in line] for line in policy], np.float32)
+
+    def draw(key):
+        line_key, chance_key, sign_key, place_key = jax.random.split(key, 4)
+        line = jax.random.randint(line_key, (), 0, len(policy))
+        done = jax.random.bernoulli(chance_key, jnp.asarray(chances)[line])
+        sign = jax.random.bernoulli(sign_key, shape=(2,)).astype(jnp.int32)
+        chosen = jnp.take_along_axis(jnp.asarray(rows)[line], sign[:, None], axis=1)[:, 0]
+        return jnp.where(done, chosen, 0), jax.random.uniform(place_key, (2, 2), jnp.float32)
+
+    return _stack(table), draw
+
+
+def randaugment(layers, magnitude, shape, constants):
+    """Returns (table, draw) of RandAugment (Cubuk et al. 2020): `layers` operations, each uniform.
+
+    All have the same magnitude; signs are turned with chance 1/2. As `autoaugment` otherwise.
+    """
+    table = [ops.resolve(name, magnitude, negative, shape, constants)
+             for name in ops.NAMES for negative in (False, True)]
+
+    def draw(key):
+        op_key, sign_key, place_key = jax.random.split(key, 3)
+        chosen = jax.random.randint(op_key, (layers,), 0, len(ops.NAMES))
+        sign = jax.random.bernoulli(sign_key, shape=(layers,)).astype(jnp.int32)
+        return 2 * chosen + sign, jax.random.uniform(place_key, (layers, 2), jnp.float32)
+
+    return _stack(table), draw
+
+
+def _stack(table):
+    return jax.tree.map(lambda *x: np.stack(x), *table)
+
+
+def apply_ops(images, table, rows, places):
+    """Carries out on each image the operations of its rows of the table, one after the other.
+
+    On CPU image after image, each in the branch of its operation alone; elsewhere all images at
+    once, in all branches.
+
+    Args:
+      images: uint8 (N, H, W, C).
+      table: ops.Op, stacked.
+      rows: int32 (N, L).
+      places: (N, L, 2) uniform numbers, for Cutout.
+    """
+    table = jax.tree.map(jnp.asarray, table)
+
+    def one(image, rows, places):
+        for i in range(rows.shape[0]):
+            op = jax.tree.map(lambda x, row=rows[i]: x[row], table)
+            image = ops.apply(op, image, places[i])
+        return image
+
+    return lax.platform_dependent(
+        images, rows, places, cpu=lambda *args: lax.map(lambda x: one(*x), args),
+        default=lambda *args: jax.vmap(one)(*args))
+
+
+# After the pixels
+
+
+def _center(key, shape):
+    return jnp.stack([jax.random.randint(k, (), 0, n)
+                      for k, n in zip(jax.random.split(key), shape)])
+
+
+def cutout(image, center, size):
+    """Zeroes the square of side `size` around the pixel `center` (y, x), cut at the border.
+
+    It begins size // 2 above and to the left of the pixel. Source: DeVries and Taylor 2017.
+    """
+    inside = True
+    for axis in (0, 1):
+        place = lax.broadcasted_iota(jnp.int32, image.shape, axis)
+        low = center[axis] - size // 2
+        inside &= (place >= low) & (place < low + 2 * (size // 2))
+    return jnp.where(inside, jnp.zeros((), image.dtype), image)
 
 
 def normalize(images, mean, std):

@@ -8,7 +8,6 @@ nor a restart changes what the network sees.
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 
 from sam_jax import rngs
@@ -28,8 +27,7 @@ class ResidentDataset:
       train: the training Split, with noisy labels if asked for.
       evals: name -> Split for evaluation: 'test', 'validation' if asked for, 'train' and, under
         label noise, 'train_true_labels'.
-      augment: name of the recipe.
-      padding: pixels of the shift crop.
+      augmentation: augment.Augmentation of the training images.
     """
 
     name: str
@@ -38,8 +36,7 @@ class ResidentDataset:
     std: tuple
     train: Split
     evals: dict
-    augment: str
-    padding: int
+    augmentation: augment.Augmentation
 
     @property
     def num_train_examples(self):
@@ -83,22 +80,22 @@ class ResidentDataset:
             yield {name: x.reshape(num_devices, per_device)[layout.local_positions]
                    for name, x in feed.items()}
 
-    def train_batch(self, arrays, feed, keys):
+    def train_batch(self, arrays, feed, keys, batch_key):
         """Gathers, augments and normalises; runs inside the compiled step.
 
         Args:
           arrays: of the training split, on the device.
           feed: one device's row of `train_feed`, index (...).
           keys: one key an example, (...).
+          batch_key: one key for the whole global batch.
 
         Returns:
           {'image': (..., H, W, C) float, 'label': (...) int32}.
         """
-        index = feed['index']
-        recipe = augment.RECIPES[self.augment]
-        images = jax.vmap(lambda i, key: recipe(arrays['images'][i], key, self.padding))(
-            index.reshape(-1), keys.reshape(-1))
-        images = augment.normalize(images, self.mean, self.std)
+        index, keys = feed['index'], keys.reshape(-1)
+        images = augment.augment(
+            arrays['images'][index.reshape(-1)], keys, self.augmentation)
+        images = augment.finish(images, keys, batch_key, self.augmentation, self.mean, self.std)
         return {'image': images.reshape(*index.shape, *self.image_shape),
                 'label': arrays['labels'][index]}
 
@@ -139,7 +136,7 @@ def load_dataset(settings, seed):
     train, test = source.read(settings.dir)
     evals = {'test': test}
     if settings.validation:
-        train, evals['validation'] = split_validation(train)
+        train, evals['validation'] = split_validation(train, source.validation_size)
     true_train = train
     if settings.label_noise:
         train = add_label_noise(train, settings.label_noise, source.num_classes, seed)
@@ -147,4 +144,7 @@ def load_dataset(settings, seed):
     evals['train'] = train
     return ResidentDataset(
         settings.name, source.num_classes, source.mean, source.std, train, evals,
-        settings.augment, settings.padding)
+        augment.Augmentation(
+            settings.augment, settings.padding, source.policy, settings.corrected_ops,
+            settings.cutout_size, settings.cutout_per_image, settings.randaugment_layers,
+            settings.randaugment_magnitude))

@@ -31,12 +31,17 @@ class Source:
       read: data_dir -> (train Split, test Split).
       num_classes: number of classes.
       mean, std: of the training images / 255, per channel.
+      policy: AutoAugment's policy for it.
+      validation_size: how many of the last training examples are held out when asked for; 0 for a
+        tenth.
     """
 
     read: object
     num_classes: int
     mean: tuple
     std: tuple
+    policy: str = 'cifar'
+    validation_size: int = 0
 
 
 def read_digits(data_dir):
@@ -65,8 +70,13 @@ def read_digits(data_dir):
     return everything.part(train), everything.part(test)
 
 
-def read_tfds(name, data_dir):
+def read_tfds(name, data_dir, extra=''):
     """Reads the train and test splits of a TensorFlow dataset that lies prepared in `data_dir`.
+
+    Args:
+      name: TFDS's name.
+      data_dir: '' for TFDS's own folder.
+      extra: name of a further split, put in front of the training split.
 
     Raises:
       UserError: it is not there; the message says what to run.
@@ -94,7 +104,12 @@ def read_tfds(name, data_dir):
         arrays = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
         return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
 
-    return read('train'), read('test')
+    train = read('train')
+    if extra:
+        more = read(extra)
+        train = Split(np.concatenate([more.images, train.images]),
+                      np.concatenate([more.labels, train.labels]))
+    return train, read('test')
 
 
 def read_fake_cifar(data_dir):
@@ -117,12 +132,19 @@ SOURCES = {
     'cifar100': Source(
         lambda data_dir: read_tfds('cifar100', data_dir), 100,
         (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+    # 73,257 + 531,131 examples; the paper's code validates on train[65929:], without `extra`.
+    'svhn': Source(
+        lambda data_dir: read_tfds('svhn_cropped', data_dir, extra='extra'), 10,
+        (0.43090966, 0.4302428, 0.44634357), (0.19759192, 0.20029082, 0.19811132),
+        policy='svhn', validation_size=73257 - 65929),
+    'fashion_mnist': Source(
+        lambda data_dir: read_tfds('fashion_mnist', data_dir), 10, (0.1307,), (0.3081,)),
 }
 
 
-def split_validation(train):
-    """Returns (train without its last tenth, that tenth), as the paper's code splits CIFAR."""
-    cut = len(train) - len(train) // 10
+def split_validation(train, size=0):
+    """Returns (train without its last `size` examples or tenth, those), as the paper's code."""
+    cut = len(train) - (size or len(train) // 10)
     return train.part(slice(None, cut)), train.part(slice(cut, None))
 
 

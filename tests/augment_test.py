@@ -1,0 +1,252 @@
+"""The sixteen operations, policies and cutout against the original's, and their distributions."""
+
+import ast
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import golden
+from scipy import stats
+
+from sam_jax import data
+from sam_jax.data import augment, ops
+from sam_jax.data.policies import POLICIES
+
+OPS, RAND, PICKED = map(golden, ('autoaugment_ops', 'randaugment', 'autoaugment_policies'))
+SHAPE = (32, 32, 3)
+apply = jax.jit(ops.apply)
+P_VALUE = 1e-3
+
+
+def run(name, level, sign, image, constants, center=(0.0, 0.0)):
+    op = ops.resolve(name, level, sign == '-', image.shape, constants)
+    return np.asarray(apply(op, image, jnp.array(center, jnp.float32)))
+
+
+@pytest.mark.parametrize('name', ops.NAMES)
+def test_op_is_the_original_s_to_the_last_pixel(name):
+    compared = 0
+    for key in OPS.files:
+        if not key.startswith(f'{name}/') or not key.endswith('/out'):
+            continue
+        _, kind, level, sign, image, *rest = key.split('/')
+        constants = ops.FAITHFUL if kind == 'aa' else ops.FAITHFUL_RANDAUGMENT
+        center = tuple(map(float, rest[0][1:].split('_'))) if name == 'Cutout' else (0.0, 0.0)
+        np.testing.assert_array_equal(
+            run(name, int(level[1:]), sign, OPS[f'images/{image}'], constants, center), OPS[key],
+            err_msg=key)
+        compared += 1
+    assert compared >= 12
+
+
+def test_randaugment_s_levels_are_the_original_s():
+    compared = 0
+    for key in RAND.files:
+        kind, *rest = key.split('/')
+        if kind != 'one' or rest[-1] != 'out' or rest[1] == 'Cutout':
+            continue
+        magnitude, name, sign, _ = rest
+        np.testing.assert_array_equal(
+            run(name, int(magnitude[1:]), sign, RAND['images/smooth32'],
+                ops.FAITHFUL_RANDAUGMENT), RAND[key], err_msg=key)
+        compared += 1
+    assert compared == 100 and set(RAND['ops']) == set(ops.NAMES)
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_policy_is_the_original_s(name):
+    theirs = [tuple(ast.literal_eval(str(line))) for line in PICKED[f'policies/{name}']]
+    assert [tuple(map(tuple, line)) for line in POLICIES[name]] == theirs
+
+
+def test_every_line_of_the_policy_for_cifar():
+    """With all operations on but those of chance 0, and Cutout, whose place is random."""
+    compared = 0
+    for i, line in enumerate(POLICIES['cifar']):
+        if any(name == 'Cutout' or chance == 0 for name, chance, _ in line):
+            continue
+        for sign in '+-':
+            for kind in ('rand32', 'smooth32'):
+                image = PICKED[f'images/{kind}']
+                for name, _, level in line:
+                    image = run(name, level, sign, image, ops.FAITHFUL)
+                np.testing.assert_array_equal(image, PICKED[f'cifar/{i}/{sign}/{kind}/out'])
+                compared += 1
+    assert compared > 300
+
+
+# The corrected variant against PIL
+
+
+def pil(name, level, image):
+    from PIL import Image, ImageEnhance, ImageOps
+    picture, factor = Image.fromarray(image), level * 0.18 + 0.1
+    return np.asarray({
+        'AutoContrast': lambda: ImageOps.autocontrast(picture),
+        'Equalize': lambda: ImageOps.equalize(picture),
+        'Invert': lambda: ImageOps.invert(picture),
+        'Solarize': lambda: ImageOps.solarize(picture, int(level * 25.6)),
+        'Posterize': lambda: ImageOps.posterize(picture, int(level * 0.4)),
+        'Color': lambda: ImageEnhance.Color(picture).enhance(factor),
+        'Contrast': lambda: ImageEnhance.Contrast(picture).enhance(factor),
+        'Brightness': lambda: ImageEnhance.Brightness(picture).enhance(factor),
+        'Sharpness': lambda: ImageEnhance.Sharpness(picture).enhance(factor),
+        'TranslateX': lambda: picture.transform(
+            picture.size, Image.Transform.AFFINE, (1, 0, level * 15 / 331 * 32, 0, 1, 0),
+            fillcolor=(128,) * 3),
+        'ShearY': lambda: picture.transform(
+            picture.size, Image.Transform.AFFINE, (1, 0, 0, level * 0.03, 1, 0),
+            fillcolor=(128,) * 3),
+    }[name]())
+
+
+@pytest.mark.parametrize('level', [3, 7, 10])
+@pytest.mark.parametrize('name, grey_levels, share', [
+    # PIL's histogram stretch and smoothing round where the original cuts off; its warps read at
+    # the middle of a pixel.
+    ('AutoContrast', 1, 1.0), ('Equalize', 0, 0.0), ('Invert', 0, 0.0), ('Solarize', 0, 0.0),
+    ('Posterize', 0, 0.0), ('Color', 2, 1.0), ('Contrast', 2, 1.0), ('Brightness', 1, 1.0),
+    ('Sharpness', 2, 1.0), ('TranslateX', 255, 0.15), ('ShearY', 255, 0.15)])
+def test_corrected_op_is_pil_s(name, grey_levels, share, level):
+    image = OPS['images/smooth32']
+    ours = run(name, level, '+', image, ops.corrected(32)).astype(int)
+    apart = np.abs(ours - pil(name, level, image))
+    assert apart.max() <= grey_levels
+    assert (apart > 0).mean() <= share
+
+
+def test_corrected_variant_mends_what_the_original_breaks():
+    image = OPS['images/rand32']
+    for name, level in [('TranslateX', 3), ('Solarize', 10)]:
+        theirs, ours = (run(name, level, '+', image, c)
+                        for c in (ops.FAITHFUL, ops.corrected(32)))
+        kept = [(result == image).all(axis=-1).mean() for result in (theirs, ours)]
+        if name == 'TranslateX':
+            assert (theirs == ops.GREY).all() and (ours == ops.GREY).mean() < 0.2
+        else:
+            np.testing.assert_array_equal(theirs, 255 - image)
+            assert kept[1] == 1
+    bright, dark = image // 2 + 128, image // 2
+    grey_at_factor_0 = ops.corrected(32)._replace(translate=0.0)
+    for part in (bright, dark):
+        result = run('Contrast', 0, '+', part, grey_at_factor_0).astype(float)
+        assert abs(result.mean() - part.mean()) < 3
+
+
+def test_one_channel():
+    """Every operation but Color, which has nothing to do, works on grey images as on colour."""
+    colour = np.repeat(OPS['images/smooth32'][..., :1], 3, axis=-1)
+    for name in ops.NAMES:
+        for constants in (ops.FAITHFUL, ops.corrected(32)):
+            grey = run(name, 4, '-', colour[..., :1], constants, (0.4, 0.6))
+            expected = colour if name == 'Color' else run(
+                name, 4, '-', colour, constants, (0.4, 0.6))
+            # The weights of the luminance do not add up to one in float32.
+            assert np.abs(grey.astype(int) - expected[..., :1]).max() <= 1, name
+
+
+# Chances
+
+
+@pytest.mark.parametrize('name', POLICIES)
+def test_lines_operations_and_signs_are_chosen_with_their_chances(name):
+    policy, n = POLICIES[name], 40_000
+    table, draw = augment.autoaugment(policy, SHAPE, ops.FAITHFUL)
+    rows, places = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n))
+    rows = np.asarray(rows)
+    assert len(table.kind) == 4 * len(policy) + 1
+    counts = np.bincount(rows.ravel(), minlength=len(table.kind))
+    chances = np.array([[c for _, c, _ in line] for line in policy]).ravel()
+    expected = np.repeat(chances, 2) * n / len(policy) / 2
+    assert (counts[1:][expected == 0] == 0).all()
+    observed, expected = counts[1:][expected > 0], expected[expected > 0]
+    assert stats.chisquare([*observed, counts[0]],
+                           [*expected, 2 * n - expected.sum()]).pvalue > P_VALUE
+    both = (rows > 0).all(axis=1)
+    line_of = (rows - 1) // 4
+    assert (line_of[both, 0] == line_of[both, 1]).all()
+    assert stats.kstest(np.ravel(places), 'uniform').pvalue > P_VALUE
+
+
+def test_randaugment_chooses_uniformly():
+    table, draw = augment.randaugment(2, 9, SHAPE, ops.FAITHFUL_RANDAUGMENT)
+    rows, _ = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 20_000))
+    assert len(table.kind) == 32
+    assert stats.chisquare(np.bincount(np.ravel(rows), minlength=32)).pvalue > P_VALUE
+
+
+# Recipes
+
+
+def test_both_ways_to_map_agree():
+    """Image after image in its own branch, as on CPU, and all at once, as on accelerators."""
+    table, draw = augment.autoaugment(POLICIES['cifar'], SHAPE, ops.FAITHFUL)
+    images = np.random.RandomState(0).randint(0, 256, (64, *SHAPE)).astype(np.uint8)
+    rows, places = jax.vmap(draw)(jax.random.split(jax.random.key(1), 64))
+    mapped = jax.jit(lambda *args: augment.apply_ops(args[0], table, *args[1:]))(
+        images, rows, places)
+    table = jax.tree.map(jnp.asarray, table)
+
+    def one(image, rows, places):
+        for row, place in zip(rows, places):
+            image = ops.apply(jax.tree.map(lambda x, row=row: x[row], table), image, place)
+        return image
+
+    np.testing.assert_array_equal(mapped, jax.jit(jax.vmap(one))(images, rows, places))
+    assert (mapped != images).any(axis=(1, 2, 3)).mean() > 0.4
+
+
+def _finish(augmentation, batch_key=0):
+    images = golden('augmentation_cutout')['batch/image']
+    source = data.SOURCES['cifar10']
+    keys = jax.random.split(jax.random.key(3), len(images))
+    return np.asarray(augment.finish(
+        images, keys, jax.random.key(batch_key), augmentation, source.mean, source.std))
+
+
+@pytest.mark.parametrize('name', [
+    n for n in golden('augmentation_cutout') if n.startswith('cutout/')])
+def test_cutout_is_the_original_s(name):
+    file = golden('augmentation_cutout')
+    size, cy, cx = (int(word.lstrip('lencyx')) for word in name.split('/')[1].split('_'))
+    whole = _finish(augment.Augmentation('basic'))
+    for ours, theirs in zip(whole, file[name]):
+        np.testing.assert_allclose(
+            augment.cutout(jnp.asarray(ours), (cy, cx), size), theirs, rtol=0, atol=5e-7)
+
+
+def test_cutout_has_one_place_a_batch_or_one_an_image():
+    def squares(**options):
+        whole = _finish(augment.Augmentation('basic'))
+        cut = _finish(augment.Augmentation('cutout', **options))
+        np.testing.assert_array_equal(cut[cut != 0], whole[cut != 0])
+        return [tuple(np.flatnonzero((c != w).any(axis=-1))) for c, w in zip(cut, whole)]
+
+    assert len(set(squares())) == 1
+    assert len(set(squares(cutout_per_image=True))) == 6
+    assert len(squares(cutout_size=2)[0]) in (2, 4)
+    other = _finish(augment.Augmentation('cutout'), batch_key=1)
+    assert (other != _finish(augment.Augmentation('cutout'))).any()
+
+
+@pytest.mark.parametrize('recipe', augment.RECIPES)
+def test_recipe_is_made_of_its_parts(recipe):
+    """Each is a function of an example's key alone; parts leave traces of their own."""
+    images = np.random.RandomState(0).randint(0, 256, (40, *SHAPE)).astype(np.uint8)
+    images[:, 0, 0] = images[:, 5, 5]
+    keys = jax.random.split(jax.random.key(0), 40)
+    run_recipe = jax.jit(functools.partial(
+        augment.augment, augmentation=augment.Augmentation(recipe)))
+    result = np.asarray(run_recipe(images, keys))
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(run_recipe(images[::-1], keys[::-1])[::-1], result)
+    same = (result == images).all(axis=(1, 2, 3)).mean()
+    parts = augment.RECIPES[recipe]
+    if 'shift' in parts:
+        assert same < 0.15
+    elif 'autoaugment' in parts:
+        assert 0.0 < same < 0.5  # both operations left out
+    else:
+        assert same == 1
