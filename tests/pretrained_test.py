@@ -13,7 +13,7 @@ from reference import images, recipe_variables, shapes, to_reference
 
 from sam_jax import models, train
 from sam_jax.errors import UserError
-from sam_jax.models import pretrained
+from sam_jax.models import formats, pretrained
 
 TRAINED = GOLDEN / 'ckpt_train_wrnmini_recipe'
 MODEL = models.create_model('efficientnet-b0', 1000)
@@ -109,7 +109,7 @@ def keras_b0(b0):
 def keras_model(size, model, variables):
     keras = pytest.importorskip('keras')
     theirs = getattr(keras.applications, f'EfficientNet{size}')(weights=None)
-    arrays = foreign(pretrained.KERAS, model, variables)
+    arrays = foreign(formats.KERAS, model, variables)
     for layer in theirs.layers:
         if layer.weights and not layer.name.startswith('normalization'):
             layer.set_weights([arrays[w.path] for w in layer.weights])
@@ -165,7 +165,7 @@ TIMM_SHAPES = {  # of timm's tf_efficientnet_b0, one of each kind
 def test_files_of_timm(b0, tmp_path):
     from safetensors.numpy import save_file
     arrays = {n: np.ascontiguousarray(x)
-              for n, x in foreign(pretrained.TIMM, MODEL, b0).items()}
+              for n, x in foreign(formats.TIMM, MODEL, b0).items()}
     assert {n: arrays[n].shape for n in TIMM_SHAPES} == TIMM_SHAPES
     assert len(arrays) == 213 + 98
     # A convolution of theirs, by its definition: out channel o reads in channel i at (y, x).

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from golden.recipe import images, one_hot, recipe
 
-from sam_jax.models import pretrained
+from sam_jax.models.formats import REFERENCE
 
 __all__ = ['from_reference', 'golden_shapes', 'images', 'one_hot', 'recipe', 'recipe_variables',
            'shapes', 'to_reference']
@@ -28,7 +28,7 @@ def to_reference(model, variables):
     arrays = {}
     for path, x in flax.traverse_util.flatten_dict(variables, sep='/').items():
         # The layout is its own inverse.
-        arrays[pretrained.REFERENCE.name(model, path)] = pretrained.REFERENCE.layout(
+        arrays[REFERENCE.name(model, path)] = REFERENCE.layout(
             path, x, x.ndim)
     return arrays
 
@@ -37,9 +37,9 @@ def from_reference(model, arrays):
     """{original name: array} -> our variables, those whose names occur."""
     flat = {}
     for path in flax.traverse_util.flatten_dict(shapes(model), sep='/'):
-        name = pretrained.REFERENCE.name(model, path)
+        name = REFERENCE.name(model, path)
         if name in arrays:
-            flat[path] = pretrained.REFERENCE.layout(path, arrays[name], arrays[name].ndim)
+            flat[path] = REFERENCE.layout(path, arrays[name], arrays[name].ndim)
     assert len(flat) == len(arrays), arrays.keys()
     return flax.traverse_util.unflatten_dict(flat, sep='/')
 
@@ -50,11 +50,11 @@ def recipe_variables(model):
     Of models that the original does not have, something of the same kind.
     """
     flat = {}
-    known = isinstance(model, tuple(pretrained.REFERENCE.modules))
+    known = isinstance(model, tuple(REFERENCE.modules))
     for path, x in flax.traverse_util.flatten_dict(shapes(model), sep='/').items():
-        name = pretrained.REFERENCE.name(model, path) if known else path
+        name = REFERENCE.name(model, path) if known else path
         shape = x.shape[:2] + x.shape[:1:-1] if name.endswith('depthwise_kernel') else x.shape
-        flat[path] = pretrained.REFERENCE.layout(path, recipe(name, shape), x.ndim)
+        flat[path] = REFERENCE.layout(path, recipe(name, shape), x.ndim)
     return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 

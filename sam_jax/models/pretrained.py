@@ -1,15 +1,12 @@
 """Weights from files of other codebases: the SAM paper's own, Keras applications, timm.
 
-Every format is a pair of functions: the foreign name of one of our parameters, and the way its
-array is laid out there. Files are read whole, compared with the model name by name and shape by
-shape, and only then used.
+Files are read whole, compared with the model name by name and shape by shape, and only then used.
+What the parameters are called there stands in `formats`.
 """
 
 import os
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import flax
 import flax.serialization
@@ -19,11 +16,7 @@ import numpy as np
 
 from sam_jax import models
 from sam_jax.errors import UserError
-from sam_jax.models.efficientnet import EfficientNet
-from sam_jax.models.pyramidnet import PyramidNet
-from sam_jax.models.resnet import ResNet
-from sam_jax.models.shake_shake import ShakeShake
-from sam_jax.models.wide_resnet import WideResNet
+from sam_jax.models.formats import FORMATS
 
 
 def load_reference_checkpoint(source, model_name, num_classes, seed=0, **options):
@@ -96,9 +89,6 @@ def load(source, model, variables):
     return flax.traverse_util.unflatten_dict({**ours, **values}, sep='/')
 
 
-# Files
-
-
 def read(path):
     """Returns the arrays of a file as {name: array}.
 
@@ -169,188 +159,3 @@ def _read_msgpack(path):
     for module, leaves in state.items():
         arrays.update({f'{module.strip("/")}/{leaf}': x for leaf, x in leaves.items()})
     return arrays
-
-
-# Names. `modules` holds, per architecture, (pattern of our module, its foreign name); the foreign
-# name is a template of the pattern's groups or a function (model, *groups) -> name.
-
-
-class Format(NamedTuple):
-    """How another codebase calls and lays out the parameters of ours."""
-
-    modules: dict
-    leaf: Callable[[str], str]
-    separator: str
-    layout: Callable[[str, Any, int], Any]
-
-    def name(self, model, path):
-        """Foreign name of our 'params/module/leaf' or 'batch_stats/module/leaf'."""
-        _, module, leaf = path.split('/')
-        rules = next(r for cls, r in self.modules.items() if isinstance(model, cls))
-        for pattern, theirs in rules.items():
-            match = re.fullmatch(pattern, module)
-            if match:
-                theirs = theirs(model, *match.groups()) if callable(theirs) else (
-                    match.expand(theirs))
-                return f'{theirs}{self.separator}{self.leaf(leaf, module)}'
-        return f'(no name for {module})'
-
-
-def _resnet_block(model, group, block, part):
-    index = sum(model.blocks[:int(group)]) + int(block)
-    kind, _, rest = part.partition('_')
-    kind, number = re.fullmatch(r'(conv|bn)(\d?)', kind).groups()
-    if rest == 'shortcut':
-        return f'BottleneckResNetBlock_{index}/{"conv" if kind == "conv" else "norm"}_proj'
-    layer = 2 * (int(number) - 1)
-    return f'BottleneckResNetBlock_{index}/' + (
-        f'Conv_{layer}' if kind == 'conv' else f'BatchNorm_{layer + 1}')
-
-
-def _mbconv(model, block, part):
-    expanded = _stage_of(model, int(block))[0].expansion > 1
-    kind, _, place = part.partition('_')
-    if kind == 'se':
-        name = {'reduce': 'reduce_conv2d_0', 'expand': 'expand_conv2d_1'}[place]
-        return f'MBConvBlock_{int(block) + 1}/SqueezeExcite_0/{name}'
-    if place == 'depthwise' and kind == 'conv':
-        return f'MBConvBlock_{int(block) + 1}/depthwise_conv2d'
-    places = ('expand', 'depthwise', 'project') if kind == 'bn' else ('expand', 'project')
-    number = places.index(place) - (not expanded)
-    name = 'batch_normalization' if kind == 'bn' else f'{place}_conv2d'
-    return f'MBConvBlock_{int(block) + 1}/{name}_{number}'
-
-
-def _stage_of(model, block):
-    """(stage, its number, the block's number in it) of the block-th MBConv block."""
-    for number, (stage, n) in enumerate(zip(model.stages, model.repeats)):
-        if block < n:
-            return stage, number, block
-        block -= n
-    raise IndexError(block)
-
-
-def _reference_layout(path, array, ndim):
-    del ndim
-    return array.swapaxes(2, 3) if '_depthwise/kernel' in path else array
-
-
-REFERENCE = Format(
-    modules={
-        WideResNet: {
-            'conv_init': 'init_conv', 'bn_final': 'pre-pool-bn', 'head': 'Dense_3',
-            r'group(\d)_block(\d+)_bn1': r'WideResnetGroup_\1/WideResnetBlock_\2/init_bn',
-            r'group(\d)_block(\d+)_bn2': r'WideResnetGroup_\1/WideResnetBlock_\2/bn_2',
-            r'group(\d)_block(\d+)_(conv\d)': r'WideResnetGroup_\1/WideResnetBlock_\2/\3'},
-        ShakeShake: {
-            'conv_init': 'init_conv', 'bn_init': 'init_bn', 'head': 'Dense_3',
-            r'group(\d)_block(\d+)_conv_shortcut(\d)':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/conv_h\3',
-            r'group(\d)_block(\d+)_bn_shortcut':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/bn_residual',
-            r'group(\d)_block(\d+)_(conv|bn)_([ab])(\d)':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/\3_\4_\5'},
-        PyramidNet: {
-            'conv_init': 'init_conv', 'bn_init': 'init_bn', 'bn_final': 'final_bn',
-            'head': lambda model: f'Dense_{(model.depth - 2) // 3}',
-            r'block(\d+)_bn1': r'BottleneckShakeDrop_\1/bn_1_pre',
-            r'block(\d+)_bn2': r'BottleneckShakeDrop_\1/bn_1_post',
-            r'block(\d+)_bn3': r'BottleneckShakeDrop_\1/bn_2',
-            r'block(\d+)_bn4': r'BottleneckShakeDrop_\1/bn_3',
-            r'block(\d+)_conv1': r'BottleneckShakeDrop_\1/1x1_conv_contract',
-            r'block(\d+)_conv2': r'BottleneckShakeDrop_\1/3x3',
-            r'block(\d+)_conv3': r'BottleneckShakeDrop_\1/1x1_conv_expand'},
-        ResNet: {
-            '(conv_init|bn_init)': r'\1',
-            'head': lambda model: f'Dense_{sum(model.blocks)}',
-            r'group(\d)_block(\d+)_(.+)': _resnet_block},
-        EfficientNet: {
-            'conv_stem': 'Stem_0/conv2d', 'bn_stem': 'Stem_0/batch_normalization',
-            'conv_head': lambda model: f'Head_{sum(model.repeats) + 1}/conv2d',
-            'bn_head': lambda model: f'Head_{sum(model.repeats) + 1}/batch_normalization',
-            'head': lambda model: f'Head_{sum(model.repeats) + 1}/dense',
-            r'block(\d+)_(.+)': _mbconv},
-    },
-    leaf=lambda leaf, module: (
-        'depthwise_kernel' if (module[-9:], leaf) == ('depthwise', 'kernel') else leaf),
-    separator='/', layout=_reference_layout)
-
-
-_KERAS_PARTS = {
-    'conv_expand': 'expand_conv', 'bn_expand': 'expand_bn', 'conv_depthwise': 'dwconv',
-    'bn_depthwise': 'bn', 'se_reduce': 'se_reduce', 'se_expand': 'se_expand',
-    'conv_project': 'project_conv', 'bn_project': 'project_bn'}
-
-
-def _keras_block(model, block, part):
-    _, stage, number = _stage_of(model, int(block))
-    return f'block{stage + 1}{chr(ord("a") + number)}_{_KERAS_PARTS[part]}'
-
-
-_KERAS_LEAVES = {'scale': 'gamma', 'mean': 'moving_mean', 'var': 'moving_variance'}
-
-KERAS = Format(
-    modules={EfficientNet: {
-        'conv_stem': 'stem_conv', 'bn_stem': 'stem_bn', 'conv_head': 'top_conv',
-        'bn_head': 'top_bn', 'head': 'predictions', r'block(\d+)_(.+)': _keras_block}},
-    leaf=lambda leaf, module: (
-        'beta' if leaf == 'bias' and 'bn_' in module else _KERAS_LEAVES.get(leaf, leaf)),
-    separator='/', layout=_reference_layout)
-
-
-def _keras3_name(model, module):
-    """<class>_<how many of the class came before>: Keras 3 does not write layers' names."""
-    modules = ['conv_stem', 'bn_stem']
-    for block in range(sum(model.repeats)):
-        parts = list(_KERAS_PARTS)[0 if _stage_of(model, block)[0].expansion > 1 else 2:]
-        modules += [f'block{block}_{part}' for part in parts]
-    modules += ['conv_head', 'bn_head', 'head']
-
-    def kind(module):
-        if module.endswith('conv_depthwise'):
-            return 'depthwise_conv2d'
-        if module == 'head':
-            return 'dense'
-        return 'batch_normalization' if 'bn_' in module else 'conv2d'
-
-    before = [kind(m) for m in modules[:modules.index(module)]].count(kind(module))
-    return kind(module) + (f'_{before}' if before else '')
-
-
-KERAS3 = Format(
-    modules={EfficientNet: {'(.+)': _keras3_name}},
-    leaf=lambda leaf, module: str(
-        ['scale', 'bias', 'mean', 'var'].index(leaf) if 'bn_' in module
-        else ['kernel', 'bias'].index(leaf)),
-    separator='/', layout=_reference_layout)
-
-
-def _timm_block(model, block, part):
-    stage, number, position = _stage_of(model, int(block))
-    expanded = stage.expansion > 1
-    theirs = {
-        'conv_expand': 'conv_pw', 'bn_expand': 'bn1', 'conv_depthwise': 'conv_dw',
-        'bn_depthwise': 'bn2' if expanded else 'bn1', 'se_reduce': 'se.conv_reduce',
-        'se_expand': 'se.conv_expand', 'conv_project': 'conv_pwl' if expanded else 'conv_pw',
-        'bn_project': 'bn3' if expanded else 'bn2'}[part]
-    return f'blocks.{number}.{position}.{theirs}'
-
-
-_TIMM_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean',
-                'var': 'running_var'}
-
-
-def _timm_layout(path, array, ndim):
-    if not path.endswith('/kernel'):
-        return array
-    return array.transpose(2, 3, 1, 0) if ndim == 4 else array.T
-
-
-TIMM = Format(
-    modules={EfficientNet: {
-        'conv_stem': 'conv_stem', 'bn_stem': 'bn1', 'conv_head': 'conv_head', 'bn_head': 'bn2',
-        'head': 'classifier', r'block(\d+)_(.+)': _timm_block}},
-    leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
-    separator='.', layout=_timm_layout)
-
-FORMATS = (REFERENCE, KERAS, KERAS3, TIMM)
