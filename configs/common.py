@@ -84,7 +84,9 @@ def get_config():
     c.data.randaugment_layers = 2
     c.data.randaugment_magnitude = 9
     c.data.validation = False  # hold out the last tenth of the training set and evaluate on it too
-    c.data.label_noise = 0.0  # fraction of training labels drawn anew, uniformly from all classes
+    c.data.label_noise = 0.0  # fraction of training labels that get another one
+    c.data.label_noise_kind = 'uniform'  # over all classes; 'other': over the others; 'pair': next
+    c.data.label_noise_seed = 0  # decides which, whatever the run's seed
 
     c.sam = ml_collections.ConfigDict()
     c.sam.method = 'sam'  # or 'sgd'

@@ -21,7 +21,8 @@ KEYS = {
     'data.name': str, 'data.dir': str, 'data.augment': str, 'data.padding': int,
     'data.corrected_ops': bool, 'data.cutout_size': int, 'data.cutout_per_image': bool,
     'data.randaugment_layers': int, 'data.randaugment_magnitude': int,
-    'data.validation': bool, 'data.label_noise': float,
+    'data.validation': bool, 'data.label_noise': float, 'data.label_noise_kind': str,
+    'data.label_noise_seed': int,
     'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
     'sam.schedule': str, 'sam.warmup_epochs': float,
     'optimizer.name': str, 'optimizer.learning_rate': float, 'optimizer.schedule': str,
@@ -39,6 +40,7 @@ DTYPES = ('float32', 'bfloat16', 'float64')
 _CHOICES = {
     'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
     'data.name': tuple(data.SOURCES), 'data.augment': tuple(data.RECIPES),
+    'data.label_noise_kind': tuple(data.LABEL_NOISE),
     'sam.method': tuple(sharpness.METHODS), 'sam.schedule': tuple(schedules.SCHEDULES),
     'optimizer.name': optimizers.OPTIMIZERS, 'optimizer.schedule': tuple(schedules.SCHEDULES),
 }
@@ -51,7 +53,7 @@ _RANGES = {
     'data.padding': (0, math.inf, False), 'data.cutout_size': (1, math.inf, False),
     'data.randaugment_layers': (1, math.inf, False),
     'data.randaugment_magnitude': (0, math.inf, False),
-    'data.label_noise': (0, 1, True),
+    'data.label_noise': (0, 1, True), 'data.label_noise_seed': (0, 2 ** 32 - 1, True),
     'sam.rho': (0, math.inf, False), 'sam.replicas_per_group': (1, math.inf, False),
     'sam.warmup_epochs': (0, math.inf, False), 'optimizer.learning_rate': (0, math.inf, False),
     'optimizer.warmup_epochs': (0, math.inf, False), 'optimizer.momentum': (0, 1, False),

@@ -153,7 +153,7 @@ def _make_plan(config, workdir, devices):
         config.replica_loop, devices)
     config_lib.check_with_layout(config, layout)
     _check_workdir(workdir)
-    dataset = data.load_dataset(config.data, config.seed)
+    dataset = data.load_dataset(config.data)
     config_lib.check_with_data(config, dataset)
     model = config_lib.create_model(config, dataset.num_classes)
     steps_per_epoch = dataset.num_train_examples // config.batch_size

@@ -68,7 +68,7 @@ class Stepper:
         layout, _ = replicas.make_layout(
             config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
             config.replica_loop, jax.devices()[:1])
-        dataset = data.load_dataset(config.data, config.seed)
+        dataset = data.load_dataset(config.data)
         model = config_lib.create_model(config, dataset.num_classes)
         hparams = train_step.HParams.from_config(config)
         state = train_step.create_train_state(config, model, dataset.image_shape)

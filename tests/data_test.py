@@ -25,8 +25,9 @@ DIGITS_HASH = '8eda44600345aacab4f47b3de1f0efd0518cbaef25081c8869a1c30b74d33de4'
 
 
 def _load(seed=0, **settings):
-    config = small_config(**{f'data__{name}': value for name, value in settings.items()})
-    return data.load_dataset(config.data, seed)
+    config = small_config(**{f'data__{name}': value for name, value in settings.items()},
+                          data__label_noise_seed=seed)
+    return data.load_dataset(config.data)
 
 
 def _layout(num_devices, batch_size=64, replica_batch_size=8, replicas_per_group=1):
@@ -154,6 +155,24 @@ def test_noise_draws_the_true_class_too(true_class):
     clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), np.full(n, true_class, np.int32))
     labels = sources.add_label_noise(clean, 1.0, 10, seed=1).labels
     _assert_uniform(np.bincount(labels, minlength=10), 10)
+
+
+@pytest.mark.parametrize('num_classes', [2, 10])
+def test_noise_of_other_kinds(num_classes):
+    """'other' is uniform over the others; 'pair' is the next class; the examples are the same."""
+    n = 20_000
+    true = np.arange(n, dtype=np.int32) % num_classes
+    clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), true)
+    other, pair = (sources.add_label_noise(clean, 0.3, num_classes, 5, kind).labels
+                   for kind in ('other', 'pair'))
+    hit = other != true
+    assert hit.sum() == round(0.3 * n)
+    np.testing.assert_array_equal(hit, pair != true)
+    np.testing.assert_array_equal(pair[hit], (true[hit] + 1) % num_classes)
+    cells = np.zeros((num_classes, num_classes))
+    np.add.at(cells, (true[hit], other[hit]), 1)
+    for c in range(num_classes):
+        _assert_uniform(np.delete(cells[c], c), num_classes - 1) if num_classes > 2 else None
 
 
 def test_noise_depends_on_the_seed_alone():

@@ -158,7 +158,7 @@ def test_top5_needs_six_classes():
 def test_an_unknown_dataset_is_refused_by_the_library_too():
     settings = _config({'data.name': 'mnist'}).data
     with pytest.raises(UserError, match="data.name is 'mnist'.*" + ', '.join(data.SOURCES)):
-        data.load_dataset(settings, 0)
+        data.load_dataset(settings)
 
 
 # Every key.
@@ -183,7 +183,7 @@ def test_every_number_has_its_range():
         assert low == (key in from_one), key
         if key in below_one:
             assert (high, closed) == (1, False), key
-        elif key in ('data.label_noise', 'seed'):
+        elif key in ('data.label_noise', 'data.label_noise_seed', 'seed'):
             assert (high, closed) == (1 if key == 'data.label_noise' else 2 ** 32 - 1, True), key
         else:
             assert high == math.inf and not closed, key

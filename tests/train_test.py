@@ -93,7 +93,7 @@ def test_evaluation_is_exact_on_any_device_count(tmp_path):
     """Against a plain NumPy computation over the whole split; 500 is no multiple of 3 or 8."""
     config = small_config(total_epochs=1, eval__top5=True, eval__batch_size=96)
     state = _run(config, tmp_path)
-    dataset = data.load_dataset(config.data, 0)
+    dataset = data.load_dataset(config.data)
     test = dataset.evals['test']
     images = (test.images / 255.0 - dataset.mean) / dataset.std
     logits = np.asarray(Net().apply(

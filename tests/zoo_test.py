@@ -397,7 +397,7 @@ def test_sam_lowers_the_loss_on_two_devices(name):
     config = small_config(
         batch_size=32, replica_batch_size=16, log_every_steps=1, sam__rho=0.05,
         optimizer__learning_rate=0.02, optimizer__schedule='constant')
-    dataset = data.load_dataset(config.data, seed=0)
+    dataset = data.load_dataset(config.data)
     layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
     model = tiny(name)
     step = train_step.make_train_step(model, config, layout, dataset)
@@ -422,7 +422,7 @@ def test_ascent_alone_is_along_the_true_gradient():
     config = small_config(batch_size=16, replica_batch_size=16, log_every_steps=1, sam__rho=0.1,
                           optimizer__clip_norm=0.0, optimizer__momentum=0.0,
                           optimizer__schedule='constant', optimizer__weight_decay=0.0)
-    dataset = data.load_dataset(config.data, seed=0)
+    dataset = data.load_dataset(config.data)
     layout, _ = replicas.make_layout(16, 16, 1, devices=jax.devices()[:1])
     model = tiny('shake_shake_8_2x4d')
     start = train_step.create_train_state(config, model, dataset.image_shape)

@@ -2,6 +2,6 @@
 
 from sam_jax.data.augment import RECIPES
 from sam_jax.data.resident import ResidentDataset, load_dataset
-from sam_jax.data.sources import SOURCES
+from sam_jax.data.sources import LABEL_NOISE, SOURCES
 
-__all__ = ['RECIPES', 'SOURCES', 'ResidentDataset', 'load_dataset']
+__all__ = ['LABEL_NOISE', 'RECIPES', 'SOURCES', 'ResidentDataset', 'load_dataset']

@@ -120,12 +120,11 @@ def _epoch_order(seed, epoch, n):
     return rngs.permutation(seed, 'order', n, epoch)
 
 
-def load_dataset(settings, seed):
+def load_dataset(settings):
     """Reads the dataset that `config.data` names.
 
     Args:
       settings: `config.data`.
-      seed: the run's seed; decides which labels are noisy.
 
     Raises:
       UserError: the dataset is not known or not on disk.
@@ -139,7 +138,8 @@ def load_dataset(settings, seed):
         train, evals['validation'] = split_validation(train, source.validation_size)
     true_train = train
     if settings.label_noise:
-        train = add_label_noise(train, settings.label_noise, source.num_classes, seed)
+        train = add_label_noise(train, settings.label_noise, source.num_classes,
+                                settings.label_noise_seed, settings.label_noise_kind)
         evals['train_true_labels'] = true_train
     evals['train'] = train
     return ResidentDataset(

@@ -148,16 +148,31 @@ def split_validation(train, size=0):
     return train.part(slice(None, cut)), train.part(slice(cut, None))
 
 
-def add_label_noise(train, rate, num_classes, seed):
-    """Gives a fraction `rate` of the examples a label drawn uniformly from all classes.
+# What becomes of a label that is hit by noise: (true label, a draw, number of classes) -> label.
+LABEL_NOISE = {
+    # Any class, the true one included (MentorNet's convention; the SAM paper does not say): about
+    # rate x (1 - 1 / number of classes) of the labels end up wrong.
+    'uniform': lambda true, draw, n: draw % n,
+    # Any other class.
+    'other': lambda true, draw, n: (true + 1 + draw % (n - 1)) % n,
+    # The next class: each is taken for one other ("pair flip", asymmetric noise).
+    'pair': lambda true, draw, n: (true + 1) % n,
+}
 
-    The draw may give the true label back (MentorNet's convention; the SAM paper does not say), so
-    about rate x (1 - 1 / num_classes) of the labels end up wrong. Exactly round(rate N) examples
-    are drawn, by the run's seed.
+
+def add_label_noise(train, rate, num_classes, seed, kind='uniform'):
+    """Gives a fraction `rate` of the examples another label.
+
+    Args:
+      train: Split.
+      rate: exactly round(rate N) examples are hit.
+      num_classes: number of classes.
+      seed: decides which examples, and what they get.
+      kind: one of LABEL_NOISE.
     """
     n = len(train)
     noisy = rngs.permutation(seed, 'noisy_examples', n)[:round(rate * n)]
-    draws = rngs.integers(seed, 'noisy_labels', n, num_classes)
+    draws = rngs.integers(seed, 'noisy_labels', n, num_classes * (num_classes - 1))
     labels = train.labels.copy()
-    labels[noisy] = draws[noisy]
+    labels[noisy] = LABEL_NOISE[kind](train.labels, draws, num_classes)[noisy]
     return Split(train.images, labels)
