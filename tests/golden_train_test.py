@@ -166,7 +166,8 @@ def test_original_float64_replicas_on_one_device(name, loop, x64):
     _assert_agrees(name, 1, loop, jnp.float64, rtol=1e-9)
 
 
-@pytest.mark.parametrize('name', FLOAT32)
+@pytest.mark.parametrize('name', [
+    pytest.param(n, marks=pytest.mark.slow) if 'ls0.1' in n else n for n in FLOAT32])
 def test_original_float32(name):
     _assert_agrees(name, int(golden(name)['n_devices']), 'auto', jnp.float32, rtol=5e-5)
 
