@@ -47,7 +47,7 @@ def set_model(c, name):
     """Chooses a model and declares its options, `config.model.*`."""
     c.model.name = name
     family = next((f for f in MODEL_OPTIONS if name.startswith(f)), '')
-    options = dict(MODEL_OPTIONS.get(family, {}))
+    options = MODEL_OPTIONS.get(family, {})
     if family == 'resnet' and name not in IMAGENET_RESNETS:
         options = CIFAR_RESNET_OPTIONS
     for option, default in options.items():

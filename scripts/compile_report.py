@@ -1,6 +1,6 @@
 """How long the SAM step of every full-size model takes to compile, and the memory it needs.
 
-    python scripts/compile_report.py [--models=wrn28_10,...] [--cache=DIR]
+    python scripts/compile_report.py [--models=wrn28_10,...] [--remat] [--cache=DIR]
 
 Traces and compiles the whole train step (two gradients, clipping, momentum) on one device for one
 replica, without ever allocating the model, and prints a row a model as soon as it is known:

@@ -22,8 +22,6 @@ GREY = 128  # what warps move in and cutout leaves
 NAMES = ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'Color',
          'Contrast', 'Brightness', 'Sharpness', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY',
          'Cutout', 'SolarizeAdd')
-# Those that a random sign turns around.
-SIGNED = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
 
 
 class Constants(NamedTuple):
@@ -84,14 +82,14 @@ class Op(NamedTuple):
 _KINDS = ('identity', 'warp', 'table', 'AutoContrast', 'Equalize', 'Color', 'Sharpness', 'Contrast',
           'Cutout')
 _VALUES = np.arange(256)
-_THIRTEENTHS = np.arange(256, dtype=np.float32) * (np.float32(1) / np.float32(13))
-_FIVE_THIRTEENTHS = np.arange(256, dtype=np.float32) * (np.float32(5) / np.float32(13))
+_FLOATS = np.arange(256, dtype=np.float32)
+_THIRTEENTHS = _FLOATS * (np.float32(1) / np.float32(13))
+_FIVE_THIRTEENTHS = _FLOATS * (np.float32(5) / np.float32(13))
 # Of AutoContrast: values times 255 / range, by (range, value).
-_STRETCHED = (np.float32(255) / np.maximum(np.arange(256, dtype=np.float32), 1))[:, None] * (
-    np.arange(256, dtype=np.float32))
+_STRETCHED = (np.float32(255) / np.maximum(_FLOATS, 1))[:, None] * _FLOATS
 # What each channel's values give to the luminance, in [0, 1].
 _LUMINANCE = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (
-    np.arange(256, dtype=np.float32) * np.float32(1 / 255))
+    _FLOATS * np.float32(1 / 255))
 _DIFFERENCES = np.arange(-255, 256, dtype=np.float32)
 
 
@@ -101,7 +99,7 @@ def resolve(name, level, negative, shape, constants):
     Args:
       name: one of NAMES, or 'Identity'.
       level: strength, 0 to 10 (RandAugment goes beyond).
-      negative: whether the sign is turned around; only those in SIGNED have one.
+      negative: whether the sign is turned around; only warps have one.
       shape: (H, W, C) of the images.
       constants: Constants.
     """

@@ -155,7 +155,7 @@ def _read_msgpack(path):
         params, state = tree['optimizer']['target']['params'], tree['model_state']
     else:  # (model, state): what its fine-tuning reads
         params, state = tree['0']['params'], tree['1']
-    arrays = flax.traverse_util.flatten_dict({**params}, sep='/')
+    arrays = flax.traverse_util.flatten_dict(params, sep='/')
     for module, leaves in state.items():
         arrays.update({f'{module.strip("/")}/{leaf}': x for leaf, x in leaves.items()})
     return arrays
