@@ -83,10 +83,18 @@ def get_config():
     c.data.corrected_ops = False  # AutoAugment and RandAugment without the original's quirks
     c.data.randaugment_layers = 2
     c.data.randaugment_magnitude = 9
+    c.data.mixup_alpha = 0.0  # mix pairs of examples, weight from Beta(alpha, alpha); 0 for never
+    c.data.cutmix_alpha = 0.0  # exchange boxes between pairs of examples; 0 for never
+    c.data.mix_per_image = False  # a weight for each image in place of one for the batch
+    c.data.image_size = 0  # side of the network's input; 0 for that of the dataset
+    c.data.skip_corrupt = False  # pass over images that cannot be decoded
+    c.data.threads = 0  # that read and decode images; 0 for one a core
     c.data.validation = False  # hold out the last tenth of the training set and evaluate on it too
     c.data.label_noise = 0.0  # fraction of training labels that get another one
     c.data.label_noise_kind = 'uniform'  # over all classes; 'other': over the others; 'pair': next
     c.data.label_noise_seed = 0  # decides which, whatever the run's seed
+    c.data.labels_from = ''  # file of `python -m sam_jax.predict`: train on its predictions
+    c.data.soft_labels = False  # on its probabilities and not on the likeliest class
 
     c.sam = ml_collections.ConfigDict()
     c.sam.method = 'sam'  # or 'sgd'

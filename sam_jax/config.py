@@ -7,6 +7,7 @@ import os
 import re
 
 import jax
+import ml_collections
 
 from sam_jax import data, models, optimizers, schedules, sharpness
 from sam_jax.errors import UserError
@@ -21,8 +22,10 @@ KEYS = {
     'data.name': str, 'data.dir': str, 'data.augment': str, 'data.padding': int,
     'data.corrected_ops': bool, 'data.cutout_size': int, 'data.cutout_per_image': bool,
     'data.randaugment_layers': int, 'data.randaugment_magnitude': int,
+    'data.mixup_alpha': float, 'data.cutmix_alpha': float, 'data.mix_per_image': bool,
+    'data.image_size': int, 'data.skip_corrupt': bool, 'data.threads': int,
     'data.validation': bool, 'data.label_noise': float, 'data.label_noise_kind': str,
-    'data.label_noise_seed': int,
+    'data.label_noise_seed': int, 'data.labels_from': str, 'data.soft_labels': bool,
     'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
     'sam.schedule': str, 'sam.warmup_epochs': float,
     'optimizer.name': str, 'optimizer.learning_rate': float, 'optimizer.schedule': str,
@@ -39,7 +42,7 @@ DTYPES = ('float32', 'bfloat16', 'float64')
 
 _CHOICES = {
     'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
-    'data.name': tuple(data.SOURCES), 'data.augment': tuple(data.RECIPES),
+    'data.name': data.NAMES, 'data.augment': tuple(data.RECIPES),
     'data.label_noise_kind': tuple(data.LABEL_NOISE),
     'sam.method': tuple(sharpness.METHODS), 'sam.schedule': tuple(schedules.SCHEDULES),
     'optimizer.name': optimizers.OPTIMIZERS, 'optimizer.schedule': tuple(schedules.SCHEDULES),
@@ -53,6 +56,8 @@ _RANGES = {
     'data.padding': (0, math.inf, False), 'data.cutout_size': (1, math.inf, False),
     'data.randaugment_layers': (1, math.inf, False),
     'data.randaugment_magnitude': (0, math.inf, False),
+    'data.mixup_alpha': (0, math.inf, False), 'data.cutmix_alpha': (0, math.inf, False),
+    'data.image_size': (0, math.inf, False), 'data.threads': (0, math.inf, False),
     'data.label_noise': (0, 1, True), 'data.label_noise_seed': (0, 2 ** 32 - 1, True),
     'sam.rho': (0, math.inf, False), 'sam.replicas_per_group': (1, math.inf, False),
     'sam.warmup_epochs': (0, math.inf, False), 'optimizer.learning_rate': (0, math.inf, False),
@@ -66,7 +71,7 @@ _RANGES = {
 }
 
 # What may differ when a run is resumed: it does not change what is computed.
-_FREE_AT_RESUME = ('replica_loop', 'data.dir', 'eval.', 'checkpoint.')
+_FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.')
 
 
 def flatten(config):
@@ -78,6 +83,20 @@ def flatten(config):
         else:
             flat[name] = value
     return flat
+
+
+def unflatten(flat):
+    """Returns the locked ConfigDict of {'section.key': value}, as a run's config.json holds it."""
+    config = ml_collections.ConfigDict()
+    for key, value in flat.items():
+        *sections, name = key.split('.')
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ml_collections.ConfigDict()
+            section = section[part]
+        section[name] = tuple(value) if isinstance(value, list) else value
+    return config.lock()
 
 
 def nearest(name, known):
@@ -115,7 +134,38 @@ def check(config):
                 f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.')
     if flat['optimizer.name'] == 'rmsprop' and not flat['optimizer.epsilon'] > 0:
         raise UserError('optimizer.epsilon is 0; rmsprop needs a positive one.')
+    _check_data_settings(config.data)
     create_model(config, num_classes=1)  # names and options do not depend on the data
+
+
+def _check_data_settings(settings):
+    streams = settings.name not in data.SOURCES
+    if streams and not settings.image_size:
+        raise UserError(
+            f'data.image_size is 0; {settings.name} has images of all sizes: set the side of the '
+            "network's input, such as 224.")
+    if not streams and 'resized_crop' in data.RECIPES[settings.augment]:
+        raise UserError(
+            f'data.augment is {settings.augment!r}, which crops large images; {settings.name} is '
+            'not of that kind: use one of '
+            f'{", ".join(k for k, parts in data.RECIPES.items() if "resized_crop" not in parts)}.')
+    if not streams and settings.skip_corrupt:
+        raise UserError(
+            f'data.skip_corrupt is True; the images of {settings.name} are read as a whole, and '
+            'none of them is passed over.')
+    if settings.mixup_alpha and settings.cutmix_alpha:
+        raise UserError(
+            f'data.mixup_alpha is {settings.mixup_alpha} and data.cutmix_alpha is '
+            f'{settings.cutmix_alpha}; one of them must be 0.')
+    if settings.mix_per_image and not (settings.mixup_alpha or settings.cutmix_alpha):
+        raise UserError('data.mix_per_image is True; it needs data.mixup_alpha or '
+                        'data.cutmix_alpha.')
+    if settings.labels_from and settings.label_noise:
+        raise UserError(
+            f'data.labels_from is {settings.labels_from!r} and data.label_noise is '
+            f'{settings.label_noise}; labels come from one of them: set data.label_noise to 0.')
+    if settings.soft_labels and not settings.labels_from:
+        raise UserError('data.soft_labels is True; it needs data.labels_from.')
 
 
 def _check_value(key, kind, value):
@@ -144,10 +194,10 @@ def check_with_data(config, dataset):
             f'batch_size is {config.batch_size}; the training set of {dataset.name} has only {n} '
             'examples.')
     shifts = 'shift' in data.RECIPES[config.data.augment]
-    if shifts and config.data.padding >= min(dataset.image_shape[:2]):
+    if shifts and config.data.padding >= min(dataset.pixel_shape[:2]):
         raise UserError(
             f'data.padding is {config.data.padding}; it must be smaller than the images of '
-            f'{dataset.name}, {dataset.image_shape[0]}x{dataset.image_shape[1]}.')
+            f'{dataset.name}, {dataset.pixel_shape[0]}x{dataset.pixel_shape[1]}.')
     if config.eval.top5 and dataset.num_classes < 6:
         raise UserError(
             f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')

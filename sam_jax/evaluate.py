@@ -42,6 +42,20 @@ def make_eval_step(model, layout, dataset, top5=False):
         devices=layout.devices)
 
 
+def make_predict_step(model, layout, dataset):
+    """Returns the pmapped step (params, batch_stats, arrays, feed) -> class probabilities.
+
+    Float32 (devices of this process, examples of a device, classes), one row a device.
+    """
+    def step(params, batch_stats, arrays, feed):
+        image = dataset.eval_batch(arrays, feed)['image']
+        logits = model.apply({'params': params, 'batch_stats': batch_stats}, image, train=False)
+        return jax.nn.softmax(logits).astype('float32')
+
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, None, None, 0), devices=layout.devices)
+
+
 def evaluate(step, params, batch_stats, arrays, feeds, layout):
     """Runs an evaluation step over all feeds of a split.
 

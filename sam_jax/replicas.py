@@ -90,6 +90,24 @@ class Layout:
             lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
+def free_memory(devices):
+    """Returns (free bytes of the memory that holds this process's arrays, devices that share it).
+
+    Of accelerators the least, which each has for itself; on CPU all devices share the machine's.
+    Infinite where the platform does not tell.
+    """
+    local = [d for d in devices if d.process_index == jax.process_index()]
+    stats = [d.memory_stats() for d in local]
+    if all(stats):
+        return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats), 1
+    try:
+        with open('/proc/meminfo') as file:
+            fields = dict(line.split(':') for line in file)
+        return 1024 * int(fields['MemAvailable'].split()[0]), len(local)
+    except (OSError, KeyError):
+        return float('inf'), len(local)
+
+
 def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto', devices=None):
     """Cuts the batch and chooses the devices.
 

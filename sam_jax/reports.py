@@ -53,9 +53,11 @@ class Reports:
         if not due:
             self._progress.start_clock(step)  # the first step includes compilation
             return
+        input_wait = self._progress.input_wait()  # before the clock starts anew
         speed = self._progress.images_per_second(step)
         metrics['epoch'] = step / self._steps_per_epoch
-        self._writer.scalars(step, {**metrics, 'perf/images_per_second': speed})
+        self._writer.scalars(step, {
+            **metrics, 'perf/images_per_second': speed, 'perf/input_wait': input_wait})
         self._progress.line(step, metrics['train/loss'], metrics['train/error_rate'], speed)
 
 

@@ -1,7 +1,6 @@
 """The one training loop. It decides when; what is computed stands in `train_step.py`."""
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -10,7 +9,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from sam_jax import config as config_lib
 from sam_jax import (
@@ -19,11 +17,11 @@ from sam_jax import (
     evaluate,
     replicas,
     reports,
-    rngs,
     train_step,
     writers,
 )
 from sam_jax.checkpoint import Checkpoints
+from sam_jax.data import pictures
 from sam_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -57,16 +55,29 @@ class _Signal:
             signal.signal(signal.SIGTERM, self._previous)
 
 
+class _Arrays:
+    """The arrays of splits on the devices, each array once, however many splits share it."""
+
+    def __init__(self, dataset, layout):
+        self._dataset, self._layout = dataset, layout
+        self._placed = {}
+
+    def __call__(self, split):
+        arrays = self._dataset.device_arrays(split)
+        for array in arrays.values():
+            if id(array) not in self._placed:
+                self._placed[id(array)] = self._layout.replicate(array)
+        return {name: self._placed[id(array)] for name, array in arrays.items()}
+
+
 class _Evaluator:
     """Evaluates a state on the splits that the config asks for."""
 
-    def __init__(self, config, model, dataset, layout):
+    def __init__(self, config, model, dataset, layout, arrays):
         self._step = evaluate.make_eval_step(model, layout, dataset, config.eval.top5)
         self._config, self._dataset, self._layout = config, dataset, layout
-        self._splits = {
-            name: split for name, split in dataset.evals.items()
-            if config.eval.train_set or not name.startswith('train')}
-        self._arrays = {}
+        self._arrays = arrays
+        self._splits = _evaluated(config, dataset)
 
     def __call__(self, state):
         """Returns {'test/error_rate': ..., 'test/ema_error_rate': ..., ...}."""
@@ -75,16 +86,19 @@ class _Evaluator:
             versions['ema_'] = (state.ema['params'], state.ema['batch_stats'])
         results = {}
         for name, split in self._splits.items():
-            if name not in self._arrays:
-                self._arrays[name] = self._layout.replicate(self._dataset.device_arrays(split))
             prefix = name if name in ('test', 'validation') else f'{name}_set'
             for version, variables in versions.items():
                 feeds = self._dataset.eval_feeds(
                     split, self._config.eval.batch_size, self._layout)
                 means = evaluate.evaluate(
-                    self._step, *variables, self._arrays[name], feeds, self._layout)
+                    self._step, *variables, self._arrays(split), feeds, self._layout)
                 results.update({f'{prefix}/{version}{k}': v for k, v in means.items()})
         return results
+
+
+def _evaluated(config, dataset):
+    return {name: split for name, split in dataset.evals.items()
+            if config.eval.train_set or not name.startswith('train')}
 
 
 class _Plan(NamedTuple):
@@ -125,10 +139,7 @@ def train_and_evaluate(config, workdir, devices=None):
     """
     began = time.time()
     plan = _make_plan(config, workdir, devices)
-    checkpoints = Checkpoints(
-        os.path.join(os.path.abspath(workdir), 'checkpoints'),
-        [epoch * plan.steps_per_epoch for epoch in config.checkpoint.keep_epochs])
-    with contextlib.closing(checkpoints), _Signal() as stop:
+    with contextlib.closing(_checkpoints(plan)) as checkpoints, _Signal() as stop:
         state, first_step, wall_before = _restore(plan, checkpoints)
         main = distributed.is_main()
         if first_step == plan.total_steps and os.path.exists(plan.result_path):
@@ -155,6 +166,9 @@ def _make_plan(config, workdir, devices):
     _check_workdir(workdir)
     dataset = data.load_dataset(config.data)
     config_lib.check_with_data(config, dataset)
+    if isinstance(dataset, data.ResidentDataset):
+        dataset.check_memory([dataset.train, *_evaluated(config, dataset).values()],
+                             *replicas.free_memory(layout.devices))
     model = config_lib.create_model(config, dataset.num_classes)
     steps_per_epoch = dataset.num_train_examples // config.batch_size
     return _Plan(config, workdir, layout, note, dataset, model, steps_per_epoch,
@@ -179,6 +193,36 @@ def _restore(plan, checkpoints):
     return plan.layout.replicate(jax.device_get(state)), first_step, wall_time
 
 
+def restore(config, workdir, devices=None):
+    """Opens a run without training it on.
+
+    Args:
+      config: the run's config.
+      workdir: its folder.
+      devices: default all devices.
+
+    Returns:
+      (plan, state, step): plan.dataset, plan.model and plan.layout as the run uses them, the
+      TrainState of the newest checkpoint on the devices, and its number of steps.
+
+    Raises:
+      UserError: there is no checkpoint, or something in config or workdir is wrong.
+    """
+    plan = _make_plan(config, workdir, devices)
+    with contextlib.closing(_checkpoints(plan)) as checkpoints:
+        if not checkpoints.steps():
+            raise UserError(f'workdir {workdir!r} holds no checkpoint; the run has to be trained '
+                            'first.')
+        state, step, _ = _restore(plan, checkpoints)
+    return plan, state, step
+
+
+def _checkpoints(plan):
+    return Checkpoints(
+        os.path.join(os.path.abspath(plan.workdir), 'checkpoints'),
+        [epoch * plan.steps_per_epoch for epoch in plan.config.checkpoint.keep_epochs])
+
+
 def _announce(plan, state, first_step, writer, progress):
     """Says what starts, and leaves it in the workdir."""
     if plan.note:
@@ -189,7 +233,8 @@ def _announce(plan, state, first_step, writer, progress):
         writers.write_json(os.path.join(plan.workdir, 'config.json'),
                            reports.provenance(plan.config, plan.layout))
     if not first_step:
-        writer.start(reports.hparams(plan.config), {'train_images': _example_images(plan)})
+        images = pictures.training_images(plan.dataset, plan.config.seed, 0, plan.layout)
+        writer.start(reports.hparams(plan.config), {'train_images': pictures.grid(images)})
         progress.say(writers.parameter_overview(state.params))
         if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
             progress.say(f'Compiled programs are kept in {jax.config.jax_compilation_cache_dir}.')
@@ -200,16 +245,21 @@ def _announce(plan, state, first_step, writer, progress):
 def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time):
     """The loop, and the result at its end."""
     config, layout, dataset = plan.config, plan.layout, plan.dataset
-    arrays = layout.replicate(dataset.device_arrays(dataset.train))
+    place = _Arrays(dataset, layout)
+    arrays = place(dataset.train)
     hparams = layout.replicate(train_step.HParams.from_config(config))
     step_fn = train_step.make_train_step(plan.model, config, layout, dataset)
-    evaluator = _Evaluator(config, plan.model, dataset, layout)
+    evaluator = _Evaluator(config, plan.model, dataset, layout, place)
     outbox = reports.Reports(config, writer, progress, plan.steps_per_epoch, first_step)
     saved_at = time.time()
     results = None
+    feeds = dataset.train_feeds(config.seed, first_step, plan.total_steps, layout)
     try:
         for step in range(first_step, plan.total_steps):
-            feed = layout.shard(dataset.train_feed(config.seed, step, layout))
+            with progress.waiting():
+                feed = next(feeds)
+            # The copy to the devices goes on while they still compute the steps before.
+            feed = layout.shard(feed)
             state, metrics = step_fn(state, feed, arrays, hparams)
             done = step + 1
             outbox.add(done, metrics)
@@ -275,20 +325,3 @@ def _check_workdir(workdir):
         os.remove(probe)
     except OSError as e:
         raise UserError(f'workdir {workdir!r} is not writable: {e.strerror}.') from e
-
-
-def _example_images(plan, side=8):
-    """The first augmented training images of the run as one square grid, (1, H, W, C) in [0, 1]."""
-    seed, dataset = plan.config.seed, plan.dataset
-    feed = dataset.train_feed(seed, 0, plan.layout)
-    side = min(side, int(feed['index'].size ** 0.5))
-    index = feed['index'].reshape(-1)[:side * side]
-    keys = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(seed, 'augment', 0)))(
-        jnp.arange(len(index)))
-    batch = jax.jit(dataset.train_batch)(
-        dataset.device_arrays(dataset.train), {'index': index}, keys,
-        rngs.key(seed, 'augment_batch', 0))
-    images = dataset.to_pixels(batch['image'])
-    height, width, channels = images.shape[1:]
-    rows = images.reshape(side, side, height, width, channels).swapaxes(1, 2)
-    return rows.reshape(1, side * height, side * width, channels)

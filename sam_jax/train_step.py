@@ -230,8 +230,8 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
       model: flax module of `models.create_model`.
       config: the run's config.
       layout: replicas.Layout.
-      batch_fn: (arrays, feed, keys of the examples, key of the batch) -> {'image', 'label'},
-        leading axes (replicas of this device, examples of a replica).
+      batch_fn: (arrays, feed, keys of the examples, key of the batch, name of the axis) ->
+        {'image', 'label'}, leading axes (replicas of this device, examples of a replica).
       steps_per_epoch: for the schedules.
 
     Returns:
@@ -298,7 +298,7 @@ def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
                     'shake': of_replicas(rngs.key(hparams.seed, 'shake', step))}
     example_keys = example_keys.reshape(layout.replicas_per_device, -1)
     batch_key = rngs.key(hparams.seed, 'augment_batch', step)
-    return {**batch_fn(arrays, feed, example_keys, batch_key), 'rngs': replica_rngs}
+    return {**batch_fn(arrays, feed, example_keys, batch_key, AXIS), 'rngs': replica_rngs}
 
 
 def _report(state, report, log_every_steps):

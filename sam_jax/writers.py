@@ -1,5 +1,6 @@
 """What a run leaves behind but for checkpoints: TensorBoard, metrics.jsonl, JSON; progress."""
 
+import contextlib
 import json
 import logging
 import math
@@ -140,7 +141,7 @@ class Progress:
         self._total = total_steps
         self._batch_size = batch_size
         self._last = (first_step, None)
-        self._images, self._seconds = 0, 0.0
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0
         self._bar = None
         self._active = active
         if active and sys.stderr.isatty():
@@ -149,13 +150,25 @@ class Progress:
 
     def start_clock(self, step):
         """From here on time counts as training: after compilation, after an evaluation."""
-        self._last = (step, time.perf_counter())
+        self._last, self._waited = (step, time.perf_counter()), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what the loop does only to get its next input."""
+        then = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - then
+
+    def input_wait(self):
+        """Returns the fraction of the time since the clock was started that waited for input."""
+        _, then = self._last
+        return 0.0 if then is None else min(self._waited / (time.perf_counter() - then), 1.0)
 
     def images_per_second(self, step):
         """Returns the speed since the clock was started or this was called, and starts it anew."""
         before, then = self._last
         now = time.perf_counter()
-        self._last = (step, now)
+        self._last, self._waited = (step, now), 0.0
         if then is None or step == before:
             return 0.0
         images = (step - before) * self._batch_size

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden
+from helpers import golden, small_config
 from scipy import stats
 
 from sam_jax import data
@@ -244,9 +244,118 @@ def test_recipe_is_made_of_its_parts(recipe):
     np.testing.assert_array_equal(run_recipe(images[::-1], keys[::-1])[::-1], result)
     same = (result == images).all(axis=(1, 2, 3)).mean()
     parts = augment.RECIPES[recipe]
-    if 'shift' in parts:
+    if 'shift' in parts or 'randaugment' in parts:
         assert same < 0.15
     elif 'autoaugment' in parts:
         assert 0.0 < same < 0.5  # both operations left out
+    elif 'flip' in parts:
+        flipped = (result == images[:, :, ::-1]).all(axis=(1, 2, 3))
+        assert 0.3 < same < 0.7 and flipped.mean() == 1 - same
     else:
         assert same == 1
+
+
+# Pairs.
+
+
+def _mixed(file, batch_key=0, axis_name=None, **options):
+    images, labels = file['preprocess/cifar10/image'], jnp.asarray(file['batch/label'], jnp.int32)
+    keys = jax.random.split(jax.random.key(3), len(images))
+    return augment.mix(jnp.asarray(images), labels, keys, jax.random.key(batch_key),
+                       augment.Augmentation('none', **options), 10, axis_name)
+
+
+@pytest.mark.parametrize('weight,drawn', [(0.3, 0.3), (0.8, 0.8), (0.8, 0.2)])
+def test_mixup_is_the_original_s(weight, drawn, monkeypatch):
+    """Its weight is the larger of the draw and its complement, its partner the mirrored place."""
+    file = golden('augmentation_mix')
+    monkeypatch.setattr(jax.random, 'beta', lambda *args, **kwargs: jnp.float32(drawn))
+    images, labels = _mixed(file, mixup_alpha=1.0)
+    np.testing.assert_allclose(images, file[f'mixup_cifar/w{weight}/image'], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(labels, file[f'mixup_cifar/w{weight}/label'], rtol=0, atol=1e-6)
+
+
+def test_without_alpha_nothing_is_mixed():
+    file = golden('augmentation_mix')
+    images, labels = _mixed(file)
+    np.testing.assert_array_equal(images, file['preprocess/cifar10/image'])
+    assert labels.ndim == 1 and labels.dtype == jnp.int32
+
+
+@pytest.mark.parametrize('per_image', [False, True])
+@pytest.mark.parametrize('alpha', [0.2, 1.0, 8.0])
+def test_weights_are_drawn_from_a_beta_distribution(alpha, per_image):
+    """Mixup's labels show max(w, 1 - w): one for the batch, or one an image."""
+    mixed = jax.jit(lambda key: augment.mix(
+        jnp.zeros((6, 2, 2, 1)), jnp.arange(6), jax.random.split(key, 6), key,
+        augment.Augmentation('none', mixup_alpha=alpha, mix_per_image=per_image), 6)[1])
+    labels = np.stack([mixed(jax.random.key(seed)) for seed in range(300)])
+    weights = np.einsum('sii->si', labels)
+    np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.einsum('sii->si', labels[:, :, ::-1]), 1 - weights, atol=1e-6)
+    assert len(np.unique(weights[0])) == (6 if per_image else 1)
+    draws = weights.ravel() if per_image else weights[:, 0]
+    folded = stats.beta(alpha, alpha)
+    assert stats.kstest(draws, lambda x: 2 * folded.cdf(x) - 1).pvalue > 1e-3
+
+
+@pytest.mark.parametrize('per_image', [False, True])
+def test_cutmix_exchanges_a_box(per_image):
+    """The label's weight is the share of pixels outside of the box; the box is the partner's."""
+    shape = (6, 16, 24, 1)
+    images = jnp.broadcast_to(jnp.arange(1.0, 7).reshape(6, 1, 1, 1), shape)
+    shares, boxes = [], []
+    for seed in range(40):
+        key = jax.random.key(seed)
+        mixed, labels = augment.mix(
+            images, jnp.arange(6), jax.random.split(key, 6), key,
+            augment.Augmentation('none', cutmix_alpha=1.0, mix_per_image=per_image), 6)
+        for i in range(6):
+            own, other = (np.asarray(mixed[i, ..., 0]) == k for k in (i + 1, 6 - i))
+            assert (own | other).all()
+            rows, columns = other.any(axis=1), other.any(axis=0)
+            np.testing.assert_array_equal(other, np.outer(rows, columns))  # a box
+            assert (np.diff(np.flatnonzero(rows)) == 1).all()
+            np.testing.assert_allclose(labels[i, i], own.mean(), atol=1e-6)
+            np.testing.assert_allclose(labels[i, 5 - i], other.mean(), atol=1e-6)
+        boxes.append(len({np.asarray(mixed[i, ..., 0] == 6 - i).tobytes() for i in range(6)}))
+        shares.append(float(labels[0, 0]))
+    assert set(boxes) == {1} if not per_image else np.mean(boxes) > 4
+    # E[1 - w] = 1/2 of the area, less what lies beyond the border.
+    assert 0.5 < np.mean(shares) < 0.8 and np.std(shares) > 0.1
+
+
+def test_cutmix_box_by_hand():
+    image, other = jnp.zeros((8, 12, 1)), jnp.ones((8, 12, 1))
+    mixed, share = augment.cutmix(image, other, jnp.float32(0.75), jnp.array([1, 6]))
+    expected = np.zeros((8, 12))
+    expected[0:3, 3:9] = 1  # sides 4 and 6 around (1, 6), cut at the upper border
+    np.testing.assert_array_equal(mixed[..., 0], expected)
+    np.testing.assert_allclose(share, 1 - 18 / 96, rtol=1e-6)
+
+
+# Size.
+
+
+@pytest.mark.parametrize('size,rows', [(33, 1), (64, 2), (224, 8)])
+def test_enlarging_is_tensorflow_s_v1_bicubic(size, rows):
+    file = golden('augmentation_mix')
+    expected = file[f'resize_bicubic_v1/{size}']
+    images = augment.enlarge(jnp.asarray(file['preprocess/cifar10/image'][:len(expected)]), size)
+    assert images.shape[1:] == (size, size, 3)
+    np.testing.assert_allclose(images[:, ::rows], expected, rtol=0, atol=2e-5)
+
+
+def test_enlarged_batches():
+    """Fine-tuning on small images: the network gets larger ones, augmentation sees the small."""
+    config = small_config(data__name='fake_cifar10', data__image_size=48, data__augment='basic')
+    dataset = data.load_dataset(config.data)
+    assert (dataset.image_shape, dataset.pixel_shape) == ((48, 48, 3), (32, 32, 3))
+    feed = {'index': jnp.arange(4), 'label': jnp.arange(4), 'mask': jnp.ones(4)}
+    arrays = dataset.device_arrays(dataset.train)
+    keys = jax.random.split(jax.random.key(0), 4)
+    for batch in (dataset.train_batch(arrays, feed, keys, keys[0]),
+                  dataset.eval_batch(arrays, feed)):
+        assert batch['image'].shape == (4, 48, 48, 3)
+    small = augment.normalize(dataset.train.images[:4], dataset.mean, dataset.std)
+    np.testing.assert_allclose(batch['image'], augment.enlarge(small, 48), atol=1e-5)

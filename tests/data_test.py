@@ -1,4 +1,4 @@
-"""Datasets, label noise, augmentation against the original, the order of examples, TFDS files."""
+"""Datasets, augmentation against the original, the order of examples, TFDS files."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ from helpers import golden, small_config
 from scipy import stats
 
 from sam_jax import data, replicas, rngs, train_step
-from sam_jax.data import augment, resident, sources
+from sam_jax.data import augment, resident
+from sam_jax.data import dataset as dataset_lib
 from sam_jax.errors import UserError
 
 # Smallest p of a chi-square test that passes; seeds are fixed, so a test passes always or never.
@@ -35,13 +36,13 @@ def _layout(num_devices, batch_size=64, replica_batch_size=8, replicas_per_group
                                 devices=jax.devices()[:num_devices])[0]
 
 
-def _of_size(n, augmentation='none', images=None):
+def _of_size(n, augmentation='none', images=None, **options):
     """A dataset of n examples whose label is their index."""
     if images is None:
         images = np.zeros((n, 8, 8, 1), np.uint8)
-    split = sources.Split(images, np.arange(n, dtype=np.int32))
-    return data.ResidentDataset('fake', n, (0.0,), (1.0,), split, {},
-                               augment.Augmentation(augmentation, padding=2, cutout_size=2))
+    split = resident.Split(images, np.arange(n, dtype=np.int32))
+    recipe = augment.Augmentation(augmentation, padding=2, cutout_size=2, **options)
+    return data.ResidentDataset('fake', n, (0.0,), (1.0,), images.shape[1:], split, {}, recipe)
 
 
 def _assert_uniform(counts, cells=None):
@@ -126,84 +127,6 @@ def test_fake_cifar():
     np.testing.assert_array_equal(train.images, _load(1, name='fake_cifar10').train.images)
 
 
-# Label noise.
-
-
-@pytest.mark.parametrize('n,rate', [(1297, 0.4), (1297, 0.8), (1000, 1.0), (10, 0.25), (9, 0.01)])
-def test_noise_draws_an_exact_number(n, rate):
-    # -1 is no class, so that each draw shows.
-    clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), np.full(n, -1, np.int32))
-    noisy = sources.add_label_noise(clean, rate, 10, seed=3)
-    assert np.sum(noisy.labels != -1) == round(rate * n)
-    assert (clean.labels == -1).all()
-
-
-@pytest.mark.parametrize('num_classes', [10, 100])
-def test_noise_is_uniform_over_classes_and_examples(num_classes):
-    n = 20_000
-    clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), np.full(n, -1, np.int32))
-    labels = sources.add_label_noise(clean, 0.5, num_classes, seed=0).labels
-    _assert_uniform(np.bincount(labels[labels >= 0], minlength=num_classes), num_classes)
-    drawn = labels.reshape(20, -1) >= 0
-    # A fixed number is drawn, which makes the places a little more even than chance.
-    assert stats.chisquare(drawn.sum(axis=1)).pvalue > P_VALUE
-
-
-@pytest.mark.parametrize('true_class', [0, 4, 9])
-def test_noise_draws_the_true_class_too(true_class):
-    n = 20_000
-    clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), np.full(n, true_class, np.int32))
-    labels = sources.add_label_noise(clean, 1.0, 10, seed=1).labels
-    _assert_uniform(np.bincount(labels, minlength=10), 10)
-
-
-@pytest.mark.parametrize('num_classes', [2, 10])
-def test_noise_of_other_kinds(num_classes):
-    """'other' is uniform over the others; 'pair' is the next class; the examples are the same."""
-    n = 20_000
-    true = np.arange(n, dtype=np.int32) % num_classes
-    clean = sources.Split(np.zeros((n, 1, 1, 1), np.uint8), true)
-    other, pair = (sources.add_label_noise(clean, 0.3, num_classes, 5, kind).labels
-                   for kind in ('other', 'pair'))
-    hit = other != true
-    assert hit.sum() == round(0.3 * n)
-    np.testing.assert_array_equal(hit, pair != true)
-    np.testing.assert_array_equal(pair[hit], (true[hit] + 1) % num_classes)
-    cells = np.zeros((num_classes, num_classes))
-    np.add.at(cells, (true[hit], other[hit]), 1)
-    for c in range(num_classes):
-        _assert_uniform(np.delete(cells[c], c), num_classes - 1) if num_classes > 2 else None
-
-
-def test_noise_depends_on_the_seed_alone():
-    labels = {seed: _load(seed, label_noise=0.4).train.labels for seed in (0, 1)}
-    again = _load(0, label_noise=0.4, augment='basic', validation=False).train.labels
-    np.testing.assert_array_equal(labels[0], again)
-    assert np.mean(labels[0] != labels[1]) > 0.3
-    # Not on the labels there are: the same places get the same draws.
-    blank = sources.Split(_load().train.images, np.full(1297, -1, np.int32))
-    draws, others = (sources.add_label_noise(blank, 0.4, 10, seed).labels for seed in (0, 1))
-    np.testing.assert_array_equal(labels[0], np.where(draws < 0, _load().train.labels, draws))
-    # Both which examples are drawn and what they get change with the seed.
-    assert np.mean((draws < 0) != (others < 0)) > 0.3
-    both = (draws >= 0) & (others >= 0)
-    assert np.mean(draws[both] != others[both]) > 0.8
-
-
-@pytest.mark.parametrize('rate', [0.4, 0.8])
-def test_noise_leaves_the_rest_alone(rate):
-    clean, noisy = _load(), _load(label_noise=rate)
-    assert set(clean.evals) == {'test', 'train'}
-    assert set(noisy.evals) == {'test', 'train', 'train_true_labels'}
-    for name, true in [('test', clean.evals['test']), ('train_true_labels', clean.train)]:
-        np.testing.assert_array_equal(noisy.evals[name].labels, true.labels)
-        np.testing.assert_array_equal(noisy.evals[name].images, true.images)
-    assert noisy.evals['train'] is noisy.train
-    np.testing.assert_array_equal(noisy.train.images, clean.train.images)
-    wrong = np.mean(noisy.train.labels != clean.train.labels)
-    assert abs(wrong - 0.9 * rate) < 0.03
-
-
 # Validation split.
 
 
@@ -246,14 +169,15 @@ def test_normalisation_equals_the_original(name):
     file, source = golden('augmentation_basic'), data.SOURCES[name]
     ours = augment.normalize(file['batch/image'], source.mean, source.std)
     np.testing.assert_allclose(ours, file[f'preprocess/{name}/image'], rtol=0, atol=5e-7)
-    split = sources.Split(file['batch/image'], file['batch/label'].astype(np.int32))
+    split = resident.Split(file['batch/image'], file['batch/label'].astype(np.int32))
     dataset = data.ResidentDataset(
-        name, source.num_classes, source.mean, source.std, split, {},
+        name, source.num_classes, source.mean, source.std, split.images.shape[1:], split, {},
         augment.Augmentation('none'))
     arrays, index = dataset.device_arrays(split), np.array([[5, 1], [0, 3]])
     keys = jax.vmap(jax.random.key)(np.arange(4)).reshape(2, 2)
-    for batch in (jax.jit(dataset.eval_batch)(arrays, {'index': index, 'mask': np.ones((2, 2))}),
-                  jax.jit(dataset.train_batch)(arrays, {'index': index}, keys, keys[0, 0])):
+    feed = {'index': index, 'label': split.labels[index], 'mask': np.ones((2, 2))}
+    for batch in (jax.jit(dataset.eval_batch)(arrays, feed),
+                  jax.jit(dataset.train_batch)(arrays, feed, keys, keys[0, 0])):
         np.testing.assert_allclose(
             batch['image'], file[f'preprocess/{name}/image'][index], rtol=0, atol=5e-7)
         np.testing.assert_array_equal(batch['label'], file['batch/label'][index])
@@ -312,7 +236,7 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     dataset, layout = _of_size(256), _layout(8)
     steps = [(seed, step) for seed in (0, 1) for step in range(12)]
     forwards = {s: dataset.train_feed(*s, layout)['index'] for s in steps}
-    resident._epoch_order.cache_clear()
+    dataset_lib._epoch_order.cache_clear()
     for s in reversed(steps):  # a restart at any step, in any order
         np.testing.assert_array_equal(dataset.train_feed(*s, layout)['index'], forwards[s])
     for step in range(12):
@@ -365,10 +289,12 @@ def _batches(dataset, layout):
     return batch
 
 
-@pytest.mark.parametrize('recipe', ['basic', 'autoaugment_cutout', 'randaugment'])
-def test_augmentation_depends_on_seed_step_and_place_alone(recipe):
+@pytest.mark.parametrize('recipe,options', [
+    ('basic', {}), ('autoaugment_cutout', {}), ('randaugment', {}), ('basic', {'mixup_alpha': 1.0}),
+    ('basic', {'cutmix_alpha': 1.0, 'mix_per_image': True})])
+def test_augmentation_depends_on_seed_step_and_place_alone(recipe, options):
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    dataset = _of_size(640, recipe, np.broadcast_to(image, (640, 8, 8, 1)))
+    dataset = _of_size(640, recipe, np.broadcast_to(image, (640, 8, 8, 1)), **options)
     one, two, eight = (_batches(dataset, _layout(n)) for n in (1, 2, 8))
     reference = eight(0, 3)
     for batch in (one(0, 3), two(0, 3)):

@@ -103,6 +103,18 @@ BAD = [
     ({'data.name': 'mnist'}, ['data.name is \'mnist\'', *data.SOURCES]),
     ({'data.augment': 'bassic'}, ['data.augment is \'bassic\'', *data.RECIPES]),
     ({'data.augment': 'basic', 'data.padding': 8}, ['data.padding is 8', 'digits, 8x8']),
+    ({'data.augment': 'imagenet'}, ['data.augment is \'imagenet\'', 'digits', 'basic']),
+    ({'data.name': 'folder'}, ['data.image_size is 0', 'folder', '224']),
+    ({'data.name': 'folder', 'data.image_size': 8, 'data.dir': 'nowhere'},
+     ['data.dir is \'nowhere\'', 'train/CLASS/IMAGE']),
+    ({'data.skip_corrupt': True}, ['data.skip_corrupt is True', 'digits']),
+    ({'data.mixup_alpha': 1.0, 'data.cutmix_alpha': 1.0},
+     ['data.mixup_alpha is 1.0', 'data.cutmix_alpha is 1.0', 'must be 0']),
+    ({'data.mix_per_image': True}, ['data.mix_per_image is True', 'data.mixup_alpha']),
+    ({'data.soft_labels': True}, ['data.soft_labels is True', 'data.labels_from']),
+    ({'data.labels_from': 'x.npz'}, ['data.labels_from is \'x.npz\'', 'no such file']),
+    ({'data.labels_from': 'x.npz', 'data.label_noise': 0.4},
+     ['data.labels_from is \'x.npz\'', 'data.label_noise is 0.4']),
     ({'checkpoint.keep_epochs': (1, 0)}, ['checkpoint.keep_epochs is (1, 0)', 'from 1']),
     ({'checkpoint.keep_epochs': (1.5,)}, ['checkpoint.keep_epochs is (1.5,)', 'epochs']),
     ({'sam.warmup_epochs': 2.5}, ['sam.warmup_epochs is 2.5', 'total_epochs, 2']),
@@ -145,7 +157,7 @@ def test_a_run_without_a_workdir_is_refused(place, tmp_path, compilations):
 
 def test_top5_needs_six_classes():
     for num_classes, refused in [(5, True), (6, False)]:
-        dataset = types.SimpleNamespace(name='tiny', num_train_examples=64, image_shape=(8, 8, 1),
+        dataset = types.SimpleNamespace(name='tiny', num_train_examples=64, pixel_shape=(8, 8, 1),
                                         num_classes=num_classes)
         try:
             config_lib.check_with_data(_config({'eval.top5': True}), dataset)
@@ -153,6 +165,31 @@ def test_top5_needs_six_classes():
         except UserError as e:
             assert refused
             _assert_sentence(str(e), ['eval.top5 is True', 'tiny', '5 classes'])
+
+
+@pytest.mark.parametrize('devices_sharing', [1, 8])
+def test_images_that_the_devices_cannot_hold(devices_sharing, tmp_path, monkeypatch, compilations):
+    # 1297 training and 500 test images of 64 bytes, the former once for training and evaluation.
+    size = 1797 * 64
+    config = _config({'eval.train_set': True, 'data.label_noise': 0.4})
+    free = [devices_sharing * size - 1, devices_sharing * size]
+    monkeypatch.setattr(replicas, 'free_memory', lambda devices: (free[0], devices_sharing))
+    with pytest.raises(UserError) as e:
+        train.train_and_evaluate(config, str(tmp_path))
+    _assert_sentence(str(e.value), ['digits', f'the {devices_sharing} on this memory', 'GiB'])
+    assert not compilations
+    monkeypatch.setattr(replicas, 'free_memory', lambda devices: (free[1], devices_sharing))
+    train._make_plan(config, str(tmp_path), None)
+
+
+def test_free_memory_of_this_machine():
+    free, sharing = replicas.free_memory(jax.devices())
+    assert 2 ** 20 < free and sharing == len(jax.devices())
+    accelerators = [
+        types.SimpleNamespace(process_index=process, memory_stats=lambda used=used: {
+            'bytes_limit': 100, 'bytes_in_use': used})
+        for process, used in ((0, 10), (0, 30), (1, 99))]
+    assert replicas.free_memory(accelerators) == (70, 1)
 
 
 def test_an_unknown_dataset_is_refused_by_the_library_too():

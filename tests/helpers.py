@@ -1,6 +1,10 @@
 """What several test files share: small configs, golden files, comparison of pytrees."""
 
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -69,3 +73,28 @@ class Net(nn.Module):
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
         x = nn.Dense(10, **common)(x.mean(axis=(1, 2)))
         return x.astype(param_dtype)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        return s.getsockname()[1]
+
+
+def run_processes(flags, workdir, num_processes=2, devices_each=2):
+    """Runs sam_jax.main in several real processes over gloo; returns their outputs."""
+    environment = {
+        **os.environ, 'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices_each} '
+                     '--xla_backend_optimization_level=0'}
+    address = f'localhost:{_free_port()}'
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
+             f'--workdir={workdir}', f'--coordinator_address={address}',
+             f'--num_processes={num_processes}', f'--process_id={i}', *flags],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for i in range(num_processes)]
+    outputs = [p.communicate(timeout=300)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0] * num_processes, outputs
+    return outputs

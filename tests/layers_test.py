@@ -13,7 +13,8 @@ FLOORS = [
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'distributed', 'replicas'},
     {'train_step', 'evaluate'},
     {'config', 'reports', 'train'},
-    {'main'},
+    {'commands'},
+    {'main', 'predict', 'preview'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -30,24 +31,28 @@ LIBRARIES = {
     'flax': {'models', 'train_step', 'reports'},
     'sklearn': {'data'},
     'tensorflow': {'data'},
+    'grain': {'data'},
+    'PIL': {'preview'},
     'tensorflow_datasets': {'data'},
     'orbax': {'checkpoint'},
     'clu': {'writers'},
     'tqdm': {'writers'},
-    'absl': {'main'},
-    'ml_collections': {'main'},
+    'absl': {'commands', 'main', 'predict', 'preview'},
+    'ml_collections': {'config', 'main', 'preview'},
     'pytest': {'main'},
     'h5py': {'models'},
     'safetensors': {'models'},
 }
 # Imported inside functions only: slow, or absent on many machines.
-LAZY = {'sklearn', 'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'tqdm', 'pytest', 'h5py',
-        'safetensors'}
+LAZY = {'sklearn', 'grain', 'PIL', 'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'tqdm',
+        'pytest', 'h5py', 'safetensors'}
 
 MODULES = sorted((ROOT / 'sam_jax').rglob('*.py'))
 
 
 def _room(path):
+    if path.name == 'preview.py':  # a command that lies beside what it shows
+        return 'preview'
     return path.relative_to(ROOT / 'sam_jax').with_suffix('').parts[0]
 
 
@@ -127,7 +132,8 @@ for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'keras')
 IMPORTS = PREAMBLE + '''
 import sam_jax.sharpness, sam_jax.models, sam_jax.train_step, sam_jax.evaluate, sam_jax.train
 import sam_jax.main, sam_jax.data, sam_jax.writers, sam_jax.checkpoint
-slow = {'sklearn', 'orbax', 'tqdm', 'pandas', 'matplotlib'} & {m.split('.')[0] for m in sys.modules}
+libraries = {m.split('.')[0] for m in sys.modules}
+slow = {'sklearn', 'grain', 'PIL', 'orbax', 'tqdm', 'pandas', 'matplotlib'} & libraries
 assert not slow, slow
 '''
 TRAINING = PREAMBLE + '''

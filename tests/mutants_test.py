@@ -10,6 +10,7 @@ from helpers import ROOT
 
 STEP, TRANSFORM, ASCENT = (
     f'sam_jax/{name}.py' for name in ('train_step', 'sharpness/transform', 'sharpness/ascent'))
+STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'
 STEP_TEST = 'tests/train_step_test.py'
 ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask'
 
@@ -59,6 +60,26 @@ MUTANTS = {
     'sums of the report not saved': (
         STEP, 'jnp.where(position == 0, 0.0, state.sums[name])', '0.0',
         f'{STEP_TEST}::test_metrics_are_means_since_the_last_report'),
+    'windows do not depend on the step': (
+        STREAM, 'step, self._places[j])', '0, self._places[j])',
+        'tests/streaming_test.py::test_windows_differ_between_steps_and_places'),
+    'windows depend on the place within the process': (
+        STREAM, 'step, self._places[j])', 'step, j)',
+        'tests/streaming_test.py::test_each_process_reads_its_share_alone'),
+    'a resumed run begins at the first step': (
+        STREAM, 'step += self._first_step', 'step += 0', 'tests/streaming_test.py::'
+        'test_an_epoch_is_a_permutation_and_any_step_can_be_the_first'),
+    'padding counts in the evaluation': (
+        STREAM, "'mask': np.float32(0)}", "'mask': np.float32(1)}",
+        'tests/streaming_test.py::test_evaluation_sees_every_example_once'),
+    'partners on the same device': (
+        AUGMENT, 'if axis_name is None:', 'if True:', 'tests/data_test.py::'
+        'test_augmentation_depends_on_seed_step_and_place_alone'),
+    'mixup with the smaller weight': (
+        AUGMENT, 'jnp.maximum(weights, 1 - weights)', 'jnp.minimum(weights, 1 - weights)',
+        'tests/augment_test.py::test_mixup_is_the_original_s'),
+    'noise at other places than drawn': (
+        'sam_jax/data/labels.py', 'hit[index]', 'hit[index - 1]', 'tests/labels_test.py'),
 }
 
 

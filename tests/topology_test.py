@@ -3,16 +3,13 @@
 import functools
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 from unittest import mock
 
 import jax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, Net, relative_distance, small_config
+from helpers import Net, relative_distance, run_processes, small_config
 
 from sam_jax import config as config_lib
 from sam_jax import train
@@ -60,31 +57,6 @@ def test_devices_float32():
     reference, _ = _run(1, 1, 'float32')
     variables, _ = _run(1, 8, 'float32')
     assert relative_distance(variables, reference) < 2e-2
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
-
-
-def run_processes(flags, workdir, num_processes=2, devices_each=2):
-    """Runs sam_jax.main in several real processes over gloo; returns their outputs."""
-    environment = {
-        **os.environ, 'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices_each} '
-                     '--xla_backend_optimization_level=0'}
-    address = f'localhost:{_free_port()}'
-    processes = [
-        subprocess.Popen(
-            [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
-             f'--workdir={workdir}', f'--coordinator_address={address}',
-             f'--num_processes={num_processes}', f'--process_id={i}', *flags],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for i in range(num_processes)]
-    outputs = [p.communicate(timeout=300)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0] * num_processes, outputs
-    return outputs
 
 
 @pytest.mark.parametrize('replicas_per_group', [1, 2, 4])

@@ -51,11 +51,11 @@ class Session:
 
     def batch(self, step=0):
         """The replicas of a step, as the step itself gathers them: (replicas, examples, ...)."""
-        index = self.dataset.train_feed(self.config.seed, step, self.layout)['index']
-        index = index.reshape(-1, self.config.replica_batch_size)
-        keys = jax.random.split(jax.random.key(0), index.shape)  # no augmentation
+        feed = self.dataset.train_feed(self.config.seed, step, self.layout)
+        feed = {name: x.reshape(-1, self.config.replica_batch_size) for name, x in feed.items()}
+        keys = jax.random.split(jax.random.key(0), feed['label'].shape)  # no augmentation
         arrays = jax.tree.map(jnp.asarray, self.dataset.device_arrays(self.dataset.train))
-        return self.dataset.train_batch(arrays, {'index': index}, keys, keys[0, 0])
+        return self.dataset.train_batch(arrays, feed, keys, keys[0, 0])
 
 
 def _config(**overrides):

@@ -20,6 +20,7 @@ from helpers import ROOT, Net, assert_trees_equal, small_config
 
 from sam_jax import config as config_lib
 from sam_jax import data, reports, train, train_step
+from sam_jax.data import pictures
 from sam_jax.errors import UserError
 
 
@@ -80,7 +81,7 @@ def test_what_a_run_leaves_behind(tmp_path):
 
 def test_the_picture_at_the_start_is_the_first_batch(tmp_path):
     plan = train._make_plan(small_config(), str(tmp_path), jax.devices()[:1])
-    grid = train._example_images(plan)
+    grid = pictures.grid(pictures.training_images(plan.dataset, 0, 0, plan.layout))
     assert grid.shape == (1, 64, 64, 1)
     first = plan.dataset.train_feed(0, 0, plan.layout)['index'].reshape(8, 8)
     for row, column in ((0, 0), (0, 5), (6, 2)):

@@ -428,7 +428,7 @@ def test_ascent_alone_is_along_the_true_gradient():
     start = train_step.create_train_state(config, model, dataset.image_shape)
     feed = dataset.train_feed(0, 0, layout)
     arrays = jax.tree.map(jnp.asarray, dataset.device_arrays(dataset.train))
-    batch = dataset.train_batch(arrays, {'index': jnp.asarray(feed['index'][0, 0])},
+    batch = dataset.train_batch(arrays, jax.tree.map(lambda x: jnp.asarray(x[0, 0]), feed),
                                 jax.random.split(jax.random.key(0), 16), jax.random.key(0))
     replica = {**batch, 'rngs': {
         purpose: rngs.key(0, purpose, 0, 0) for purpose in ('dropout', 'shake')}}

@@ -1,7 +1,11 @@
 """Input: datasets, the global order of the examples, augmentation on the device."""
 
 from sam_jax.data.augment import RECIPES
-from sam_jax.data.resident import ResidentDataset, load_dataset
-from sam_jax.data.sources import LABEL_NOISE, SOURCES
+from sam_jax.data.labels import LABEL_NOISE
+from sam_jax.data.load import NAMES, load_dataset
+from sam_jax.data.resident import ResidentDataset
+from sam_jax.data.sources import SOURCES
+from sam_jax.data.streaming import StreamingDataset
 
-__all__ = ['LABEL_NOISE', 'RECIPES', 'SOURCES', 'ResidentDataset', 'load_dataset']
+__all__ = ['LABEL_NOISE', 'NAMES', 'RECIPES', 'SOURCES', 'ResidentDataset', 'StreamingDataset',
+           'load_dataset']

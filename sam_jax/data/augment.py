@@ -1,8 +1,9 @@
 """Augmentation in JAX, run for a whole batch inside the step: the recipes and their parts.
 
 A recipe is a row of names. `augment` carries out those that work on uint8 pixels, `finish` the
-normalisation and those that come after it. All randomness is a function of the examples' keys,
-but for the original's cutout, which cuts one place in the whole batch.
+normalisation and those that come after it, `mix` mixes pairs of examples. All randomness is a
+function of the examples' keys, but for what the original draws once for the whole batch (the place
+of cutout, the weight of mixup).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sam_jax import losses
 from sam_jax.data import ops
 from sam_jax.data.policies import POLICIES
 
@@ -26,6 +28,10 @@ RECIPES = {
     'autoaugment_only': ('autoaugment',),
     'autoaugment_only_cutout': ('autoaugment', 'cutout'),  # its "Auto augment" on SVHN
     'randaugment': ('randaugment', 'flip', 'shift'),
+    # Of large images: a random part of the image, resized (by the streaming path, on the host).
+    'imagenet': ('resized_crop', 'flip'),  # the SAM paper's on ImageNet
+    'imagenet_autoaugment': ('resized_crop', 'flip', 'autoaugment'),
+    'imagenet_randaugment': ('resized_crop', 'flip', 'randaugment'),
 }
 
 
@@ -42,6 +48,9 @@ class Augmentation:
       cutout_per_image: a place for each image (DeVries and Taylor) in place of one for the whole
         batch (the SAM paper's code).
       randaugment_layers, randaugment_magnitude: RandAugment's N and M.
+      mixup_alpha, cutmix_alpha: of `mix`; 0 for none.
+      mix_per_image: a weight for each image in place of one for the whole batch.
+      image_size: side to which `enlarge` resizes at the end; 0 to leave the images as they are.
     """
 
     recipe: str
@@ -52,6 +61,10 @@ class Augmentation:
     cutout_per_image: bool = False
     randaugment_layers: int = 2
     randaugment_magnitude: int = 9
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_per_image: bool = False
+    image_size: int = 0
 
     @property
     def parts(self):
@@ -82,8 +95,10 @@ def augment(images, keys, augmentation):
                                       constants)
         policy_keys = jax.vmap(functools.partial(jax.random.fold_in, data=1))(keys)
         images = apply_ops(images, table, *jax.vmap(draw)(policy_keys))
-    if 'shift' in parts:
-        images = jax.vmap(functools.partial(basic, padding=augmentation.padding))(images, keys)
+    if 'flip' in parts:
+        # Whether before or after a policy is all one: its operations have signs at random.
+        padding = augmentation.padding if 'shift' in parts else 0
+        images = jax.vmap(functools.partial(basic, padding=padding))(images, keys)
     return images
 
 
@@ -126,6 +141,8 @@ def basic(image, key, padding):
     """The paper's basic recipe: flip with probability 1/2, then a uniformly random shift crop."""
     flip_key, y_key, x_key = jax.random.split(key, 3)
     image = flip(image, jax.random.bernoulli(flip_key))
+    if not padding:
+        return image
     dy = jax.random.randint(y_key, (), 0, 2 * padding + 1)
     dx = jax.random.randint(x_key, (), 0, 2 * padding + 1)
     return shift(image, padding, dy, dx)
@@ -242,3 +259,108 @@ def normalize(images, mean, std):
     mean, std = jnp.asarray(mean, dtype=float), jnp.asarray(std, dtype=float)
     shape = (1,) * (images.ndim - 1) + (-1,)
     return (images.astype(mean.dtype) / 255.0 - mean.reshape(shape)) / std.reshape(shape)
+
+
+# Pairs of examples
+
+
+def mix(images, labels, keys, batch_key, augmentation, num_classes, axis_name=None):
+    """Mixes each example with the one at the mirrored place of the global batch.
+
+    With w ~ Beta(alpha, alpha), one for the batch or one an image:
+    mixup (Zhang et al. 2018): w' x + (1 - w') x', w' = max(w, 1 - w) as in the SAM paper's code;
+    cutmix (Yun et al. 2019): a box of sides sqrt(1 - w), cut at the border, is taken from x', and
+    w' is the share of the image outside of it. Labels become w' y + (1 - w') y'.
+
+    Args:
+      images: normalised, float (N, H, W, C).
+      labels: int32 (N,) or distributions (N, num_classes).
+      keys: one an image, (N,).
+      batch_key: one for the whole global batch.
+      augmentation: Augmentation.
+      num_classes: width of the distributions.
+      axis_name: of the devices that share the global batch; None if all of it is here.
+
+    Returns:
+      (images, labels): unchanged where neither alpha is positive.
+    """
+    alpha = augmentation.mixup_alpha or augmentation.cutmix_alpha
+    if not alpha:
+        return images, labels
+    targets = losses.target_distribution(labels, num_classes, images.dtype)
+    draw = functools.partial(_mixing, alpha=alpha, shape=images.shape[1:3], dtype=images.dtype)
+    if augmentation.mix_per_image:
+        weights, centers = jax.vmap(draw)(jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys))
+    else:
+        drawn = draw(jax.random.fold_in(batch_key, 3))
+        weights, centers = (jnp.broadcast_to(x, (len(images), *x.shape)) for x in drawn)
+    others, other_targets = (mirrored(x, axis_name) for x in (images, targets))
+    if augmentation.mixup_alpha:
+        weights = jnp.maximum(weights, 1 - weights)
+        images, weights = jax.vmap(mixup)(images, others, weights)
+    else:
+        images, weights = jax.vmap(cutmix)(images, others, weights, centers)
+    return images, weights[:, None] * targets + (1 - weights[:, None]) * other_targets
+
+
+def _mixing(key, alpha, shape, dtype):
+    weight_key, center_key = jax.random.split(key)
+    return jax.random.beta(weight_key, alpha, alpha, dtype=dtype), _center(center_key, shape)
+
+
+def mirrored(x, axis_name=None):
+    """Reverses the order of the global batch, which the devices of an axis hold in rows."""
+    x = x[::-1]
+    if axis_name is None:
+        return x
+    n = lax.axis_size(axis_name)
+    return lax.ppermute(x, axis_name, [(i, n - 1 - i) for i in range(n)])
+
+
+def mixup(image, other, weight):
+    """Returns (weight image + (1 - weight) other, weight)."""
+    return weight * image + (1 - weight) * other, weight
+
+
+def cutmix(image, other, weight, center):
+    """Returns (the image with a box of the other one around `center`, its share outside of it)."""
+    inside = True
+    share = 1.0
+    for axis, n in enumerate(image.shape[:2]):
+        place = lax.broadcasted_iota(jnp.int32, image.shape, axis)
+        side = jnp.floor(n * jnp.sqrt(1 - weight)).astype(jnp.int32)
+        low = jnp.maximum(center[axis] - side // 2, 0)
+        high = jnp.minimum(center[axis] + side // 2, n)
+        inside &= (place >= low) & (place < high)
+        share *= (high - low) / n
+    return jnp.where(inside, other, image), (1 - share).astype(image.dtype)
+
+
+# Size
+
+
+def enlarge(images, size):
+    """Resizes float images (N, H, W, C) to (N, size, size, C) by TensorFlow's v1 bicubic kernel.
+
+    For fine-tuning on small images, as the SAM paper's code; size 0 leaves them as they are.
+    """
+    if not size:
+        return images
+    vertical, horizontal = (jnp.asarray(_bicubic(n, size), images.dtype) for n in images.shape[1:3])
+    return jnp.einsum('yh,nhwc,xw->nyxc', vertical, images, horizontal, precision='highest')
+
+
+def _bicubic(n, size):
+    # tf.compat.v1.image.resize_bicubic without half-pixel centres: Keys' kernel with a = -0.75, its
+    # argument rounded to 1/1024; what lies beyond the border is the border's pixel.
+    place = np.arange(size, dtype=np.float32) * np.float32(n / size)
+    cell = np.floor(place)
+    fraction = np.rint((place - cell) * 1024) / 1024
+    a, matrix = -0.75, np.zeros((size, n))
+    for tap in (-1, 0, 1, 2):
+        x = np.abs(fraction - tap)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        source = np.clip(cell + tap, 0, n - 1).astype(int)
+        np.add.at(matrix, (np.arange(size), source), np.where(x <= 1, near, far))
+    return matrix

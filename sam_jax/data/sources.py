@@ -6,21 +6,8 @@ import os
 import numpy as np
 
 from sam_jax import rngs
+from sam_jax.data.resident import Split
 from sam_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Examples on the host: images uint8 (N, H, W, C), labels int32 (N,)."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self):
-        return len(self.labels)
-
-    def part(self, chosen):
-        return Split(self.images[chosen], self.labels[chosen])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +57,62 @@ def read_digits(data_dir):
     return everything.part(train), everything.part(test)
 
 
+def tfds_builder(name, data_dir, file_format=''):
+    """Opens a TensorFlow dataset that lies prepared in `data_dir`.
+
+    Args:
+      name: TFDS's name.
+      data_dir: '' for TFDS's own folder.
+      file_format: which one the message recommends, if any.
+
+    Raises:
+      UserError: it is not there; the message says what to run.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    # TensorFlow only reads files here; the accelerator's memory is JAX's.
+    tf.config.set_visible_devices([], 'GPU')
+    place = os.path.expanduser(data_dir) if data_dir else None
+    try:
+        builder = tfds.builder(name, data_dir=place)
+        missing = not builder.is_prepared()
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError):
+        missing = True
+    if missing:
+        shown = data_dir or tfds.core.constants.DATA_DIR
+        raise UserError(
+            f'Dataset {name} is not in {shown} (config.data.dir is {data_dir!r}); prepare it '
+            f'there with: {prepare_command(name, data_dir, file_format)}')
+    return builder
+
+
+def prepare_command(name, data_dir, file_format=''):
+    """Returns the shell command that prepares a TensorFlow dataset."""
+    where = f", data_dir='{data_dir}'" if data_dir else ''
+    form = f", file_format='{file_format}'" if file_format else ''
+    return ('python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}'{where}{form}).download_and_prepare()\"")
+
+
+def tfds_splits(builder, splits):
+    """Raises UserError if one of the splits, 'a' or 'a+b', is not on disk."""
+    absent = sorted(set('+'.join(splits).split('+')) - set(builder.info.splits))
+    if absent:
+        raise UserError(
+            f'Dataset {builder.name} in {builder.data_dir} has no split {absent[0]}; it has '
+            f'{", ".join(sorted(builder.info.splits)) or "none"}.')
+
+
+def check_labels(labels, num_classes, what):
+    """Raises UserError, naming the example, if a label is not in [0, num_classes)."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f'Example {wrong[0]} of {what} has the label {labels[wrong[0]]}; labels must be at '
+            f'least 0 and below {num_classes}, the number of classes.')
+
+
 def read_tfds(name, data_dir, extra=''):
     """Reads the train and test splits of a TensorFlow dataset that lies prepared in `data_dir`.
 
@@ -81,35 +124,29 @@ def read_tfds(name, data_dir, extra=''):
     Raises:
       UserError: it is not there; the message says what to run.
     """
-    import tensorflow as tf
+    builder = tfds_builder(name, data_dir)
+    splits = [*([extra] if extra else []), 'train', 'test']
+    tfds_splits(builder, splits)
+    *train, test = (_read_split(builder, split) for split in splits)
+    images, labels = (np.concatenate([getattr(s, part) for s in train])
+                      if len(train) > 1 else getattr(train[0], part)
+                      for part in ('images', 'labels'))
+    return Split(images, labels), test
+
+
+def _read_split(builder, split):
     import tensorflow_datasets as tfds
 
-    # TensorFlow only reads files here; the accelerator's memory is JAX's.
-    tf.config.set_visible_devices([], 'GPU')
-    place = os.path.expanduser(data_dir) if data_dir else None
-    shown = data_dir or tfds.core.constants.DATA_DIR
-    try:
-        builder = tfds.builder(name, data_dir=place)
-        missing = not builder.is_prepared()
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError):
-        missing = True
-    if missing:
-        where = f", data_dir='{data_dir}'" if data_dir else ''
-        raise UserError(
-            f'Dataset {name} is not in {shown} (config.data.dir is {data_dir!r}); prepare it '
-            f'there with: python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}'{where}).download_and_prepare()\"")
-
-    def read(split):
-        arrays = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
-        return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
-
-    train = read('train')
-    if extra:
-        more = read(extra)
-        train = Split(np.concatenate([more.images, train.images]),
-                      np.concatenate([more.labels, train.labels]))
-    return train, read('test')
+    if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        examples = builder.as_data_source(split)
+        images = np.empty((len(examples), *builder.info.features['image'].shape), np.uint8)
+        labels = np.empty(len(examples), np.int32)
+        for i in range(len(examples)):
+            example = examples[i]
+            images[i], labels[i] = example['image'], example['label']
+        return Split(images, labels)
+    arrays = tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
+    return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
 
 
 def read_fake_cifar(data_dir):
@@ -140,39 +177,3 @@ SOURCES = {
     'fashion_mnist': Source(
         lambda data_dir: read_tfds('fashion_mnist', data_dir), 10, (0.1307,), (0.3081,)),
 }
-
-
-def split_validation(train, size=0):
-    """Returns (train without its last `size` examples or tenth, those), as the paper's code."""
-    cut = len(train) - (size or len(train) // 10)
-    return train.part(slice(None, cut)), train.part(slice(cut, None))
-
-
-# What becomes of a label that is hit by noise: (true label, a draw, number of classes) -> label.
-LABEL_NOISE = {
-    # Any class, the true one included (MentorNet's convention; the SAM paper does not say): about
-    # rate x (1 - 1 / number of classes) of the labels end up wrong.
-    'uniform': lambda true, draw, n: draw % n,
-    # Any other class.
-    'other': lambda true, draw, n: (true + 1 + draw % (n - 1)) % n,
-    # The next class: each is taken for one other ("pair flip", asymmetric noise).
-    'pair': lambda true, draw, n: (true + 1) % n,
-}
-
-
-def add_label_noise(train, rate, num_classes, seed, kind='uniform'):
-    """Gives a fraction `rate` of the examples another label.
-
-    Args:
-      train: Split.
-      rate: exactly round(rate N) examples are hit.
-      num_classes: number of classes.
-      seed: decides which examples, and what they get.
-      kind: one of LABEL_NOISE.
-    """
-    n = len(train)
-    noisy = rngs.permutation(seed, 'noisy_examples', n)[:round(rate * n)]
-    draws = rngs.integers(seed, 'noisy_labels', n, num_classes * (num_classes - 1))
-    labels = train.labels.copy()
-    labels[noisy] = LABEL_NOISE[kind](train.labels, draws, num_classes)[noisy]
-    return Split(train.images, labels)

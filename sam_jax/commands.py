@@ -1,0 +1,60 @@
+"""What the commands share: flags, one sentence for bad input, lines of progress."""
+
+import functools
+import logging
+import os
+import sys
+
+import jax
+from absl import app, flags
+
+from sam_jax import config as config_lib
+from sam_jax.errors import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEFAULT_CONFIG = os.path.join(ROOT, 'configs', 'digits.py')
+
+EXIT_USER_ERROR = 2
+
+
+def leave(message, status=EXIT_USER_ERROR):
+    """Ends the process with a line on stderr, which tells of an error if the status does."""
+    print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _parse(argv):
+    """absl's parser, with one sentence for what it or ml_collections would answer at length."""
+    try:
+        config_lib.check_flags(argv, DEFAULT_CONFIG)
+        return flags.FLAGS(argv)
+    except UserError as e:
+        leave(str(e))
+    except (flags.Error, ValueError) as e:
+        leave(' '.join(str(e).split()))
+
+
+def _keep_compiled_programs():
+    """Sets JAX's persistent compilation cache, unless JAX has been told of one or of none."""
+    if jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
+        caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'sam_jax', 'compiled'))
+
+
+def run(main):
+    """Parses the command line and calls main(); a UserError ends with its sentence and status 2."""
+    app.run(functools.partial(_call, main), flags_parser=_parse)
+
+
+def _call(main, argv):
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
+    logging.getLogger('sam_jax').setLevel(logging.INFO)
+    for library in ('absl', 'jax'):  # orbax tells of every file, jax of each backend it lacks
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        if argv[1:]:
+            raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
+        _keep_compiled_programs()
+        main()
+    except UserError as e:
+        leave(str(e))

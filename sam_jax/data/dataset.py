@@ -1,0 +1,130 @@
+"""What both input paths share: the order of the examples, and what becomes of a batch of pixels.
+
+The batch of step t is a slice of a permutation that depends on (seed, epoch) alone, and an
+example's augmentation on (seed, step, place in the global batch), so neither the number of devices
+nor a restart changes what the network sees.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from sam_jax import rngs
+from sam_jax.data import augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset; the two input paths are its subclasses.
+
+    Attributes:
+      name: its name.
+      num_classes: number of classes.
+      mean, std: for normalisation, per channel.
+      pixel_shape: (H, W, C) of the uint8 images that reach the device.
+      train: the training split, with noisy or predicted labels if asked for.
+      evals: name -> split for evaluation: 'test', 'validation' if asked for, 'train', and, where
+        the labels to train on are not the true ones, 'train_true_labels' and parts of it.
+      augmentation: augment.Augmentation of the training images.
+    """
+
+    name: str
+    num_classes: int
+    mean: tuple
+    std: tuple
+    pixel_shape: tuple
+    train: object
+    evals: dict
+    augmentation: augment.Augmentation
+
+    @property
+    def num_train_examples(self):
+        return len(self.train)
+
+    @property
+    def image_shape(self):
+        """(H, W, C) of the images that reach the network."""
+        size = self.augmentation.image_size
+        return (size, size, self.pixel_shape[2]) if size else self.pixel_shape
+
+    def train_index(self, seed, step, layout):
+        """Returns the training examples of step `step` (0-based), as positions in `train`.
+
+        Returns:
+          int32 (local devices, replicas per device, replica batch size), the part of this process.
+        """
+        batch_size = layout.num_replicas * layout.replica_batch_size
+        epoch, i = divmod(step, self.num_train_examples // batch_size)
+        order = _epoch_order(seed, epoch, self.num_train_examples)
+        index = order[i * batch_size:(i + 1) * batch_size]
+        return index.reshape(len(layout.devices), layout.replicas_per_device, -1)[
+            layout.local_positions]
+
+    def eval_index(self, split, batch_size, layout):
+        """Yields the examples of evaluation steps: every one once, padded under a mask.
+
+        Yields:
+          (index, mask): int32 and float32 (local devices, n), n the smallest number for which all
+          devices together hold `batch_size`.
+        """
+        num_devices = len(layout.devices)
+        per_device = -(-min(batch_size, len(split)) // num_devices)
+        for start in range(0, len(split), per_device * num_devices):
+            index = np.arange(start, start + per_device * num_devices, dtype=np.int32)
+            mask = (index < len(split)).astype(np.float32)
+            yield tuple(x.reshape(num_devices, per_device)[layout.local_positions]
+                        for x in (np.minimum(index, len(split) - 1), mask))
+
+    def train_feeds(self, seed, first_step, last_step, layout):
+        """Yields what the training steps first_step ... last_step - 1 of this process receive.
+
+        Whatever is read ahead, feed t is a function of (seed, t) alone.
+        """
+        for step in range(first_step, last_step):
+            yield self.train_feed(seed, step, layout)
+
+    def train_batch(self, arrays, feed, keys, batch_key, axis_name=None):
+        """Augments and normalises; runs inside the compiled step.
+
+        Args:
+          arrays: of the training split, on the device.
+          feed: one device's row of `train_feed`, leading axes (...).
+          keys: one key an example, (...).
+          batch_key: one key for the whole global batch.
+          axis_name: of the devices that share the global batch; None if all of it is here.
+
+        Returns:
+          {'image': (..., H, W, C) float, 'label': (...) int32, or distributions (..., classes)}.
+        """
+        shape, keys = feed['label'].shape[:keys.ndim], keys.reshape(-1)
+        labels = feed['label'].reshape(len(keys), *feed['label'].shape[len(shape):])
+        images = augment.augment(self.pixels(arrays, feed), keys, self.augmentation)
+        images = augment.finish(images, keys, batch_key, self.augmentation, self.mean, self.std)
+        images, labels = augment.mix(
+            images, labels, keys, batch_key, self.augmentation, self.num_classes, axis_name)
+        images = augment.enlarge(images, self.augmentation.image_size)
+        return {'image': images.reshape(*shape, *self.image_shape),
+                'label': labels.reshape(*shape, *labels.shape[1:])}
+
+    def eval_batch(self, arrays, feed):
+        """Normalises; runs inside the compiled evaluation step.
+
+        Returns:
+          {'image', 'label', 'mask'} for one device's row of `eval_feeds`.
+        """
+        shape = feed['mask'].shape
+        images = augment.normalize(self.pixels(arrays, feed), self.mean, self.std)
+        images = augment.enlarge(images, self.augmentation.image_size)
+        return {'image': images.reshape(*shape, *self.image_shape), 'label': feed['label'],
+                'mask': feed['mask']}
+
+    def to_pixels(self, images):
+        """Undoes the normalisation: float images -> NumPy images in [0, 1], for pictures."""
+        return np.clip(np.asarray(images) * np.array(self.std) + np.array(self.mean), 0.0, 1.0)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed, epoch, n):
+    # Remembered, since every step of an epoch asks for a slice of it.
+    return rngs.permutation(seed, 'order', n, epoch)

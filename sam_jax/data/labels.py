@@ -1,0 +1,102 @@
+"""The labels to train on, where they are not the dataset's own: noise, and a model's predictions.
+
+A relabelling is a function (positions in the training set, their true labels) -> labels.
+"""
+
+import os
+
+import numpy as np
+
+from sam_jax import rngs
+from sam_jax.errors import UserError
+
+# What becomes of a label that is hit by noise: (true label, a draw, number of classes) -> label.
+LABEL_NOISE = {
+    # Any class, the true one included (MentorNet's convention; the SAM paper does not say): about
+    # rate x (1 - 1 / number of classes) of the labels end up wrong.
+    'uniform': lambda true, draw, n: draw % n,
+    # Any other class.
+    'other': lambda true, draw, n: (true + 1 + draw % (n - 1)) % n,
+    # The next class: each is taken for one other ("pair flip", asymmetric noise).
+    'pair': lambda true, draw, n: (true + 1) % n,
+}
+
+
+def unchanged(index, labels):
+    """The relabelling that changes nothing."""
+    del index
+    return labels
+
+
+def noise(num_examples, rate, num_classes, seed, kind='uniform'):
+    """Returns the relabelling that gives a fraction `rate` of the examples another label.
+
+    Args:
+      num_examples: N, of the training set.
+      rate: exactly round(rate N) examples are hit.
+      num_classes: number of classes.
+      seed: decides which examples, and what they get.
+      kind: one of LABEL_NOISE.
+    """
+    hit = np.zeros(num_examples, bool)
+    hit[rngs.permutation(seed, 'noisy_examples', num_examples)[:round(rate * num_examples)]] = True
+    draws = rngs.integers(seed, 'noisy_labels', num_examples, num_classes * (num_classes - 1))
+
+    def relabel(index, labels):
+        noisy = LABEL_NOISE[kind](labels, draws[index], num_classes)
+        return np.where(hit[index], noisy, labels).astype(np.int32)
+
+    return relabel
+
+
+def predicted(path, name, num_examples, num_classes, soft):
+    """Returns the relabelling by a file of predictions, as `python -m sam_jax.predict` writes it.
+
+    Args:
+      path: .npz with 'probabilities' (N, classes) and 'dataset'.
+      name, num_examples, num_classes: of the training set, which must be the file's.
+      soft: whether the labels are the probabilities themselves, or their largest class.
+
+    Raises:
+      UserError: no such file, or one of another dataset.
+    """
+    key = f'data.labels_from is {path!r}'
+    try:
+        with np.load(os.path.expanduser(path)) as file:
+            probabilities, dataset = file['probabilities'], str(file['dataset'])
+    except FileNotFoundError as e:
+        raise UserError(f'{key}; there is no such file. `python -m sam_jax.predict` writes '
+                        'one.') from e
+    except Exception as e:  # whatever NumPy and zipfile find wrong
+        raise UserError(f'{key}; it cannot be read as a file of predictions: {e!r}.') from e
+    if (dataset, *probabilities.shape) != (name, num_examples, num_classes):
+        n, classes = probabilities.shape
+        raise UserError(
+            f'{key}; it holds predictions for {n} examples of {dataset} in {classes} classes, and '
+            f'the training set is {num_examples} examples of {name} in {num_classes} classes.')
+    if not np.isfinite(probabilities).all():
+        raise UserError(f'{key}; some of its probabilities are not finite.')
+    table = (probabilities.astype(np.float32) if soft
+             else probabilities.argmax(axis=1).astype(np.int32))
+    return lambda index, labels: table[index]
+
+
+def create(settings, name, num_examples, num_classes):
+    """Returns the relabelling that `config.data` asks for.
+
+    Args:
+      settings: `config.data`.
+      name, num_examples, num_classes: of the training set.
+    """
+    if settings.labels_from:
+        return predicted(settings.labels_from, name, num_examples, num_classes,
+                         settings.soft_labels)
+    if settings.label_noise:
+        return noise(num_examples, settings.label_noise, num_classes, settings.label_noise_seed,
+                     settings.label_noise_kind)
+    return unchanged
+
+
+def true_class(labels):
+    """Classes of labels that are classes already, or distributions (their largest entry)."""
+    return labels if labels.ndim == 1 else labels.argmax(axis=-1)

@@ -1,0 +1,80 @@
+"""`load_dataset`: from `config.data` to a dataset of either input path."""
+
+import numpy as np
+
+from sam_jax.data import augment, labels, records
+from sam_jax.data.resident import ResidentDataset
+from sam_jax.data.sources import SOURCES, check_labels
+from sam_jax.data.streaming import StreamingDataset
+from sam_jax.errors import UserError
+
+NAMES = (*SOURCES, *records.STREAMS)
+
+
+def load_dataset(settings):
+    """Reads, or for the streaming path opens, the dataset that `config.data` names.
+
+    Args:
+      settings: `config.data`.
+
+    Raises:
+      UserError: the dataset is not known, not on disk, or something in it is wrong.
+    """
+    if settings.name in SOURCES:
+        return _resident(settings, SOURCES[settings.name])
+    if settings.name in records.STREAMS:
+        return _streaming(settings, records.STREAMS[settings.name])
+    raise UserError(f'data.name is {settings.name!r}; the datasets are {", ".join(NAMES)}.')
+
+
+def _resident(settings, source):
+    train, test = source.read(settings.dir)
+    for name, split in [('train', train), ('test', test)]:
+        if not len(split):
+            raise UserError(f'The {name} split of {settings.name} is empty.')
+        check_labels(split.labels, source.num_classes, f'the {name} split of {settings.name}')
+    evals = {'test': test}
+    if settings.validation:
+        train, evals['validation'] = _held_out(train, source.validation_size)
+    relabel = labels.create(settings, settings.name, len(train), source.num_classes)
+    true = train
+    if relabel is not labels.unchanged:
+        train = true.relabelled(relabel(np.arange(len(true)), true.labels))
+        right = labels.true_class(train.labels) == true.labels
+        parts = {'train_clean': train.subset(right), 'train_noisy': train.subset(~right)}
+        evals.update({name: part for name, part in parts.items() if len(part)})
+        evals['train_true_labels'] = true
+    evals['train'] = train
+    return ResidentDataset(
+        settings.name, source.num_classes, source.mean, source.std, train.images.shape[1:], train,
+        evals, _augmentation(settings, source.policy, settings.image_size))
+
+
+def _streaming(settings, stream):
+    train, test, num_classes = stream.open(settings.dir)
+    train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
+    evals = {'test': test}
+    if settings.validation:
+        train, evals['validation'] = _held_out(train)
+    relabel = labels.create(settings, settings.name, len(train), num_classes)
+    if relabel is not labels.unchanged:
+        evals['train_true_labels'] = train
+        train = train.relabelled(relabel)
+    evals['train'] = train
+    return StreamingDataset(
+        settings.name, num_classes, records.IMAGENET_MEAN, records.IMAGENET_STD,
+        (settings.image_size, settings.image_size, 3), train, evals,
+        _augmentation(settings, 'imagenet', 0), settings.skip_corrupt, settings.threads)
+
+
+def _held_out(train, size=0):
+    # As the paper's code: the last `size` examples, or the last tenth.
+    cut = len(train) - (size or len(train) // 10)
+    return train.part(slice(None, cut)), train.part(slice(cut, None))
+
+
+def _augmentation(settings, policy, image_size):
+    return augment.Augmentation(
+        settings.augment, settings.padding, policy, settings.corrected_ops, settings.cutout_size,
+        settings.cutout_per_image, settings.randaugment_layers, settings.randaugment_magnitude,
+        settings.mixup_alpha, settings.cutmix_alpha, settings.mix_per_image, image_size)

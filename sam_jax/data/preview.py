@@ -1,0 +1,78 @@
+"""Draws what the network will see.
+
+    python -m sam_jax.data.preview --config=configs/cifar.py:augment=autoaugment --out=grid.png
+    python -m sam_jax.data.preview --config=... --what=ops --out=ops.png
+
+`batch` is the beginning of a training step's batch after augmentation, the same that the run of
+this config and seed gets; `ops` shows the operations of AutoAugment and RandAugment one by one.
+"""
+
+import logging
+import os
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from sam_jax import commands, data, replicas
+from sam_jax import config as config_lib
+from sam_jax.data import pictures
+from sam_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', commands.DEFAULT_CONFIG, 'File with get_config(), as of sam_jax.main.',
+    lock_config=True)
+_OUT = flags.DEFINE_string('out', 'grid.png', 'Picture to write.')
+_WHAT = flags.DEFINE_enum('what', 'batch', ['batch', 'ops'], 'What to draw.')
+_STEP = flags.DEFINE_integer('step', 0, 'Training step of the batch, counted from 0.', 0)
+_IMAGES = flags.DEFINE_integer('images', 64, 'At most so many images of the batch.', 1)
+_SIDE = flags.DEFINE_integer('side', 64, 'Smaller images are drawn at least so large.', 1)
+
+_log = logging.getLogger(__name__)
+
+
+def main():
+    """Draws what the flags say."""
+    from PIL import Image, ImageDraw
+
+    config, out = _CONFIG.value, _OUT.value
+    if os.path.splitext(out)[1].lower() not in Image.registered_extensions():
+        raise UserError(f'--out is {out!r}; it must end in .png or another kind of picture.')
+    config_lib.check(config)
+    layout, _ = replicas.make_layout(
+        config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
+        devices=jax.devices()[:1])
+    dataset = data.load_dataset(config.data)
+    config_lib.check_with_data(config, dataset)
+    if _WHAT.value == 'batch':
+        images = pictures.training_images(
+            dataset, config.seed, _STEP.value, layout, _IMAGES.value)
+        names, columns = [], None
+    else:
+        pixels = dataset.original_images(8)
+        names, images = pictures.operations(pixels, dataset.augmentation)
+        columns = len(pixels)
+    scale = -(-_SIDE.value // images.shape[1])
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = np.rint(pictures.grid(images, columns)[0] * 255).astype(np.uint8)
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    if names:
+        width = 110  # of the longest name and its level
+        whole = Image.new('RGB', (width + picture.width, picture.height), 'white')
+        whole.paste(picture, (width, 0))
+        draw = ImageDraw.Draw(whole)
+        for row, name in enumerate(names):
+            draw.text((4, (row + 0.5) * images.shape[1] - 6), name, fill='black')
+        picture = whole
+    try:
+        picture.save(out)
+    except OSError as e:
+        raise UserError(f'--out is {out!r}; it cannot be written: {e}.') from e
+    _log.info('%s: %s of %s, %d images.', out,
+              f'step {_STEP.value}' if not names else 'the operations on images', dataset.name,
+              len(images))
+
+
+if __name__ == '__main__':
+    commands.run(main)

@@ -1,0 +1,170 @@
+"""Encoded images by number: TensorFlow datasets in array_record files, and folders of images.
+
+Random access is what makes a batch a function of (seed, step): nothing is read but the examples
+that it holds, by any process, at any step. docs/data.md compares this with tf.data.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from sam_jax import rngs
+from sam_jax.data import labels as labels_lib
+from sam_jax.data import sources
+from sam_jax.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif')
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Examples that are read one by one.
+
+    Attributes:
+      source: has len, and [i] -> (encoded image, its true class, its name).
+      index: which of them these are, int32 (n,).
+      relabel: of `data.labels`: (positions among these, true classes) -> labels.
+    """
+
+    source: object
+    index: np.ndarray
+    relabel: object = labels_lib.unchanged
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        """Returns (encoded image, label to train on, name) of the i-th example."""
+        encoded, true, name = self.source[int(self.index[i])]
+        return encoded, self.relabel(np.array([i]), np.array([true], np.int32))[0], name
+
+    def part(self, chosen):
+        return dataclasses.replace(self, index=self.index[chosen])
+
+    def relabelled(self, relabel):
+        return dataclasses.replace(self, relabel=relabel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What is known of a dataset of large images before it is opened.
+
+    Attributes:
+      tfds_name: TFDS's name.
+      num_classes: number of classes.
+      train, test: TFDS's splits to train on and to test on.
+    """
+
+    tfds_name: str
+    num_classes: int
+    train: str = 'train'
+    test: str = 'test'
+
+    def open(self, data_dir):
+        """Returns (training source, test source, class names' number)."""
+        train, test = (TfdsSource(self.tfds_name, data_dir, split, self.num_classes)
+                       for split in (self.train, self.test))
+        return train, test, self.num_classes
+
+
+class FolderStream:
+    """A folder in the layout of TFDS's ImageFolder: train/CLASS/IMAGE and test/CLASS/IMAGE."""
+
+    def open(self, data_dir):
+        """As `Stream.open`; the test split is `test`, or else `validation` or `val`."""
+        root = os.path.expanduser(data_dir)
+        if not data_dir or not os.path.isdir(root):
+            raise UserError(
+                f"data.dir is {data_dir!r}; with data.name='folder' it must be a folder with "
+                'train/CLASS/IMAGE and test/CLASS/IMAGE (or validation, or val).')
+        splits = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        test = next((s for s in ('test', 'validation', 'val') if s in splits), None)
+        if 'train' not in splits or test is None:
+            raise UserError(
+                f'data.dir {data_dir!r} holds the folders {", ".join(splits) or "none"}; it needs '
+                'train and one of test, validation, val.')
+        classes = sorted({e.name for split in ('train', test)
+                          for e in os.scandir(os.path.join(root, split)) if e.is_dir()})
+        if len(classes) < 2:
+            raise UserError(
+                f'data.dir {data_dir!r} has {len(classes)} class folder'
+                f'{"s" if not classes else f" ({classes[0]})"}; training needs two or more, '
+                'train/CLASS/IMAGE.')
+        return (FolderSource(os.path.join(root, 'train'), classes),
+                FolderSource(os.path.join(root, test), classes), len(classes))
+
+
+STREAMS = {
+    'imagenet': Stream('imagenet2012', 1000, test='validation'),
+    # Fine-tuning, with the splits of Kornblith et al. 2019; the SAM paper does not say.
+    'flowers': Stream('oxford_flowers102', 102, train='train+validation'),
+    'cars': Stream('cars196', 196),
+    'pets': Stream('oxford_iiit_pet', 37),
+    'food101': Stream('food101', 101, test='validation'),
+    'birds': Stream('caltech_birds2011', 200),
+    # Birdsnap, FGVC-Aircraft, and anything else.
+    'folder': FolderStream(),
+}
+
+
+class TfdsSource:
+    """A split of a TensorFlow dataset in array_record files."""
+
+    def __init__(self, name, data_dir, split, num_classes):
+        import tensorflow_datasets as tfds
+
+        builder = sources.tfds_builder(name, data_dir, 'array_record')
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise UserError(
+                f'Dataset {name} in {builder.data_dir} is in {builder.info.file_format.value} '
+                'files, which cannot be read at random; convert it with `tfds convert_format`, or '
+                'prepare it again in another data.dir (TFDS keeps what it has downloaded) with: '
+                f'{sources.prepare_command(name, "DIR", "array_record")}')
+        sources.tfds_splits(builder, [split])
+        self._what = f'{name} ({split})'
+        self._num_classes = num_classes
+        undecoded = {feature: tfds.decode.SkipDecoding()
+                     for feature, kind in builder.info.features.items()
+                     if isinstance(kind, tfds.features.Image)}
+        self._parts = [builder.as_data_source(part, decoders=undecoded)
+                       for part in split.split('+')]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def __getitem__(self, i):
+        part = int(np.searchsorted(self._starts, i, side='right')) - 1
+        example = self._parts[part][int(i - self._starts[part])]
+        label = int(example['label'])
+        if not 0 <= label < self._num_classes:
+            raise UserError(f'Example {i} of {self._what} has the label {label}; labels must be at '
+                            f'least 0 and below {self._num_classes}, the number of classes.')
+        return example['image'], label, f'example {i} of {self._what}'
+
+
+class FolderSource:
+    """The image files of one split, in an order of their own that mixes the classes."""
+
+    def __init__(self, folder, classes):
+        files = []
+        for label, name in enumerate(classes):
+            place = os.path.join(folder, name)
+            if os.path.isdir(place):
+                files += [(e.path, label) for e in sorted(os.scandir(place), key=lambda e: e.name)
+                          if e.name.lower().endswith(EXTENSIONS)]
+        if not files:
+            raise UserError(f'{folder} holds no images CLASS/IMAGE ({", ".join(EXTENSIONS)}).')
+        # Mixed once, so that the last tenth (the validation split) is not the last classes.
+        self._files = [files[i] for i in rngs.permutation(0, 'folder_order', len(files))]
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, i):
+        path, label = self._files[i]
+        with open(path, 'rb') as file:
+            return file.read(), label, path
