@@ -37,7 +37,7 @@ def test_grid():
     grid = pictures.grid(images, columns=3)
     assert grid.shape == (1, 4, 9, 1)
     np.testing.assert_array_equal(grid[0, 2:4, 3:6], images[4])
-    assert pictures.grid(images).shape == (1, 4, 6, 1)
+    assert pictures.grid(images).shape == (1, 6, 6, 1)
 
 
 def _preview(*flags):
@@ -50,7 +50,8 @@ def test_command(tmp_path):
     out = tmp_path / 'batch.png'
     result = _preview(config, f'--out={out}', '--images=16', '--side=8')
     assert result.returncode == 0 and f'{out}: step 0 of digits, 16 images.' in result.stderr
-    shown = np.asarray(Image.open(out)) / 255
+    with Image.open(out) as picture:
+        shown = np.asarray(picture) / 255
     dataset = data.load_dataset(small_config().data)
     layout, _ = replicas.make_layout(64, 64, 1, devices=jax.devices()[:1])
     expected = pictures.grid(pictures.training_images(dataset, 0, 0, layout, 16))[0, ..., 0]
@@ -59,8 +60,8 @@ def test_command(tmp_path):
     assert result.returncode == 0, result.stderr
     names, images = pictures.operations(dataset.original_images(2), dataset.augmentation)
     assert (len(names), len(images)) == (49, 98) and names[0] == 'original'
-    picture = Image.open(tmp_path / 'ops.png')
-    assert picture.size[1] == 49 * 16 and picture.size[0] > 8 * 16
+    with Image.open(tmp_path / 'ops.png') as picture:
+        assert picture.size[1] == 49 * 16 and picture.size[0] > 8 * 16
     inverted = images[2 * names.index('Invert 5')]
     np.testing.assert_allclose(inverted, 1 - images[0], atol=1e-6)
 

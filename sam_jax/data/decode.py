@@ -1,16 +1,16 @@
 """Encoded images -> uint8 crops of one size, on the host, by TensorFlow's operations.
 
 The numbers are the SAM paper's code's: the same windows, TensorFlow's v1 bicubic resizing; its
-result is rounded to uint8 (the code trains on floats that overshoot [0, 255] at edges).
+result is rounded to uint8 (the code trains on floats that overshoot [0, 255] at edges). All of it
+is one TensorFlow function, so that a thread which decodes does not hold Python's lock.
 """
+
+import functools
 
 import numpy as np
 
 # Around the centre crop of the evaluation, in pixels at the size of the network's input.
 CROP_PADDING = 32
-
-# The bounding box of the object, of which a window must show a tenth: the whole image.
-_WHOLE = np.array([[[0, 0, 1, 1]]], np.float32)
 
 
 def random_crop(encoded, size, seed):
@@ -27,18 +27,7 @@ def random_crop(encoded, size, seed):
     Raises:
       ValueError: the bytes are no image.
     """
-    import tensorflow as tf
-
-    image, shape = _open(encoded)
-    # What tf.image.stateless_sample_distorted_bounding_box calls, with less of Python around it.
-    begin, extent, _ = tf.raw_ops.StatelessSampleDistortedBoundingBox(
-        image_size=np.array([*shape, 3], np.int32), bounding_boxes=_WHOLE, seed=seed,
-        min_object_covered=np.float32(0.1), aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0), max_attempts=10, use_image_if_no_bounding_boxes=True)
-    window = (*begin.numpy()[:2], *extent.numpy()[:2])
-    if (window[2], window[3]) == shape:  # what TensorFlow gives when all attempts have failed
-        window = _central(shape, size)
-    return _resize(_cut(encoded, image, window), size)
+    return _run(_function(random_window, size), encoded, seed)
 
 
 def center_crop(encoded, size):
@@ -46,51 +35,63 @@ def center_crop(encoded, size):
 
     Arguments and errors as of `random_crop`.
     """
-    image, shape = _open(encoded)
-    return _resize(_cut(encoded, image, _central(shape, size)), size)
+    return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
 
 
-def _open(encoded):
-    """Returns (the image, or None for a JPEG, of which only a window is decoded; (H, W))."""
+def random_window(shape, size, seed):
+    """The window of `random_crop` as a tensor (y, x, height, width) of an image (H, W, 3)."""
     import tensorflow as tf
 
-    try:
-        if encoded[:2] == b'\xff\xd8':
-            height, width, _ = tf.image.extract_jpeg_shape(encoded).numpy()
-            return None, (int(height), int(width))
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-        return image, tuple(image.shape[:2])
-    except tf.errors.InvalidArgumentError as e:
-        raise ValueError(_reason(e)) from e
+    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+        shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
+        aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0), max_attempts=10,
+        use_image_if_no_bounding_boxes=True)
+    # The whole image is what TensorFlow gives when all attempts have failed.
+    failed = tf.reduce_all(extent[:2] == shape[:2])
+    return tf.where(failed, center_window(shape, size, seed),
+                    tf.concat([begin[:2], extent[:2]], axis=0))
 
 
-def _central(shape, size):
-    side = max(int(size / (size + CROP_PADDING) * min(shape)), 1)
-    return (shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side
-
-
-def _cut(encoded, image, window):
+def center_window(shape, size, seed):
+    """The window of `center_crop`; arguments as of `random_window`."""
     import tensorflow as tf
 
-    if image is not None:
-        y, x, height, width = window
-        return image[y:y + height, x:x + width]
-    try:
+    del seed
+    shorter = tf.cast(tf.minimum(shape[0], shape[1]), tf.float64)
+    side = tf.maximum(tf.cast(size / (size + CROP_PADDING) * shorter, tf.int32), 1)
+    return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
+
+
+@functools.cache
+def _function(window_of, size):
+    """A compiled (encoded, seed) -> pixels."""
+    import tensorflow as tf
+
+    def jpeg(encoded, seed):
+        window = window_of(tf.image.extract_jpeg_shape(encoded), size, seed)
         return tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
-    except tf.errors.InvalidArgumentError as e:
-        raise ValueError(_reason(e)) from e
+
+    def other(encoded, seed):
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        y, x, height, width = tf.unstack(window_of(tf.shape(image), size, seed))
+        return image[y:y + height, x:x + width]
+
+    def crop(encoded, seed):
+        # Not tf.io.is_jpeg, which wants a third byte that some files do not have.
+        image = tf.cond(tf.strings.substr(encoded, 0, 2) == b'\xff\xd8',
+                        lambda: jpeg(encoded, seed), lambda: other(encoded, seed))
+        resized = tf.raw_ops.ResizeBicubic(
+            images=image[None], size=(size, size), align_corners=False, half_pixel_centers=False)
+        return tf.cast(tf.clip_by_value(resized[0] + 0.5, 0.0, 255.0), tf.uint8)
+
+    return tf.function(crop).get_concrete_function(
+        tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int32))
 
 
-def _resize(image, size):
+def _run(function, encoded, seed):
     import tensorflow as tf
 
-    resized = tf.raw_ops.ResizeBicubic(
-        images=image[None], size=(size, size), align_corners=False, half_pixel_centers=False)
-    pixels = resized.numpy()[0]
-    pixels += 0.5  # rounds, since the cast cuts off
-    np.clip(pixels, 0, 255, out=pixels)
-    return pixels.astype(np.uint8)
-
-
-def _reason(error):
-    return error.message.split('[Op:')[0].strip().splitlines()[0]
+    try:
+        return function(tf.constant(encoded), tf.constant(seed, tf.int32)).numpy()
+    except tf.errors.InvalidArgumentError as e:
+        raise ValueError(next(filter(None, map(str.strip, e.message.splitlines())))) from e
