@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from sam_jax import distributed
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 NEWEST_KEPT = 2
 
@@ -87,8 +87,7 @@ class Checkpoints:
             try:
                 arrays, meta = self._read(step)
             except Exception as e:  # whatever orbax or the file system raise at damaged files
-                reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-                _log.error('Checkpoint %d is damaged and not used: %s', step, reason)
+                _log.error('Checkpoint %d is damaged and not used: %s', step, first_line(e))
                 damaged.append(step)
                 continue
             for other in damaged:

@@ -1,4 +1,4 @@
-"""The one exception that means: the person who launched the run can mend this."""
+"""The one exception that means: the person who launched the run can mend this; its wording."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,9 @@ class UserError(ValueError):
     Its message is one sentence that names the field, the value and what would be right;
     `main.py` prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error):
+    """Returns what an exception says, or a text, in one line of at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]

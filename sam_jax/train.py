@@ -166,9 +166,8 @@ def _make_plan(config, workdir, devices):
     _check_workdir(workdir)
     dataset = data.load_dataset(config.data)
     config_lib.check_with_data(config, dataset)
-    if isinstance(dataset, data.ResidentDataset):
-        dataset.check_memory([dataset.train, *_evaluated(config, dataset).values()],
-                             *replicas.free_memory(layout.devices))
+    dataset.check_memory([dataset.train, *_evaluated(config, dataset).values()],
+                         *replicas.free_memory(layout.devices))
     model = config_lib.create_model(config, dataset.num_classes)
     steps_per_epoch = dataset.num_train_examples // config.batch_size
     return _Plan(config, workdir, layout, note, dataset, model, steps_per_epoch,

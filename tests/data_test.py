@@ -332,7 +332,7 @@ def test_evaluation_sees_every_example_once(n, batch_size, num_devices):
 # TensorFlow datasets on disk.
 
 
-def _prepare(name, data_dir, counts):
+def _prepare(name, data_dir, counts, file_format='tfrecord'):
     """Writes a small dataset in TFDS's own format where the registered builder finds it."""
     import tensorflow_datasets as tfds
 
@@ -357,7 +357,7 @@ def _prepare(name, data_dir, counts):
                     yield i, {key: example[key] for key in self.info.features}
 
     Small.name = name
-    Small(data_dir=data_dir).download_and_prepare()
+    Small(data_dir=data_dir, file_format=file_format).download_and_prepare()
 
 
 @pytest.fixture(scope='module')
@@ -406,6 +406,43 @@ def test_tfds_dataset_on_disk(tfds_dir, name, num_classes, shape):
     assert sorted(numbers) == list(range(60))
     again = _load(name=name, dir=str(tfds_dir), validation=True)
     np.testing.assert_array_equal(again.train.images, train.images)
+
+
+def test_any_file_format(tfds_dir, tmp_path):
+    _prepare('cifar10', str(tmp_path), {'train': 60, 'test': 20}, 'array_record')
+    files = [p.name for p in tmp_path.rglob('*cifar10-train*')]
+    assert files and all('array_record' in name for name in files)
+    one, other = (_load(name='cifar10', dir=str(place)) for place in (tmp_path, tfds_dir))
+    for name in ('train', 'test'):
+        a, b = (np.argsort(d.evals[name].images[:, 0, 0, 0]) for d in (one, other))
+        np.testing.assert_array_equal(
+            one.evals[name].images[a], other.evals[name].images[b])
+        np.testing.assert_array_equal(
+            one.evals[name].labels[a], other.evals[name].labels[b])
+
+
+def test_a_missing_split(tmp_path):
+    _prepare('cifar10', str(tmp_path), {'train': 20})
+    with pytest.raises(UserError, match='cifar10 in .* has no split test; it has train'):
+        _load(name='cifar10', dir=str(tmp_path))
+
+
+@pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
+def test_damaged_files(file_format, tmp_path):
+    _prepare('cifar10', str(tmp_path), {'train': 60, 'test': 20}, file_format)
+    [path] = tmp_path.rglob(f'cifar10-train.{file_format}*')
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='The train split of cifar10 .* cannot be read .*again'):
+        _load(name='cifar10', dir=str(tmp_path))
+
+
+def test_labels_outside_of_the_classes(tfds_dir, monkeypatch):
+    monkeypatch.setitem(data.SOURCES, 'cifar10', dataclasses.replace(
+        data.SOURCES['cifar10'], num_classes=7))
+    with pytest.raises(UserError, match='train split of cifar10 has the label [789]; .* below 7'):
+        _load(name='cifar10', dir=str(tfds_dir))
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100'])

@@ -334,6 +334,15 @@ def damaged(folder, tmp_path):
     return root
 
 
+def test_a_file_that_has_gone(folder, tmp_path):
+    import shutil
+    shutil.copytree(folder, tmp_path / 'copy')
+    dataset = _load(tmp_path / 'copy')
+    (tmp_path / 'copy/train/class0/000.jpg').unlink()
+    with pytest.raises(UserError, match='class0/000.jpg cannot be read: No such file'):
+        list(dataset.train_feeds(0, 0, 4, _layout(1)))
+
+
 def test_a_damaged_image_ends_the_run_by_name(damaged):
     dataset, layout = _load(damaged), _layout(1)
     with pytest.raises(UserError, match=r'class0/003.jpg|class2/005.jpg') as e:
@@ -379,6 +388,16 @@ def test_a_dataset_that_is_damaged_as_a_whole(folder, tmp_path):
 
 
 # TensorFlow datasets.
+
+
+def test_damaged_array_record(tmp_path):
+    _prepare('food101', str(tmp_path), {'train': 30, 'validation': 2})
+    [path] = tmp_path.rglob('food101-train.array_record*')
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    _refused(tmp_path, 'of food101 (train) cannot be read', 'prepare the dataset again',
+             name='food101')
 
 
 def _prepare(name, data_dir, counts, file_format='array_record', label=None):

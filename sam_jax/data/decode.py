@@ -9,6 +9,8 @@ import functools
 
 import numpy as np
 
+from sam_jax.errors import first_line
+
 # Around the centre crop of the evaluation, in pixels at the size of the network's input.
 CROP_PADDING = 32
 
@@ -94,4 +96,4 @@ def _run(function, encoded, seed):
     try:
         return function(tf.constant(encoded), tf.constant(seed, tf.int32)).numpy()
     except tf.errors.InvalidArgumentError as e:
-        raise ValueError(next(filter(None, map(str.strip, e.message.splitlines())))) from e
+        raise ValueError(first_line(e.message)) from e

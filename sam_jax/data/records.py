@@ -12,7 +12,7 @@ import numpy as np
 from sam_jax import rngs
 from sam_jax.data import labels as labels_lib
 from sam_jax.data import sources
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -138,7 +138,11 @@ class TfdsSource:
 
     def __getitem__(self, i):
         part = int(np.searchsorted(self._starts, i, side='right')) - 1
-        example = self._parts[part][int(i - self._starts[part])]
+        try:
+            example = self._parts[part][int(i - self._starts[part])]
+        except Exception as e:  # whatever array_record or the parser find wrong
+            raise UserError(f'Example {i} of {self._what} cannot be read ({first_line(e)}); '
+                            'prepare the dataset again.') from e
         label = int(example['label'])
         if not 0 <= label < self._num_classes:
             raise UserError(f'Example {i} of {self._what} has the label {label}; labels must be at '
@@ -166,5 +170,8 @@ class FolderSource:
 
     def __getitem__(self, i):
         path, label = self._files[i]
-        with open(path, 'rb') as file:
-            return file.read(), label, path
+        try:
+            with open(path, 'rb') as file:
+                return file.read(), label, path
+        except OSError as e:
+            raise UserError(f'{path} cannot be read: {e.strerror}.') from e

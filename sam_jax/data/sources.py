@@ -7,7 +7,7 @@ import numpy as np
 
 from sam_jax import rngs
 from sam_jax.data.resident import Split
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,15 @@ def read_tfds(name, data_dir, extra=''):
 
 
 def _read_split(builder, split):
+    try:
+        return _decoded_split(builder, split)
+    except Exception as e:  # whatever TensorFlow or array_record find wrong
+        raise UserError(
+            f'The {split} split of {builder.name} in {builder.data_dir} cannot be read '
+            f'({first_line(e)}); prepare it again.') from e
+
+
+def _decoded_split(builder, split):
     import tensorflow_datasets as tfds
 
     if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:

@@ -44,6 +44,10 @@ class StreamingDataset(Dataset):
         del split
         return {}
 
+    def check_memory(self, splits, memory, num_devices):
+        """What does not lie on the devices fits."""
+        del splits, memory, num_devices
+
     def pixels(self, arrays, feed):
         """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
         del arrays
