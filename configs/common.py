@@ -6,7 +6,8 @@ import ml_collections
 def parse_arg(arg, **defaults):
     """Parses a config's string argument, 'name=value,name=value'.
 
-    Values take the type of their default. Raises ValueError for an unknown name or a bad value.
+    Values take the type of their default; of bool they are true or false. Raises ValueError for an
+    unknown name or a bad value.
     """
     values = dict(defaults)
     for item in filter(None, (arg or '').split(',')):
@@ -16,8 +17,8 @@ def parse_arg(arg, **defaults):
                 f'unknown config argument {name!r}; the arguments are {", ".join(defaults)}.')
         kind = type(defaults[name])
         try:
-            values[name] = kind(text)
-        except ValueError as e:
+            values[name] = {'true': True, 'false': False}[text] if kind is bool else kind(text)
+        except (ValueError, KeyError) as e:
             raise ValueError(
                 f'config argument {name} is {text!r}; it must be of type {kind.__name__}.') from e
     return ml_collections.ConfigDict(values)
@@ -52,6 +53,14 @@ def set_model(c, name):
         options = CIFAR_RESNET_OPTIONS
     for option, default in options.items():
         c.model[option] = default
+
+
+def one_of(name, value, known):
+    """Raises ValueError if the config argument `name` is not among the known values."""
+    if value not in known:
+        raise ValueError(
+            f'config argument {name} is {value!r}; it must be one of '
+            f'{", ".join(map(str, known))}.')
 
 
 def get_config():
@@ -131,4 +140,29 @@ def get_config():
     c.checkpoint.every_minutes = 10.0  # 0 for never
     c.checkpoint.every_epochs = 0  # 0 for never
     c.checkpoint.keep_epochs = ()  # checkpoints after these epochs are never deleted
+    return c
+
+
+def table_7(arg, dataset, table, epochs):
+    """Returns the config of a row of the paper's Table 7.
+
+    Args:
+      arg: the config's string argument.
+      dataset: `data.name`.
+      table: model -> (learning rate, weight decay, rho).
+      epochs: how long to train.
+    """
+    arg = parse_arg(arg, model='wrn28_10', augment='basic', method='sam', rho=-1.0, doubled=False,
+                    seed=0)
+    one_of('model', arg.model, tuple(table))
+    c = get_config()
+    c.seed = arg.seed
+    c.total_epochs = epochs * (2 if arg.doubled else 1)
+    set_model(c, arg.model)
+    c.data.name = dataset
+    c.data.augment = arg.augment
+    c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[arg.model]
+    c.sam.method = arg.method
+    c.sam.rho = arg.rho if arg.rho >= 0 else rho
+    c.lock()
     return c

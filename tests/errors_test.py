@@ -1,8 +1,5 @@
 """Bad input gets one sentence: field, value, what would be right; before anything compiles."""
 
-import ast
-import dataclasses
-import importlib
 import json
 import math
 import os
@@ -16,11 +13,9 @@ import numpy as np
 import pytest
 from helpers import ROOT, small_config
 
-from configs import common
 from sam_jax import config as config_lib
 from sam_jax import data, models, replicas, train
 from sam_jax.errors import UserError
-from sam_jax.models import layers
 
 COMPILED = '/jax/core/compile/backend_compile_duration'
 
@@ -420,84 +415,6 @@ def test_a_real_command(argument, words, tmp_path):
 
 
 # Configs.
-
-
-CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
-ARGUMENTS = {
-    'digits': {'method=sgd,noise=0.4,rho=0.1,seed=3': {
-        'sam.method': 'sgd', 'data.label_noise': 0.4, 'sam.rho': 0.1, 'seed': 3,
-        'data.name': 'digits'}},
-    'cifar': {
-        'model=wrn16_4,dataset=cifar100,augment=none,method=sgd,seed=1': {
-            'model.name': 'wrn16_4', 'data.name': 'cifar100', 'data.augment': 'none',
-            'sam.method': 'sgd', 'sam.rho': 0.1, 'seed': 1},
-        'model=wrn40_2': {'model.name': 'wrn40_2', 'data.name': 'cifar10', 'sam.rho': 0.05}},
-}
-LOADED = [(stem, argument, expected) for stem in CONFIGS if stem not in ('__init__', 'common')
-          for argument, expected in [(None, {}), ('', {}), *ARGUMENTS.get(stem, {}).items()]]
-
-
-def test_common_has_the_known_keys():
-    flat = config_lib.flatten(common.get_config())
-    assert set(flat) == set(config_lib.KEYS)
-    for key, kind in config_lib.KEYS.items():
-        assert type(flat[key]) is kind, key
-
-
-@pytest.mark.parametrize('name', [
-    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
-    'efficientnet-tiny', *common.IMAGENET_RESNETS])
-def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
-    config = common.get_config()
-    common.set_model(config, name)
-    model = config_lib.create_model(config, 10)
-    base = {f.name for f in dataclasses.fields(layers.Network)}
-    # What a name fixes, and what is for tests and people who build models by hand.
-    sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
-    own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
-           if f.name not in base | sizes}
-    declared = {key: value for key, value in config.model.items()
-                if f'model.{key}' not in config_lib.KEYS}
-    assert declared == own
-
-
-@pytest.mark.parametrize('stem,argument,expected', LOADED)
-def test_every_config_loads(stem, argument, expected):
-    module = importlib.import_module(f'configs.{stem}')
-    config = module.get_config() if argument is None else module.get_config(argument)
-    assert config.is_locked
-    config_lib.check(config)
-    config_lib.create_model(config, 10)
-    for n in (1, 8):
-        replicas.make_layout(config.batch_size, config.replica_batch_size,
-                             config.sam.replicas_per_group, devices=jax.devices()[:n])
-    flat = config_lib.flatten(config)
-    assert {key: flat[key] for key in expected} == expected
-
-
-@pytest.mark.parametrize('stem,argument,words', [
-    ('digits', 'foo=1', ["'foo'", 'model, method, noise, rho, seed']),
-    ('digits', 'noise=abc', ["noise is 'abc'", 'float']),
-    ('digits', 'noise', ["noise is ''", 'float']),
-    ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),
-    ('cifar', 'dataset=mnist', ["dataset is 'mnist'", 'cifar10, cifar100']),
-    ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, augment, method, seed'])])
-def test_bad_config_arguments(stem, argument, words):
-    with pytest.raises(ValueError) as e:
-        importlib.import_module(f'configs.{stem}').get_config(argument)
-    assert all(word in str(e.value) for word in words), str(e.value)
-    assert str(e.value).endswith('.')
-
-
-@pytest.mark.parametrize('stem', CONFIGS)
-def test_configs_hold_settings_only(stem):
-    imported = set()
-    for node in ast.walk(ast.parse(CONFIGS[stem].read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported |= {f'{node.module}.{alias.name}' for alias in node.names}
-    assert imported <= {'ml_collections', 'configs.common'}
 
 
 @pytest.mark.parametrize('rate', [-0.1, 1.5])

@@ -1,0 +1,222 @@
+"""The configs: that they load, say what the paper says, and hold settings only."""
+
+import ast
+import dataclasses
+import importlib
+
+import jax
+import pytest
+from helpers import ROOT
+
+from configs import common
+from sam_jax import config as config_lib
+from sam_jax import replicas
+from sam_jax.models import layers
+
+CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
+ARGUMENTS = {
+    'digits': {'method=sgd,noise=0.4,rho=0.1,seed=3': {
+        'sam.method': 'sgd', 'data.label_noise': 0.4, 'sam.rho': 0.1, 'seed': 3,
+        'data.name': 'digits'}},
+    'svhn': {'model=shake_shake_26_2x96d,augment=autoaugment_only_cutout,rho=0': {
+        'model.name': 'shake_shake_26_2x96d', 'sam.rho': 0.0, 'data.name': 'svhn'}},
+    'imagenet': {'model=resnet152,epochs=400,augment=imagenet_randaugment': {
+        'model.name': 'resnet152', 'total_epochs': 400}},
+    'label_noise': {
+        'noise=0.6,mixup=8,method=sgd,validation=true': {
+            'data.label_noise': 0.6, 'data.mixup_alpha': 8.0, 'data.validation': True},
+        'noise=0.8,labels_from=x.npz': {
+            'data.label_noise': 0.0, 'data.labels_from': 'x.npz', 'sam.rho': 0.05}},
+    'ablations': {
+        'figure=landscape,method=sgd': {'model.name': 'resnet56', 'model.residual': False},
+        'figure=spectrum': {'model.name': 'wrn40_10', 'model.batch_norm': False,
+                            'checkpoint.keep_epochs': (1, 50, 300), 'total_epochs': 300},
+        'figure=m,m=1': {'replica_batch_size': 1, 'model.batch_norm': False},
+        'figure=p_norm': {'sam.p': 2.0, 'model.name': 'wrn16_4'},
+        'figure=sync': {'sam.replicas_per_group': 8}},
+    'cifar': {
+        'model=wrn16_4,dataset=cifar100,augment=none,method=sgd,seed=1': {
+            'model.name': 'wrn16_4', 'data.name': 'cifar100', 'data.augment': 'none',
+            'sam.method': 'sgd', 'sam.rho': 0.1, 'seed': 1},
+        'model=wrn28_10,method=sgd,doubled=true': {'total_epochs': 400, 'sam.method': 'sgd'},
+        'rho=0.05,dataset=cifar100': {'sam.rho': 0.05},
+        'model=wrn40_2': {'model.name': 'wrn40_2', 'data.name': 'cifar10', 'sam.rho': 0.05}},
+}
+LOADED = [(stem, argument, expected) for stem in CONFIGS if stem not in ('__init__', 'common')
+          for argument, expected in [(None, {}), ('', {}), *ARGUMENTS.get(stem, {}).items()]]
+
+
+def test_common_has_the_known_keys():
+    flat = config_lib.flatten(common.get_config())
+    assert set(flat) == set(config_lib.KEYS)
+    for key, kind in config_lib.KEYS.items():
+        assert type(flat[key]) is kind, key
+
+
+@pytest.mark.parametrize('name', [
+    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
+    'efficientnet-tiny', *common.IMAGENET_RESNETS])
+def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
+    config = common.get_config()
+    common.set_model(config, name)
+    model = config_lib.create_model(config, 10)
+    base = {f.name for f in dataclasses.fields(layers.Network)}
+    # What a name fixes, and what is for tests and people who build models by hand.
+    sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
+    own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
+           if f.name not in base | sizes}
+    declared = {key: value for key, value in config.model.items()
+                if f'model.{key}' not in config_lib.KEYS}
+    assert declared == own
+
+
+@pytest.mark.parametrize('stem,argument,expected', LOADED)
+def test_every_config_loads(stem, argument, expected):
+    module = importlib.import_module(f'configs.{stem}')
+    config = module.get_config() if argument is None else module.get_config(argument)
+    assert config.is_locked
+    config_lib.check(config)
+    config_lib.create_model(config, 10)
+    assert importlib.import_module(f'configs.{stem}').__doc__.count('./scripts/train.sh')
+    for n in (1, 8):
+        replicas.make_layout(config.batch_size, config.replica_batch_size,
+                             config.sam.replicas_per_group, devices=jax.devices()[:n])
+    flat = config_lib.flatten(config)
+    assert {key: flat[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize('stem,argument,words', [
+    ('digits', 'foo=1', ["'foo'", 'model, method, noise, rho, seed']),
+    ('ablations', 'figure=9', ["figure is '9'", 'landscape, spectrum']),
+    ('ablations', 'm=3', ['m is 3', '1, 4, 16, 64, 256']),
+    ('svhn', 'model=resnet32', ["model is 'resnet32'", 'wrn28_10']),
+    ('svhn', 'doubled=2', ["doubled is '2'", 'bool']),
+    ('finetune', 'dataset=dogs', ["dataset is 'dogs'", 'aircraft']),
+    ('finetune', 'model=resnet50', ["model is 'resnet50'", 'efficientnet-b7']),
+    ('digits', 'noise=abc', ["noise is 'abc'", 'float']),
+    ('digits', 'noise', ["noise is ''", 'float']),
+    ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),
+    ('cifar', 'dataset=mnist', ["dataset is 'mnist'", 'cifar10, cifar100']),
+    ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, epochs, augment, method, rho'])])
+def test_bad_config_arguments(stem, argument, words):
+    with pytest.raises(ValueError) as e:
+        importlib.import_module(f'configs.{stem}').get_config(argument)
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert str(e.value).endswith('.')
+
+
+@pytest.mark.parametrize('stem', CONFIGS)
+def test_configs_hold_settings_only(stem):
+    imported = set()
+    for node in ast.walk(ast.parse(CONFIGS[stem].read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {f'{node.module}.{alias.name}' for alias in node.names}
+    assert imported <= {'ml_collections', 'configs.common'}
+
+
+# The paper's numbers, copied from it once more, and not from the configs.
+
+# Tables 6 and 1: model, epochs: learning rate, weight decay, rho on CIFAR-10 and CIFAR-100.
+CIFAR = [
+    ('wrn28_10', 200, (0.1, 0.1), 0.0005, (0.05, 0.1)),
+    ('wrn28_10', 1800, (0.05, 0.05), 0.001, (0.05, 0.1)),
+    ('shake_shake_26_2x96d', 1800, (0.02, 0.02), 0.001, (0.02, 0.05)),
+    ('pyramidnet272', 1800, (0.05, 0.05), 0.0005, (0.05, 0.2)),
+    ('pyramidnet272_shakedrop', 1800, (0.02, 0.05), 0.0005, (0.05, 0.05)),
+]
+
+# Table 7: config, model: learning rate, weight decay, rho.
+OTHERS = [
+    ('svhn', 'wrn28_10', 0.01, 0.0005, 0.01),
+    ('svhn', 'shake_shake_26_2x96d', 0.01, 0.0005, 0.01),
+    ('fashion_mnist', 'wrn28_10', 0.1, 0.0005, 0.05),
+    ('fashion_mnist', 'shake_shake_26_2x96d', 0.1, 0.0005, 0.02),
+]
+
+
+def _get(stem, argument=''):
+    return importlib.import_module(f'configs.{stem}').get_config(argument)
+
+
+def _assert_shared(config):
+    """What appendix C.1 and the paper's code say of CIFAR, SVHN and Fashion-MNIST."""
+    assert (config.batch_size, config.replica_batch_size) == (256, 256 // 8)
+    assert config.sam.replicas_per_group == 1 and config.sam.p == 2
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.nesterov) == ('sgd', 0.9, True)
+    assert (optimizer.schedule, optimizer.warmup_epochs, optimizer.clip_norm) == ('cosine', 0, 5)
+    assert optimizer.decay_norm_and_bias and config.label_smoothing == 0
+
+
+@pytest.mark.parametrize('model,epochs,learning_rates,weight_decay,rhos', CIFAR)
+def test_table_6(model, epochs, learning_rates, weight_decay, rhos):
+    for dataset, learning_rate, rho in zip(('cifar10', 'cifar100'), learning_rates, rhos):
+        argument = f'model={model},dataset={dataset}'
+        config = _get('cifar', argument + (f',epochs={epochs}' if model == 'wrn28_10' else ''))
+        _assert_shared(config)
+        assert (config.total_epochs, config.optimizer.learning_rate, config.sam.rho) == (
+            epochs, learning_rate, rho)
+        assert config.optimizer.weight_decay == weight_decay
+        assert (config.model.name, config.data.name) == (model, dataset)
+        sgd = _get('cifar', f'{argument},epochs={epochs},method=sgd,doubled=true')
+        assert (sgd.total_epochs, sgd.sam.method) == (2 * epochs, 'sgd')
+        assert sgd.optimizer.learning_rate == learning_rate
+
+
+@pytest.mark.parametrize('stem,model,learning_rate,weight_decay,rho', OTHERS)
+def test_table_7(stem, model, learning_rate, weight_decay, rho):
+    config = _get(stem, f'model={model}')
+    _assert_shared(config)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.sam.rho) == (
+        learning_rate, weight_decay, rho)
+    assert (config.model.name, config.data.name) == (model, stem)
+
+
+@pytest.mark.parametrize('depth', [50, 101, 152])
+@pytest.mark.parametrize('epochs', [100, 200, 400])
+def test_imagenet(depth, epochs):
+    """Appendix C.1."""
+    config = _get('imagenet', f'model=resnet{depth},epochs={epochs}')
+    assert (config.batch_size, config.replica_batch_size) == (4096, 4096 // 32)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1.0, 0.0001)
+    assert (config.optimizer.momentum, config.optimizer.schedule) == (0.9, 'cosine')
+    assert (config.label_smoothing, config.sam.rho, config.data.image_size) == (0.1, 0.05, 224)
+    assert (config.total_epochs, config.data.augment) == (epochs, 'imagenet') and config.eval.top5
+
+
+# Appendix C.2: model: batch, cores, learning rate, steps, pixels.
+FINETUNE = [('efficientnet-b7', 1024, 64, 0.016, 5000, 600),
+            ('efficientnet-l2-475', 512, 128, 0.008, 10000, 475)]
+SIZES = {'flowers': 1020 + 1020, 'pets': 3680, 'cars': 8144, 'food101': 75750, 'cifar10': 50000,
+         'cifar100': 50000, 'aircraft': 3334 + 3333, 'birdsnap': 47386}
+
+
+@pytest.mark.parametrize('model,batch_size,cores,learning_rate,steps,pixels', FINETUNE)
+@pytest.mark.parametrize('dataset', SIZES)
+def test_finetuning(dataset, model, batch_size, cores, learning_rate, steps, pixels):
+    config = _get('finetune', f'dataset={dataset},model={model}')
+    assert (config.batch_size, config.replica_batch_size) == (batch_size, batch_size // cores)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (learning_rate, 1e-5)
+    assert (config.optimizer.momentum, config.optimizer.schedule) == (0.9, 'cosine')
+    assert config.model.frozen_batch_norm and not config.model.sync_batch_norm
+    assert config.data.image_size == pixels
+    steps_per_epoch = SIZES[dataset] // batch_size
+    assert steps <= config.total_epochs * steps_per_epoch < steps + steps_per_epoch
+    assert config.data.augment == ('autoaugment' if 'cifar' in dataset else 'none')
+
+
+@pytest.mark.parametrize('model', [row[0] for row in FINETUNE])
+def test_finetuning_on_imagenet(model):
+    config = _get('finetune', f'dataset=imagenet,model={model}')
+    assert (config.total_epochs, config.optimizer.learning_rate, config.sam.rho) == (10, 0.1, 0.05)
+
+
+@pytest.mark.parametrize('noise,rho', [(0.2, 0.1), (0.4, 0.1), (0.6, 0.1), (0.8, 0.05)])
+def test_label_noise(noise, rho):
+    """Section 3.3 and appendix C.1."""
+    config = _get('label_noise', f'noise={noise}')
+    _assert_shared(config)
+    assert (config.model.name, config.total_epochs, config.sam.rho) == ('resnet32', 200, rho)
+    assert (config.data.name, config.data.label_noise) == ('cifar10', noise)
