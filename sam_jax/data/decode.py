@@ -15,6 +15,15 @@ from sam_jax.errors import first_line
 CROP_PADDING = 32
 
 
+@functools.cache
+def tensorflow():
+    """Returns the module, which here works on the host: the accelerator's memory is JAX's."""
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], 'GPU')
+    return tf
+
+
 def random_crop(encoded, size, seed):
     """A random window of the image, resized: uint8 (size, size, 3).
 
@@ -42,7 +51,7 @@ def center_crop(encoded, size):
 
 def random_window(shape, size, seed):
     """The window of `random_crop` as a tensor (y, x, height, width) of an image (H, W, 3)."""
-    import tensorflow as tf
+    tf = tensorflow()
 
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
@@ -56,7 +65,7 @@ def random_window(shape, size, seed):
 
 def center_window(shape, size, seed):
     """The window of `center_crop`; arguments as of `random_window`."""
-    import tensorflow as tf
+    tf = tensorflow()
 
     del seed
     shorter = tf.cast(tf.minimum(shape[0], shape[1]), tf.float64)
@@ -67,7 +76,7 @@ def center_window(shape, size, seed):
 @functools.cache
 def _function(window_of, size):
     """A compiled (encoded, seed) -> pixels."""
-    import tensorflow as tf
+    tf = tensorflow()
 
     def jpeg(encoded, seed):
         window = window_of(tf.image.extract_jpeg_shape(encoded), size, seed)
@@ -91,7 +100,7 @@ def _function(window_of, size):
 
 
 def _run(function, encoded, seed):
-    import tensorflow as tf
+    tf = tensorflow()
 
     try:
         return function(tf.constant(encoded), tf.constant(seed, tf.int32)).numpy()

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from sam_jax import rngs
+from sam_jax.data import decode
 from sam_jax.data.resident import Split
 from sam_jax.errors import UserError, first_line
 
@@ -68,11 +69,9 @@ def tfds_builder(name, data_dir, file_format=''):
     Raises:
       UserError: it is not there; the message says what to run.
     """
-    import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    # TensorFlow only reads files here; the accelerator's memory is JAX's.
-    tf.config.set_visible_devices([], 'GPU')
+    decode.tensorflow()
     place = os.path.expanduser(data_dir) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=place)
