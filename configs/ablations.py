@@ -16,7 +16,7 @@ the "small ResNet" of Figure 3 (ResNet-20, without BatchNorm, which has no stati
 example), the wide ResNet of C.5 (WRN-16-4), their settings (WRN-28-10's of Table 6, 200 epochs),
 and rho of the landscape and the spectrum (0.05).
 
-Arguments: figure, m (of figure=m), method (sam, sgd), rho, seed.
+Arguments: figure, m (of figure=m), method (sam, sgd), rho, seed, smoke.
 """
 
 from configs import common
@@ -48,5 +48,4 @@ def get_config(arg=''):
         c.replica_batch_size = arg.m
     elif arg.figure == 'sync':
         c.sam.replicas_per_group = c.batch_size // c.replica_batch_size
-    c.lock()
-    return c
+    return common.finish(c, arg)

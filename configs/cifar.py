@@ -36,7 +36,7 @@ training set: --config.data.validation=true.
 Arguments: model (any name of the zoo; those without a row in Table 6 get WRN-28-10's settings),
 dataset (cifar10, cifar100), epochs (of WRN-28-10: 200 or 1800, whose settings differ; else any),
 augment (a recipe of sam_jax/data/augment.py), method (sam, sgd), rho (default that of Table 6),
-doubled, seed.
+doubled, seed, smoke (tiny sizes, to see that it runs).
 """
 
 from configs import common
@@ -71,5 +71,4 @@ def get_config(arg=''):
     c.optimizer.weight_decay = weight_decay
     c.sam.method = arg.method
     c.sam.rho = arg.rho if arg.rho >= 0 else rho[arg.dataset == 'cifar100']
-    c.lock()
-    return c
+    return common.finish(c, arg)

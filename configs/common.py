@@ -6,16 +6,19 @@ import ml_collections
 def parse_arg(arg, **defaults):
     """Parses a config's string argument, 'name=value,name=value'.
 
-    Values take the type of their default; of bool they are true or false. Raises ValueError for an
-    unknown name or a bad value.
+    Values take the type of their default; of bool they are true or false, and the name alone is
+    true. Every config has the argument `smoke`, see `finish`. Raises ValueError for an unknown name
+    or a bad value.
     """
-    values = dict(defaults)
+    values = dict(defaults, smoke=False)
     for item in filter(None, (arg or '').split(',')):
-        name, _, text = item.partition('=')
-        if name not in defaults:
+        name, equals, text = item.partition('=')
+        if name not in values:
             raise ValueError(
-                f'unknown config argument {name!r}; the arguments are {", ".join(defaults)}.')
-        kind = type(defaults[name])
+                f'unknown config argument {name!r}; the arguments are {", ".join(values)}.')
+        kind = type(values[name])
+        if kind is bool and not equals:
+            text = 'true'
         try:
             values[name] = {'true': True, 'false': False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError) as e:
@@ -53,6 +56,42 @@ def set_model(c, name):
         options = CIFAR_RESNET_OPTIONS
     for option, default in options.items():
         c.model[option] = default
+
+
+# The tiny model of each family, by the beginning of the name.
+_TINY = {
+    'wrn': 'wrn10_1', 'shake_shake': 'shake_shake_8_2x4d', 'pyramidnet': 'pyramidnet11',
+    'efficientnet': 'efficientnet-tiny', 'resnet': 'resnet8'}
+
+
+def finish(c, arg):
+    """Returns the config locked; made tiny first if its argument `smoke` was given.
+
+    Smoke changes sizes only: the model's, the batch's, the image's and the number of epochs. What
+    is computed stays: method, augmentation, optimizer, groups of one or of all replicas.
+    """
+    if arg.smoke:
+        _shrink(c)
+    return c.lock()
+
+
+def _shrink(c):
+    tiny = next(tiny for family, tiny in _TINY.items() if c.model.name.startswith(family))
+    if c.model.name in IMAGENET_RESNETS:
+        tiny = 'resnet10'
+    if c.model.name.endswith('_shakedrop'):
+        tiny += '_shakedrop'
+    c.model.name = tiny
+    if 'alpha' in c.model:
+        c.model.alpha = 4.0
+    replicas = min(2, c.batch_size // c.replica_batch_size)
+    c.replica_batch_size = min(2, c.replica_batch_size)
+    c.batch_size = c.eval.batch_size = replicas * c.replica_batch_size
+    c.sam.replicas_per_group = min(replicas, c.sam.replicas_per_group)
+    if c.data.image_size:
+        c.data.image_size = 64
+    c.total_epochs = 1
+    c.checkpoint.keep_epochs = tuple(e for e in c.checkpoint.keep_epochs if e == 1)
 
 
 def one_of(name, value, known):
@@ -164,5 +203,4 @@ def table_7(arg, dataset, table, epochs):
     c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[arg.model]
     c.sam.method = arg.method
     c.sam.rho = arg.rho if arg.rho >= 0 else rho
-    c.lock()
-    return c
+    return finish(c, arg)

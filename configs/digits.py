@@ -7,7 +7,7 @@ Not an experiment of the paper: the embedded default, and the smallest place whe
 seen. A WideResNet-10-1 on 8x8x1 images, 60 epochs; under label noise SAM's rho is 0.5.
 
 Arguments: model (any name of the zoo), method (sam, sgd), noise (fraction of training labels drawn
-anew), rho, seed.
+anew), rho, seed, smoke.
 """
 
 from configs import common
@@ -29,5 +29,4 @@ def get_config(arg=''):
     c.sam.method = arg.method
     c.sam.rho = arg.rho
     c.eval.every_epochs = 10
-    c.lock()
-    return c
+    return common.finish(c, arg)

@@ -12,7 +12,7 @@ What the table calls auto augmentation is cutout alone on this dataset (its appe
 augment=cutout. Left open: the number of epochs (200 here, the default of the paper's code).
 
 Arguments: model (wrn28_10, shake_shake_26_2x96d), augment (a recipe), method (sam, sgd), rho
-(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), seed.
+(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), seed, smoke.
 """
 
 from configs import common

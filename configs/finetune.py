@@ -33,7 +33,8 @@ dropout 0.5 and stochastic depth 0.2 are the code's. "No augmentation" is taken 
 central crop. The baselines on ImageNet are the published checkpoints' own errors. Birdsnap and
 Aircraft come as image folders. The paper's code refuses the six fine-grained data sets.
 
-Arguments: dataset, model (efficientnet-b7, efficientnet-l2-475), method (sam, sgd), rho, seed.
+Arguments: dataset, model (efficientnet-b7, efficientnet-l2-475), method (sam, sgd), rho, seed,
+smoke.
 """
 
 from configs import common
@@ -76,5 +77,4 @@ def get_config(arg=''):
         c.optimizer.learning_rate = 0.1
         c.optimizer.clip_norm = 1.0
         c.eval.top5 = True
-    c.lock()
-    return c
+    return common.finish(c, arg)

@@ -22,7 +22,8 @@ Doubtful: SGD's row of ResNet-101 at 400 epochs is that of ResNet-50 but for the
 open: whether the gradient was clipped (at 5, the default of the code) and warmed up (no; there is
 no warm-up in the code). What the code calls batch size is that of one host here.
 
-Arguments: model, epochs, method (sam, sgd), rho, augment (a recipe with a random window), seed.
+Arguments: model, epochs, method (sam, sgd), rho, augment (a recipe with a random window), seed,
+smoke.
 """
 
 from configs import common
@@ -47,5 +48,4 @@ def get_config(arg=''):
     c.sam.rho = arg.rho
     c.eval.batch_size = 4096
     c.eval.top5 = True
-    c.lock()
-    return c
+    return common.finish(c, arg)

@@ -24,7 +24,7 @@ best one, has 68.4 for SGD at 80 %.
 
 Arguments: noise, method (sam, sgd), rho (default the paper's), mixup (alpha; 0 for none),
 labels_from (predictions of a run on the same labels, which then are not drawn again), validation,
-seed.
+seed, smoke.
 """
 
 from configs import common
@@ -49,5 +49,4 @@ def get_config(arg=''):
     c.sam.method = arg.method
     c.sam.rho = arg.rho if arg.rho >= 0 else (0.05 if arg.noise >= 0.8 else 0.1)
     c.eval.train_set = True
-    c.lock()
-    return c
+    return common.finish(c, arg)

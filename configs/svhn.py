@@ -15,7 +15,7 @@ the cutout (16, the code's; AutoAugment's own was 20). On several hosts the pape
 global batch for that of each host here, and its schedule then ends too late; this one does not.
 
 Arguments: model (wrn28_10, shake_shake_26_2x96d), augment (a recipe), method (sam, sgd), rho
-(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), seed.
+(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), seed, smoke.
 """
 
 from configs import common

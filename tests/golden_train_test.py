@@ -159,9 +159,13 @@ def test_original_float64(name, x64):
     _assert_agrees(name, int(golden(name)['n_devices']), 'auto', jnp.float64, rtol=1e-9)
 
 
-@pytest.mark.parametrize('loop', ['unroll', 'scan'])
-@pytest.mark.parametrize('name', [n for n in FLOAT64 if 'dev4' in n and (
-    'recipe_rho0.05' in n or 'rmsprop' in n) and 'ls0.1' not in n])
+@pytest.mark.parametrize('name,loop', [
+    ('train_wrnsmallrecipe_rho0.05_ls0_dev4_f64', 'scan'),
+    ('train_wrnsmallrecipe_rho0.05_sync_ls0_dev4_f64', 'unroll'),
+    ('train_wrnsmall_rho0_rmsprop_dev4_f64', 'scan'),
+    pytest.param('train_wrnsmallrecipe_rho0.05_ls0_dev4_f64', 'unroll', marks=pytest.mark.slow),
+    pytest.param('train_wrnsmallrecipe_rho0.05_sync_ls0_dev4_f64', 'scan', marks=pytest.mark.slow),
+    pytest.param('train_wrnsmall_rho0_rmsprop_dev4_f64', 'unroll', marks=pytest.mark.slow)])
 def test_original_float64_replicas_on_one_device(name, loop, x64):
     _assert_agrees(name, 1, loop, jnp.float64, rtol=1e-9)
 

@@ -59,7 +59,8 @@ def test_devices_float32():
     assert relative_distance(variables, reference) < 2e-2
 
 
-@pytest.mark.parametrize('replicas_per_group', [1, 2, 4])
+@pytest.mark.parametrize('replicas_per_group', [
+    1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_two_processes(replicas_per_group, tmp_path, x64):
     """2 processes x 2 devices against one process with 4; only process 0 writes."""
     settings = {**SETTINGS, 'replica_batch_size': 10}

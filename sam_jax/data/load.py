@@ -68,8 +68,8 @@ def _streaming(settings, stream):
 
 
 def _held_out(train, size=0):
-    # As the paper's code: the last `size` examples, or the last tenth.
-    cut = len(train) - (size or len(train) // 10)
+    # As the paper's code: the last `size` examples, or the last tenth, but not of none.
+    cut = len(train) - (size or max(1, len(train) // 10))
     return train.part(slice(None, cut)), train.part(slice(cut, None))
 
 
