@@ -16,6 +16,11 @@ DEFAULT_CONFIG = os.path.join(ROOT, 'configs', 'digits.py')
 
 EXIT_USER_ERROR = 2
 
+# TensorFlow tells of itself at every import. It only reads images and writes logs here, for which
+# oneDNN has nothing to offer.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
 
 def leave(message, status=EXIT_USER_ERROR):
     """Ends the process with a line on stderr, which tells of an error if the status does."""
