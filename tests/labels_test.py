@@ -83,6 +83,10 @@ def test_noise_depends_on_the_seed_alone():
     draws, others = (labels.noise(1297, 0.4, 10, seed)(np.arange(1297), np.full(1297, -1))
                      for seed in (0, 1))
     np.testing.assert_array_equal(noisy[0], np.where(draws < 0, _load().train.labels, draws))
+    # Nor on which are asked for together, as streams ask for one at a time.
+    some = np.flatnonzero(draws >= 0)[[300, 4, 100]]
+    np.testing.assert_array_equal(
+        labels.noise(1297, 0.4, 10, 0)(some, np.full(3, -1)), draws[some])
     # Both which examples are drawn and what they get change with the seed.
     assert np.mean((draws < 0) != (others < 0)) > 0.3
     both = (draws >= 0) & (others >= 0)

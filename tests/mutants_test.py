@@ -78,8 +78,10 @@ MUTANTS = {
     'mixup with the smaller weight': (
         AUGMENT, 'jnp.maximum(weights, 1 - weights)', 'jnp.minimum(weights, 1 - weights)',
         'tests/augment_test.py::test_mixup_is_the_original_s'),
-    'noise at other places than drawn': (
-        'sam_jax/data/labels.py', 'hit[index]', 'hit[index - 1]', 'tests/labels_test.py'),
+    'noise that depends on what it is asked for together': (
+        'sam_jax/data/labels.py', 'draws[index]', 'draws[:len(index)]', 'tests/labels_test.py'),
+    'noise for all but the drawn': (
+        'sam_jax/data/labels.py', 'np.where(hit', 'np.where(~hit', 'tests/labels_test.py'),
 }
 
 

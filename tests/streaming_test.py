@@ -160,14 +160,17 @@ def test_an_epoch_is_a_permutation_and_any_step_can_be_the_first(folder):
     assert (other['pixels'] != feeds[0]['pixels']).any()
 
 
+def _with_visible_windows(dataset):
+    """The dataset with one and the same image everywhere, which shows what window is cut."""
+    y, x = np.mgrid[:256, :256].astype(np.uint8)
+    image = _png(np.stack([y, x, y], axis=-1))
+    source = [(image, i % 3, f'image {i}') for i in range(NUM_TRAIN)]
+    return dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, source=source))
+
+
 def test_windows_differ_between_steps_and_places(folder):
     """The same example gets another window in another epoch."""
-    path = folder / 'train'
-    dataset, layout = _load(folder), _layout(1)
-    y, x = np.mgrid[:256, :256].astype(np.uint8)
-    gradient = np.stack([y, x, y], axis=-1)
-    same = dataclasses.replace(dataset, train=dataclasses.replace(
-        dataset.train, source=[(_png(gradient), 0, str(path))] * NUM_TRAIN))
+    same, layout = _with_visible_windows(_load(folder)), _layout(1)
     rows = [f['pixels'].reshape(8, -1) for f in same.train_feeds(0, 0, 6, layout)]
     assert len(np.unique(np.concatenate(rows), axis=0)) == 48
 
@@ -195,7 +198,7 @@ class _Counting:
 
 @pytest.mark.parametrize('num_processes', [1, 2, 4])
 def test_each_process_reads_its_share_alone(folder, num_processes):
-    dataset, layout = _load(folder), _layout(4)
+    dataset, layout = _with_visible_windows(_load(folder)), _layout(4)
     whole = dataset.train_feed(1, 5, layout)
     read = []
     for process in range(num_processes):
