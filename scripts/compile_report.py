@@ -5,6 +5,8 @@
 Traces and compiles the whole train step (two gradients, clipping, momentum) on one device for one
 replica, without ever allocating the model, and prints a row a model as soon as it is known:
 
+  kept              what one gradient keeps from its forward for its backward pass, parameters
+                    included: what --remat is for, whatever XLA makes of it
   trace, compile    seconds; compile is XLA's part, without a cache unless --cache names one
   temporary         XLA's memory for what the step computes in between
   arguments         state, batch and hyper-parameters; the step gives the state's memory back
@@ -41,8 +43,26 @@ _REMAT = flags.DEFINE_bool('remat', False, 'With config.model.remat.')
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of a persistent compilation cache.')
 
 
+def kept(model, images):
+    """Returns the bytes that the gradient at a batch of images' shape keeps between its passes."""
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+    def backward(variables, x):
+        rngs = {name: jax.random.key(0) for name in ('dropout', 'shake', 'stochastic_depth')}
+
+        def loss(params):
+            return model.apply({**variables, 'params': params}, x, train=True,
+                               mutable=['batch_stats'], rngs=rngs)[0].sum()
+
+        return jax.vjp(loss, variables['params'])[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(backward, variables, images))
+    return sum(x.size * x.dtype.itemsize for x in residuals)
+
+
 def report(name):
-    """Returns (batch, side, seconds to trace, to compile, GiB of temporaries, of arguments)."""
+    """Returns (batch, side, GiB kept, seconds to trace, to compile, GiB of temporaries, of
+    arguments)."""
     side, classes, batch = MODELS[name]
     config = common.get_config()
     common.set_model(config, name)
@@ -52,6 +72,7 @@ def report(name):
     model = config_lib.create_model(config, classes)
     dataset = types.SimpleNamespace(
         num_train_examples=1000 * batch, train_batch=lambda arrays, feed, *_: feed)
+    gib_kept = kept(model, jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)) / 2 ** 30
     began = time.perf_counter()
     state = jax.eval_shape(
         lambda: train_step.create_train_state(config, model, (side, side, 3)))
@@ -61,7 +82,7 @@ def report(name):
     lowered = step.lower(state, feed, {}, train_step.HParams.from_config(config))
     traced = time.perf_counter()
     memory = lowered.compile().memory_analysis()
-    return (batch, side, traced - began, time.perf_counter() - traced,
+    return (batch, side, gib_kept, traced - began, time.perf_counter() - traced,
             memory.temp_size_in_bytes / 2 ** 30, memory.argument_size_in_bytes / 2 ** 30)
 
 
@@ -69,8 +90,9 @@ def main(argv):
     del argv
     if _CACHE.value:
         jax.config.update('jax_compilation_cache_dir', _CACHE.value)
-    print('| model | batch | image | trace (s) | compile (s) | temporary (GiB) | arguments (GiB) |')
-    print('|---|---|---|---|---|---|---|', flush=True)
+    print('| model | batch | image | kept (GiB) | trace (s) | compile (s) | temporary (GiB) | '
+          'arguments (GiB) |')
+    print('|---|---|---|---|---|---|---|---|', flush=True)
     for name in _MODELS.value:
         batch, side, *figures = report(name)
         jax.clear_caches()  # gigabytes of programs that nobody will run
