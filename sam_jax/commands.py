@@ -15,6 +15,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULT_CONFIG = os.path.join(ROOT, 'configs', 'digits.py')
 
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
 
 # TensorFlow tells of itself at every import. It only reads images and writes logs here, for which
 # oneDNN has nothing to offer.

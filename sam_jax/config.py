@@ -1,5 +1,6 @@
 """Checks of a run's settings, all before any long work: types, names, ranges, and changes."""
 
+import ast
 import difflib
 import importlib.util
 import math
@@ -97,6 +98,30 @@ def unflatten(flat):
             section = section[part]
         section[name] = tuple(value) if isinstance(value, list) else value
     return config.lock()
+
+
+def override(config, key, value):
+    """Sets a key of a config; text is read as the type that the key has.
+
+    Raises:
+      UserError: there is no such key, or the value is not of its type.
+    """
+    known = flatten(config)
+    if key not in known:
+        raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')
+    kind = type(known[key])
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = ({'true': True, 'false': False}[value.lower()] if kind is bool
+                     else ast.literal_eval(value) if kind is tuple else kind(value))
+        except (ValueError, KeyError, SyntaxError) as e:
+            raise UserError(f'{key} is {value!r}; it must be of type {kind.__name__}.') from e
+    _check_value(key, kind, value)
+    *sections, name = key.split('.')
+    for section in sections:
+        config = config[section]
+    with config.ignore_type():
+        config[name] = kind(value)
 
 
 def nearest(name, known):
@@ -274,7 +299,27 @@ def check_flags(argv, default):
     for flag, value in zip(argv, argv[1:]):
         if flag in ('--config', '-config'):  # the form with a space
             given['config'] = value
-    path, _, argument = (given.pop('config', None) or default).partition(':')
+    _, config = load(given.pop('config', None) or default)
+    known = flatten(config)
+    sections = {key.rpartition('.')[0] for key in known}
+    for key in (name.removeprefix('config.') for name in given):
+        if key not in known and key not in sections:
+            raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')
+
+
+def load(flag):
+    """Loads a config as --config names it.
+
+    Args:
+      flag: 'FILE' or 'FILE:ARGUMENT'.
+
+    Returns:
+      (the file as a module, what its get_config returns).
+
+    Raises:
+      UserError: no such file, no get_config in it, or a bad argument.
+    """
+    path, _, argument = flag.partition(':')
     if not os.path.isfile(path):
         raise UserError(f'--config is {path!r}: No such file.')
     spec = importlib.util.spec_from_file_location('checked_config', path)
@@ -283,11 +328,6 @@ def check_flags(argv, default):
     if not hasattr(module, 'get_config'):
         raise UserError(f'--config is {path!r}; that file must define get_config().')
     try:
-        config = module.get_config(argument) if argument else module.get_config()
+        return module, module.get_config(argument) if argument else module.get_config()
     except ValueError as e:
         raise UserError(f'--config={path}:{argument}: {e}') from e
-    known = flatten(config)
-    sections = {key.rpartition('.')[0] for key in known}
-    for key in (name.removeprefix('config.') for name in given):
-        if key not in known and key not in sections:
-            raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')

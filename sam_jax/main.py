@@ -20,8 +20,6 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
 
-EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
-
 
 def main():
     """Trains what the flags say."""
@@ -29,7 +27,7 @@ def main():
     try:
         train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     except train.Preempted as e:
-        commands.leave(str(e), EXIT_PREEMPTED)
+        commands.leave(str(e), commands.EXIT_PREEMPTED)
 
 
 def run():

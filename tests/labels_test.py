@@ -172,7 +172,8 @@ def test_files_that_do_not_fit(tmp_path):
 def test_bootstrap(tmp_path):
     """A run's predictions are those of its model, in the order of the training set; from the
     command line, and used by a run that trains on them."""
-    config = small_config(data__label_noise=0.4, data__validation=True, ema__decay=0.5)
+    config = small_config(data__label_noise=0.4, data__validation=True, ema__decay=0.5,
+                          total_epochs=1)
     state = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
     out = tmp_path / 'labels.npz'
     result = subprocess.run(

@@ -12,14 +12,14 @@ FLOORS = [
     {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'distributed', 'replicas'},
     {'train_step', 'evaluate'},
-    {'config', 'reports', 'train'},
+    {'config', 'reports', 'train', 'sweeps'},
     {'commands'},
     {'main', 'predict', 'preview'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Imports within a floor: the loop asks for the checks, checkpoints for the number of processes.
-NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
+NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'), ('sweeps', 'config'),
               ('checkpoint', 'distributed')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
@@ -38,7 +38,7 @@ LIBRARIES = {
     'clu': {'writers'},
     'tqdm': {'writers'},
     'absl': {'commands', 'main', 'predict', 'preview'},
-    'ml_collections': {'config', 'main', 'preview'},
+    'ml_collections': {'config', 'main', 'preview', 'sweeps'},
     'pytest': {'main'},
     'h5py': {'models'},
     'safetensors': {'models'},

@@ -287,8 +287,7 @@ FLAGS = ['--config.total_epochs=4', '--config.ema.decay=0.9', '--config.model.dr
 def _start(workdir, cache):
     environment = {
         **os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(cache),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'XLA_FLAGS': ''}
     return subprocess.Popen(
         [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
          f'--workdir={workdir}', *FLAGS],

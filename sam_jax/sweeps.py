@@ -1,0 +1,164 @@
+"""Sweeps: which runs there are, what each is called, and what it is started with.
+
+A config file may define `get_hyper(h)`, the convention of Google's research repositories:
+
+    def get_hyper(h):
+        return h.product([h.sweep('sam.rho', [0.05, 0.1, 0.2]), h.sweep('seed', range(5))])
+
+where h is this module. A sweep is a list with a dict {key: value} for each run. A key is one of the
+config's ('sam.rho', or 'config.sam.rho'), or ':' and the name of an argument of the config file
+(':model'), for what decides other settings as well.
+"""
+
+import copy
+import dataclasses
+import itertools
+import os
+import re
+
+import ml_collections
+
+from sam_jax import config as config_lib
+from sam_jax import writers
+from sam_jax.errors import UserError
+
+
+def sweep(key, values):
+    """A run for each value of a key."""
+    return [{key.removeprefix('config.'): value} for value in values]
+
+
+def fixed(key, value):
+    """One run, with this value."""
+    return sweep(key, [value])
+
+
+def product(sweeps):
+    """Each run of one sweep with each run of the others; the last one varies fastest."""
+    return [_merged(parts) for parts in itertools.product(*sweeps)]
+
+
+def zipit(sweeps):
+    """The first runs of all sweeps together, the second ones together, and so on."""
+    lengths = [len(s) for s in sweeps]
+    if len(set(lengths)) > 1:
+        keys = ', '.join(f'{len(s)} of {"/".join(s[0]) if s else "nothing"}' for s in sweeps)
+        raise UserError(f'Sweeps that go together must be equally long; these are {keys}.')
+    return [_merged(parts) for parts in zip(*sweeps)]
+
+
+def chainit(sweeps):
+    """The runs of one sweep, then those of the next."""
+    return list(itertools.chain(*sweeps))
+
+
+def _merged(parts):
+    merged = {}
+    for part in parts:
+        for key in part:
+            if key in merged:
+                raise UserError(f'The sweep sets {key} twice.')
+        merged.update(part)
+    return merged
+
+
+def parse(text):
+    """Returns the sweep that a --sweep flag names.
+
+    Args:
+      text: 'sam.rho=0.05,0.1'; with ';', keys that go together: 'sam.rho=0.1,0.2;seed=1,2'.
+
+    Raises:
+      UserError: it has another form.
+    """
+    sweeps = []
+    for part in text.split(';'):
+        key, equals, values = part.strip().partition('=')
+        values = values.split(',')
+        if not (key and equals and all(values)):
+            raise UserError(f"--sweep is {text!r}; it must be of the form KEY=VALUE,VALUE, such as "
+                            'sam.rho=0.05,0.1.')
+        sweeps.append(sweep(key, values))
+    return zipit(sweeps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+      name: 'rho=0.05,seed=1'.
+      workdir: its folder.
+      config: its settings, checked.
+      flags: what sam_jax.main is started with.
+    """
+
+    name: str
+    workdir: str
+    config: ml_collections.ConfigDict
+    flags: tuple
+
+    def result(self):
+        """Returns the content of result.json, or None while the run is not finished.
+
+        Raises:
+          UserError: the folder holds a run with other settings.
+        """
+        made = writers.read_json(os.path.join(self.workdir, 'config.json'))
+        if made:
+            try:
+                config_lib.check_same_mathematics(self.config, made['config'])
+            except UserError as e:
+                raise UserError(f'{self.workdir}: {e}') from e
+        return writers.read_json(os.path.join(self.workdir, 'result.json'))
+
+
+def make_runs(config_flag, hyper, overrides, workdir):
+    """Returns the runs of a sweep, each with its settings checked.
+
+    Args:
+      config_flag: 'FILE' or 'FILE:ARGUMENT'.
+      hyper: the sweep, a list of {key: value}; values of config keys may be text.
+      overrides: {key: value} of all runs.
+      workdir: folder of the sweep; a run's folder in it has the run's name.
+
+    Raises:
+      UserError: no run, two runs of one name, or bad settings in one of them, which is named.
+    """
+    if not hyper:
+        raise UserError('The sweep has no runs.')
+    runs = []
+    for name, settings in zip(_names(hyper), hyper):
+        arguments = [f'{k[1:]}={v}' for k, v in settings.items() if k.startswith(':')]
+        changes = {**overrides, **{k: v for k, v in settings.items() if not k.startswith(':')}}
+        flag = config_flag
+        if arguments:
+            path, _, given = config_flag.partition(':')
+            flag = f'{path}:{",".join([*filter(None, [given]), *arguments])}'
+        try:
+            config = copy.deepcopy(config_lib.load(flag)[1])
+            for key, value in changes.items():
+                config_lib.override(config, key, value)
+            config_lib.check(config)
+        except UserError as e:
+            raise UserError(f'Run {name}: {e}') from e
+        folder = os.path.join(workdir, name)
+        flags = [f'--config={flag}', f'--workdir={folder}',
+                 *(f'--config.{k}={v}' for k, v in changes.items())]
+        runs.append(Run(name, folder, config, tuple(flags)))
+    seen = set()
+    for run in runs:
+        if run.name in seen:
+            raise UserError(f'Two runs of the sweep are the same, {run.name}.')
+        seen.add(run.name)
+    return runs
+
+
+def _names(hyper):
+    keys = list(dict.fromkeys(key for settings in hyper for key in settings))
+    last = {key: key.lstrip(':').rpartition('.')[2] for key in keys}
+    short = {key: last[key] if list(last.values()).count(last[key]) == 1 else key.lstrip(':')
+             for key in keys}
+    # Of a name, only what every file system and shell takes as it is.
+    return [re.sub(r'[^\w.,=+-]', '_', ','.join(f'{short[k]}={v}' for k, v in settings.items()))
+            or 'run' for settings in hyper]

@@ -1,0 +1,396 @@
+"""Runs a sweep: a folder, with the folder of a run for each of its settings.
+
+    python scripts/sweep.py --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
+        --workdir=runs/rho [--config.total_epochs=20] [--engine=local --parallel=2]
+
+--sweep may be given several times, and every value of one meets every value of the others;
+'sam.rho=0.1,0.2;optimizer.learning_rate=0.1,0.05' go together; ':model=wrn16_4,resnet20' is an
+argument of the config. Without --sweep, the config's own `get_hyper(h)` decides, see
+sam_jax/sweeps.py.
+
+The same command goes on where a sweep was stopped: finished runs are skipped, broken ones resume.
+Engines: `local` runs --parallel runs at once, each on a GPU or a share of the cores of its own;
+`slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
+commands. Ends with status 1 if a run failed, and names it.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import fcntl
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import flags
+from ml_collections import config_flags
+
+from sam_jax import commands, sweeps
+from sam_jax import config as config_lib
+from sam_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True)
+_SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
+_SEEDS = flags.DEFINE_integer('seeds', 0, "Seeds 0, 1, ...: the config's argument `seed`.", 0)
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the sweep.')
+_ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'slurm', 'print'], 'What runs the runs.')
+_PARALLEL = flags.DEFINE_integer(
+    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0)
+_RETRIES = flags.DEFINE_integer('retries', 1, 'How often a run that broke is started again.', 0)
+_SLURM = flags.DEFINE_multi_string(
+    'slurm', [], "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
+    'timeout_min=600; several times.')
+
+# A run that was refused, or diverged, would be so again.
+FINAL = (0, commands.EXIT_USER_ERROR)
+
+
+@dataclasses.dataclass
+class Status:
+    """How far a run is: 'waiting', 'running', 'finished', 'failed' or 'stopped', and a line."""
+
+    state: str
+    line: str = ''
+
+
+def command(run):
+    """Returns what starts a run."""
+    return [sys.executable, '-m', 'sam_jax.main', *run.flags]
+
+
+def log_path(run):
+    return os.path.join(run.workdir, 'log.txt')
+
+
+def last_line(run):
+    """Returns the last line of a run's log."""
+    try:
+        with open(log_path(run), 'rb') as file:
+            file.seek(max(0, os.path.getsize(log_path(run)) - 2000))
+            lines = file.read().decode(errors='replace').split('\n')
+    except OSError:
+        return ''
+    return next((line.strip() for line in reversed(lines) if line.strip()), '')
+
+
+def start(run, environment, prefix=()):
+    """Starts a run; its output is added to its log, which is locked for as long as it lives.
+
+    Raises:
+      UserError: another process works on it.
+    """
+    os.makedirs(run.workdir, exist_ok=True)
+    with open(log_path(run), 'a') as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'{run.workdir} is in use by another process; wait for it, or end '
+                            'it.') from None
+        environment = {**environment, 'PYTHONPATH': os.pathsep.join(
+            filter(None, [commands.ROOT, environment.get('PYTHONPATH')]))}
+        return subprocess.Popen([*prefix, *command(run)], env=environment, stdout=log,
+                                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def failure(run, code):
+    why = f'status {code}' if code >= 0 else f'signal {-code}'
+    return Status('failed', f'{why}: {last_line(run)} ({log_path(run)})')
+
+
+class Local:
+    """This machine: so many runs at once, each with a GPU or a share of the cores of its own."""
+
+    def __init__(self, parallel, retries):
+        gpus = _gpus()
+        self._retries = retries
+        self._parallel = parallel or max(1, len(gpus))
+        self._slots = queue.SimpleQueue()
+        for slot in range(self._parallel):
+            self._slots.put(_slot(slot, self._parallel, gpus))
+        self._processes = {}
+        self._stopping = False
+
+    def submit(self, runs, statuses):
+        """Begins to run them; their statuses change as they do."""
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._parallel)
+        self._futures = [self._pool.submit(self._run, run, statuses) for run in runs]
+
+    def working(self):
+        for future in self._futures:
+            if future.done():
+                future.result()  # raises what went wrong here, not in the run
+        return not all(future.done() for future in self._futures)
+
+    def stop(self):
+        """Asks the runs to save and end."""
+        self._stopping = True
+        for process in list(self._processes.values()):
+            process.terminate()
+
+    def _run(self, run, statuses):
+        slot = self._slots.get()
+        try:
+            statuses[run.name] = self._attempts(run, *slot, statuses)
+        finally:
+            self._slots.put(slot)
+
+    def _attempts(self, run, environment, prefix, statuses):
+        for _ in range(1 + self._retries):
+            if self._stopping:
+                return Status('stopped', 'before it started')
+            statuses[run.name] = Status('running')
+            try:
+                process = start(run, {**os.environ, **environment}, prefix)
+            except UserError as e:
+                return Status('failed', str(e))
+            self._processes[run.name] = process
+            code = process.wait()
+            del self._processes[run.name]
+            if self._stopping and code:
+                return Status('stopped', last_line(run))
+            if code in FINAL:
+                break
+        return Status('finished') if code == 0 else failure(run, code)
+
+
+def _gpus():
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    if visible is not None:
+        return [gpu for gpu in visible.split(',') if gpu]
+    if not shutil.which('nvidia-smi'):
+        return []
+    found = subprocess.run(['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'],
+                           capture_output=True, text=True, check=False)
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def _slot(slot, parallel, gpus):
+    """Returns (environment, prefix of the command) of one of the runs at once."""
+    if gpus:
+        return {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}, ()
+    if parallel == 1 or not hasattr(os, 'sched_getaffinity') or not shutil.which('taskset'):
+        return {}, ()
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[slot::parallel] or [cores[slot % len(cores)]]
+    return {}, ('taskset', '--cpu-list', ','.join(map(str, mine)))
+
+
+class SlurmRun:
+    """What submitit starts on a node: the run's command; preempted, it saves and is requeued."""
+
+    def __init__(self, run):
+        self.run, self.process = run, None
+
+    def __call__(self):
+        self.process = start(self.run, dict(os.environ))
+        while self.process.poll() is None:
+            time.sleep(0.2)
+        if self.process.returncode:
+            raise RuntimeError(failure(self.run, self.process.returncode).line)
+
+    def __submitit_checkpoint__(self):
+        import submitit
+
+        os.kill(self.process.pid, signal.SIGTERM)
+        # It is not reaped here: that is for the poll() above, which this may have interrupted.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(SlurmRun(self.run))
+
+
+class Slurm:
+    """A Slurm cluster, through submitit: a job array of one job a run."""
+
+    def __init__(self, folder, parallel, parameters):
+        try:
+            import submitit
+        except ImportError:
+            raise UserError('--engine is slurm; that needs submitit: pip install submitit.'
+                            ) from None
+        self._submitit = submitit
+        self._folder = os.path.join(os.path.abspath(folder), 'slurm')
+        try:
+            self._executor = submitit.AutoExecutor(self._folder, cluster='slurm')
+        except RuntimeError as e:
+            raise UserError(f'--engine is slurm; {e}.') from e
+        if parallel:
+            parameters = {**parameters, 'slurm_array_parallelism': parallel}
+        try:
+            self._executor.update_parameters(name='sam_jax', **parameters)
+        except (NameError, TypeError, ValueError) as e:
+            raise UserError(f'--slurm: {" ".join(str(e).split())}') from e
+
+    def submit(self, runs, statuses):
+        """Submits the runs that are not in the queue since an earlier call."""
+        self._statuses, self._jobs = statuses, {}
+        fresh = []
+        for run in runs:
+            job = self._queued(run)
+            if job is None:
+                fresh.append(run)
+            else:
+                self._jobs[run] = job
+        for run, job in zip(fresh, self._executor.map_array(
+                lambda work: work(), [SlurmRun(run) for run in fresh]) if fresh else []):
+            os.makedirs(run.workdir, exist_ok=True)
+            with open(_job_path(run), 'w') as file:
+                file.write(job.job_id)
+            self._jobs[run] = job
+
+    def _queued(self, run):
+        if not os.path.exists(_job_path(run)):
+            return None
+        with open(_job_path(run)) as file:
+            job = self._submitit.SlurmJob(self._folder, file.read().strip())
+        return None if job.done(force_check=True) else job
+
+    def working(self):
+        for run, job in self._jobs.items():
+            if not job.done():
+                state = 'running' if job.state == 'RUNNING' else 'waiting'
+                self._statuses[run.name] = Status(state, '' if state == 'running' else job.state)
+            elif run.result():
+                self._statuses[run.name] = Status('finished')
+            else:
+                self._statuses[run.name] = Status(
+                    'failed', f'job {job.job_id} {job.state}: {last_line(run)} ({log_path(run)})')
+        return any(s.state in ('waiting', 'running') for s in self._statuses.values())
+
+    def stop(self):
+        """Leaves the jobs in the queue; the same command finds them there."""
+        for run, status in self._statuses.items():
+            if status.state in ('waiting', 'running'):
+                self._statuses[run] = Status('stopped', 'here only: the job goes on')
+
+
+def _job_path(run):
+    return os.path.join(run.workdir, 'slurm_job')
+
+
+def _engine():
+    if _ENGINE.value == 'local':
+        return Local(_PARALLEL.value, _RETRIES.value)
+    parameters = {}
+    for text in _SLURM.value:
+        key, equals, value = text.partition('=')
+        if not equals:
+            raise UserError(f'--slurm is {text!r}; it must be of the form NAME=VALUE.')
+        parameters[key] = int(value) if value.isdigit() else value
+    return Slurm(_WORKDIR.value, _PARALLEL.value, parameters)
+
+
+class Display:
+    """The table of the runs: live on a terminal, elsewhere a line for each change."""
+
+    def __init__(self, runs, statuses):
+        self._runs, self._statuses = runs, statuses
+        self._shown = {}
+        self._live = None
+        if sys.stderr.isatty():
+            import rich.console
+            import rich.live
+            self._live = rich.live.Live(
+                console=rich.console.Console(stderr=True), auto_refresh=False)
+            self._live.start()
+
+    def update(self):
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+            return
+        for run in self._runs:
+            status = self._statuses[run.name]
+            if self._shown.get(run.name, 'waiting') != status.state:
+                print(f'{run.name}: {" ".join(self._cells(run, status))}'.strip(),
+                      file=sys.stderr, flush=True)
+            self._shown[run.name] = status.state
+
+    def _table(self):
+        import rich.table
+
+        table = rich.table.Table('run', 'state', 'last line')
+        for run in self._runs:
+            table.add_row(run.name, *self._cells(run, self._statuses[run.name]))
+        return table
+
+    def _cells(self, run, status):
+        line = status.line
+        if status.state == 'finished':
+            result = run.result()
+            line = f'test error {100 * result["test/error_rate"]:.2f} %'
+        elif status.state == 'running':
+            line = last_line(run)
+        return status.state, line
+
+    def close(self):
+        if self._live:
+            self._live.stop()
+
+
+def execute(engine, runs):
+    """Runs the runs that are not finished.
+
+    Returns:
+      {name: Status} at the end.
+    """
+    statuses = {run.name: Status('finished' if run.result() else 'waiting') for run in runs}
+    asked = []
+    previous = {s: signal.signal(s, lambda *_: asked.append(True))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    display = Display(runs, statuses)
+    try:
+        engine.submit([run for run in runs if statuses[run.name].state != 'finished'], statuses)
+        while engine.working():
+            display.update()
+            if asked:
+                asked.clear()
+                engine.stop()
+            time.sleep(0.2)
+        display.update()
+    finally:
+        display.close()
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+    return statuses
+
+
+def main():
+    """Sweeps what the flags say."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir is ''; it must name the folder of the sweep.")
+    config_flag = config_flags.get_config_filename(flags.FLAGS['config'])
+    hyper = [sweeps.parse(text) for text in _SWEEP.value]
+    module, _ = config_lib.load(config_flag)
+    if not hyper and hasattr(module, 'get_hyper'):
+        hyper = [module.get_hyper(sweeps)]
+    if _SEEDS.value:
+        hyper.append(sweeps.sweep(':seed', range(_SEEDS.value)))
+    if not hyper:
+        raise UserError('Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in '
+                        f'{config_flag}.')
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    runs = sweeps.make_runs(config_flag, sweeps.product(hyper), overrides, _WORKDIR.value)
+    if _ENGINE.value == 'print':
+        for run in runs:
+            print(shlex.join(command(run)))
+        return
+    statuses = execute(_engine(), runs)
+    counts = collections.Counter(status.state for status in statuses.values())
+    print(', '.join(f'{n} {state}' for state, n in counts.items()) + '.', file=sys.stderr)
+    for name, status in statuses.items():
+        if status.state == 'failed':
+            print(f'failed: {name}: {status.line}', file=sys.stderr)
+    if counts['failed']:
+        sys.exit(1)
+    if counts['stopped']:
+        commands.leave('Stopped; the same command goes on from here.', commands.EXIT_PREEMPTED)
+
+
+if __name__ == '__main__':
+    commands.run(main)

@@ -1,0 +1,239 @@
+"""Sweeps: their runs and names; the local engine with real processes, some of which die."""
+
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+from sam_jax import sweeps
+from sam_jax.errors import UserError
+
+DIGITS = str(ROOT / 'configs' / 'digits.py')
+# A run of a few seconds: 20 steps an epoch.
+QUICK = {'total_epochs': 2, 'batch_size': 64, 'replica_batch_size': 64, 'eval.batch_size': 64}
+
+
+def _make(hyper, flag=DIGITS, overrides=None):
+    return sweeps.make_runs(flag, hyper, overrides or {}, 'DIR')
+
+
+# Which runs there are.
+
+
+def test_product_has_every_pair_and_varies_the_last_fastest():
+    assert sweeps.product([sweeps.sweep('config.sam.rho', [1, 2]), sweeps.sweep('seed', 'ab'),
+                           sweeps.fixed('total_epochs', 3)]) == [
+        {'sam.rho': 1, 'seed': 'a', 'total_epochs': 3},
+        {'sam.rho': 1, 'seed': 'b', 'total_epochs': 3},
+        {'sam.rho': 2, 'seed': 'a', 'total_epochs': 3},
+        {'sam.rho': 2, 'seed': 'b', 'total_epochs': 3}]
+    assert sweeps.product([]) == [{}]
+
+
+def test_zipit_pairs_and_chainit_appends():
+    a, b = sweeps.sweep('a', [1, 2]), sweeps.sweep('b', [3, 4])
+    assert sweeps.zipit([a, b]) == [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
+    assert sweeps.chainit([a, b]) == [{'a': 1}, {'a': 2}, {'b': 3}, {'b': 4}]
+    with pytest.raises(UserError, match='these are 2 of a, 1 of b'):
+        sweeps.zipit([a, b[:1]])
+    for combine in (sweeps.product, sweeps.zipit):
+        with pytest.raises(UserError, match='sets a twice'):
+            combine([a, a])
+
+
+def test_sweeps_on_the_command_line():
+    assert sweeps.parse('sam.rho=0,0.05') == [{'sam.rho': '0'}, {'sam.rho': '0.05'}]
+    assert sweeps.parse('sam.rho=0,1; seed=3,4') == [
+        {'sam.rho': '0', 'seed': '3'}, {'sam.rho': '1', 'seed': '4'}]
+    assert sweeps.parse(':model=wrn10_1') == [{':model': 'wrn10_1'}]
+
+
+@pytest.mark.parametrize('text', ['', 'sam.rho', 'sam.rho=', 'sam.rho=1,,2', '=1', 'seed=1;'])
+def test_bad_sweeps_on_the_command_line(text):
+    with pytest.raises(UserError, match='must be of the form KEY=VALUE'):
+        sweeps.parse(text)
+
+
+# The runs.
+
+
+def test_runs_have_names_settings_and_flags():
+    runs = _make(sweeps.product([sweeps.parse('sam.rho=0.05,1e-3'), sweeps.sweep(':seed', [7])]),
+                 f'{DIGITS}:noise=0.4', {'total_epochs': 3})
+    assert [run.name for run in runs] == ['rho=0.05,seed=7', 'rho=1e-3,seed=7']
+    config = runs[1].config
+    assert (config.sam.rho, config.seed, config.data.label_noise_seed) == (0.001, 7, 7)
+    assert (config.data.label_noise, config.total_epochs) == (0.4, 3)
+    assert runs[1].workdir == os.path.join('DIR', 'rho=1e-3,seed=7')
+    assert runs[1].flags == (
+        f'--config={DIGITS}:noise=0.4,seed=7', '--workdir=DIR/rho=1e-3,seed=7',
+        '--config.total_epochs=3', '--config.sam.rho=1e-3')
+
+
+def test_settings_have_the_type_of_their_key():
+    config = _make([{'optimizer.nesterov': 'false', 'checkpoint.keep_epochs': '(1, 2)',
+                     'sam.p': 'inf', 'optimizer.learning_rate': 1, 'model.dropout_rate': '0.5'}]
+                   )[0].config
+    assert config.optimizer.nesterov is False and config.checkpoint.keep_epochs == (1, 2)
+    assert config.sam.p == float('inf') and config.model.dropout_rate == 0.5
+    assert config.optimizer.learning_rate == 1.0
+
+
+def test_names_are_short_where_that_is_clear_and_safe_as_folders():
+    runs = _make([{'sam.warmup_epochs': 1, 'optimizer.warmup_epochs': 2, 'data.dir': '/a b/c'}])
+    assert runs[0].name == 'sam.warmup_epochs=1,optimizer.warmup_epochs=2,dir=_a_b_c'
+    assert _make([{}])[0].name == 'run'
+
+
+@pytest.mark.parametrize('hyper,words', [
+    ([], ['no runs']),
+    ([{'sam.rho': 1}, {'sam.rho': 1}], ['rho=1', 'the same']),
+    ([{'sam.rho': 1}, {'sam.roh': 2}], ['Run roh=2', 'Unknown config key sam.roh', 'sam.rho']),
+    ([{'sam.rho': 'x'}], ["Run rho=x: sam.rho is 'x'", 'float']),
+    ([{'seed': '1.5'}], ["seed is '1.5'", 'int']),
+    ([{'optimizer.nesterov': 'maybe'}], ["'maybe'", 'bool']),
+    ([{'checkpoint.keep_epochs': '(1'}], ["'(1'", 'tuple']),
+    ([{'seed': True}], ['seed is True', 'int']),
+    ([{'sam.rho': -1.0}], ['Run rho=-1.0', 'at least 0']),
+    ([{':modle': 'x'}], ['Run modle=x', "'modle'"]),
+    ([{':model': 'wrn11_1'}], ['Run model=wrn11_1', 'depth'])])
+def test_bad_runs_are_refused_before_any_starts(hyper, words):
+    with pytest.raises(UserError) as e:
+        _make(hyper)
+    assert all(word in str(e.value) for word in words), str(e.value)
+    assert str(e.value).endswith('.')
+
+
+# The command.
+
+
+def _command(workdir, *flags, config=DIGITS):
+    settings = [f'--config.{key}={value}' for key, value in QUICK.items()]
+    return [sys.executable, str(ROOT / 'scripts' / 'sweep.py'), f'--config={config}',
+            f'--workdir={workdir}', *settings, *flags]
+
+
+def _environment():
+    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+
+
+def _sweep(workdir, *flags, **config):
+    return subprocess.run(_command(workdir, *flags, **config), env=_environment(),
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
+    file = tmp_path / 'mine.py'
+    file.write_text(
+        'from configs import digits\n\n\n'
+        'def get_config(arg=""):\n    return digits.get_config(arg)\n\n\n'
+        'def get_hyper(h):\n'
+        '    return h.product([h.sweep("config.sam.rho", [0.1, 0.2]), h.fixed("sam.p", 3.0)])\n')
+    done = _sweep(tmp_path / 'out', '--seeds=2', '--engine=print', config=file)
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [line[4].rpartition('/')[2] for line in lines] == [
+        f'rho={rho},p=3.0,seed={seed}' for rho in (0.1, 0.2) for seed in (0, 1)]
+    assert lines[3][1:4] == ['-m', 'sam_jax.main', f'--config={file}:seed=1']
+    assert {'--config.sam.rho=0.2', '--config.sam.p=3.0', '--config.total_epochs=2'} <= set(
+        lines[3])
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('flags,words', [
+    (['--sweep=sam.rho=1'], 'must name the folder of the sweep'),
+    (['--workdir=DIR'], 'Nothing is swept'),
+    (['--workdir=DIR', '--sweep=sam.rho'], 'must be of the form'),
+    (['--workdir=DIR', '--sweep=sam.roh=1'], 'Unknown config key sam.roh'),
+    (['--workdir=DIR', '--sweep=sam.rho=1', '--config.bathc_size=1'], 'bathc_size'),
+    (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=cloud'], 'engine'),
+    (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=slurm', '--slurm=x'], 'NAME=VALUE')])
+def test_bad_flags(flags, words, tmp_path):
+    done = _sweep('', *flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def _process_of(workdir):
+    """The process that trains in a folder, or None."""
+    for entry in pathlib.Path('/proc').iterdir():
+        try:
+            words = (entry / 'cmdline').read_bytes().decode().split('\0')
+        except (OSError, UnicodeDecodeError):
+            continue
+        if 'sam_jax.main' in words and f'--workdir={workdir}' in words:
+            return int(entry.name)
+    return None
+
+
+def _when(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
+    """SIGTERM to the sweep, SIGKILL to a run, one that diverges; finished ones are not repeated."""
+    flags = ['--sweep=optimizer.learning_rate=0.1,0.2,1e30', '--parallel=2']
+    names = [f'learning_rate={x}' for x in ('0.1', '0.2', '1e30')]
+    command = _command(tmp_path, *flags, '--config.total_epochs=20',
+                       '--config.checkpoint.every_epochs=1')
+
+    def begin():
+        return subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True)
+
+    def steps(name):
+        try:
+            return (tmp_path / name / 'metrics.jsonl').read_text().count('"step"')
+        except OSError:
+            return 0
+
+    process = begin()
+    _when(lambda: min(steps(name) for name in names[:2]) > 2)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and 'Stopped; the same command goes on' in output, output
+    assert not any(_process_of(tmp_path / name) for name in names)
+    assert 'Stopped by SIGTERM' in (tmp_path / names[0] / 'log.txt').read_text()
+
+    process = begin()
+    _when(lambda: _process_of(tmp_path / names[1]) and 'Resuming at step' in (
+        tmp_path / names[1] / 'log.txt').read_text())
+    os.kill(_process_of(tmp_path / names[1]), signal.SIGKILL)
+    output = process.communicate(timeout=200)[1]
+    assert process.returncode == 1, output
+    assert f'failed: {names[2]}: status 2: ' in output and 'not finite' in output
+    assert '2 finished, 1 failed' in output
+    assert len(re.findall('Resuming at step', (tmp_path / names[1] / 'log.txt').read_text())) == 2
+    results = [tmp_path / name / 'result.json' for name in names]
+    assert [r.exists() for r in results] == [True, True, False]
+    assert json.loads(results[1].read_text())['step'] == 400
+
+    before = [r.stat().st_mtime_ns for r in results[:2]]
+    process = begin()
+    output = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and f'{names[2]}: running' in output
+    assert f'{names[0]}: finished test error' in output and f'{names[0]}: running' not in output
+    assert [r.stat().st_mtime_ns for r in results[:2]] == before
+
+    changed = _sweep(tmp_path, *flags, '--config.total_epochs=21')
+    assert changed.returncode == 2 and 'total_epochs (was 20, now 21)' in changed.stderr
+
+
+def test_a_run_in_use_is_not_started_twice(tmp_path):
+    folder = tmp_path / 'seed=0'
+    folder.mkdir()
+    with open(folder / 'log.txt', 'a') as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = _sweep(tmp_path, '--seeds=1')
+    assert done.returncode == 1 and 'in use by another process' in done.stderr, done.stderr
