@@ -362,7 +362,7 @@ COMMANDS = [
      ['key optimzer.learning_rate (did you mean optimizer.learning_rate?).']),
     ([CONFIG, WORKDIR, '--config.sam.rho.x=1'], ['key sam.rho.x (did you mean sam.rho?).']),
     (['--config=configs/digits.py:foo=1', WORKDIR],
-     ["'foo'; the arguments are model, method, noise, rho, seed."]),
+     ["'foo'; the arguments are model, method, noise, rho, seed, smoke."]),
     (['--config=configs/digits.py:noise=abc', WORKDIR], ["noise is 'abc'", 'of type float.']),
     (['--config=configs/cifar.py:dataset=mnist', WORKDIR],
      ["dataset is 'mnist'", 'cifar10, cifar100.']),
@@ -372,7 +372,6 @@ COMMANDS = [
     ([CONFIG, WORKDIR, '--config.sam.roh', '1'], ['key sam.roh (did you mean sam.rho?).']),
     (['-config=configs/cifar.py:foo=1', '-config.sam.roh=1'], ["'foo'; the arguments are model"]),
     ([CONFIG, WORKDIR, '--noconfig.eval.top5', '--config.sam.rho=-1'], ['sam.rho is -1.0']),
-    # These two fail at the time of writing: config.check_flags does not know these forms.
     ([CONFIG, WORKDIR, '--noconfig.eval.tpo5'], ['key eval.tpo5 (did you mean eval.top5?).']),
     (['-config', 'configs/digits.py:foo=1', WORKDIR], ["'foo'; the arguments are"]),
 ]
