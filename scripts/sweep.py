@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import fcntl
+import logging
 import os
 import queue
 import shlex
@@ -70,39 +71,52 @@ def log_path(run):
     return os.path.join(run.workdir, 'log.txt')
 
 
-def last_line(run):
-    """Returns the last line of a run's log."""
+def last_line(log):
+    """Returns the last line of a file that is not empty."""
     try:
-        with open(log_path(run), 'rb') as file:
-            file.seek(max(0, os.path.getsize(log_path(run)) - 2000))
+        with open(log, 'rb') as file:
+            file.seek(max(0, os.path.getsize(log) - 2000))
             lines = file.read().decode(errors='replace').split('\n')
     except OSError:
         return ''
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 
-def start(run, environment, prefix=()):
-    """Starts a run; its output is added to its log, which is locked for as long as it lives.
+def start(command, log, environment, ignored=()):
+    """Starts a process whose output is added to a log, which is locked for as long as it lives.
+
+    Args:
+      command: its parts.
+      log: the file.
+      environment: its variables.
+      ignored: signals that it does not hear.
 
     Raises:
-      UserError: another process works on it.
+      BlockingIOError: another process holds the log.
     """
-    os.makedirs(run.workdir, exist_ok=True)
-    with open(log_path(run), 'a') as log:
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, 'a') as file:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'{run.workdir} is in use by another process; wait for it, or end '
-                            'it.') from None
-        environment = {**environment, 'PYTHONPATH': os.pathsep.join(
-            filter(None, [commands.ROOT, environment.get('PYTHONPATH')]))}
-        return subprocess.Popen([*prefix, *command(run)], env=environment, stdout=log,
-                                stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise BlockingIOError(
+                f'{os.path.dirname(log)} is in use by another process; wait for it, or end it.'
+            ) from e
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file,
+                                stdin=subprocess.DEVNULL, start_new_session=True,
+                                preexec_fn=(lambda: [signal.signal(s, signal.SIG_IGN)
+                                                     for s in ignored]) if ignored else None)
 
 
-def failure(run, code):
+def python_path():
+    """Returns the environment variable by which a run finds sam_jax, installed or not."""
+    given = os.environ.get('PYTHONPATH')
+    return {'PYTHONPATH': os.pathsep.join(filter(None, [commands.ROOT, given]))}
+
+
+def failure(code, log):
     why = f'status {code}' if code >= 0 else f'signal {-code}'
-    return Status('failed', f'{why}: {last_line(run)} ({log_path(run)})')
+    return f'{why}: {last_line(log)} ({log})'
 
 
 class Local:
@@ -148,17 +162,20 @@ class Local:
                 return Status('stopped', 'before it started')
             statuses[run.name] = Status('running')
             try:
-                process = start(run, {**os.environ, **environment}, prefix)
-            except UserError as e:
+                process = start([*prefix, *command(run)], log_path(run),
+                                {**os.environ, **python_path(), **environment})
+            except BlockingIOError as e:
                 return Status('failed', str(e))
             self._processes[run.name] = process
             code = process.wait()
             del self._processes[run.name]
             if self._stopping and code:
-                return Status('stopped', last_line(run))
+                return Status('stopped', last_line(log_path(run)))
             if code in FINAL:
                 break
-        return Status('finished') if code == 0 else failure(run, code)
+        if code:
+            return Status('failed', failure(code, log_path(run)))
+        return Status('finished')
 
 
 def _gpus():
@@ -184,25 +201,33 @@ def _slot(slot, parallel, gpus):
 
 
 class SlurmRun:
-    """What submitit starts on a node: the run's command; preempted, it saves and is requeued."""
+    """What submitit starts on a node: a run's command; preempted, it saves and is requeued.
 
-    def __init__(self, run):
-        self.run, self.process = run, None
+    It goes there by value, so it and what it calls use nothing but Python's own modules.
+    """
+
+    def __init__(self, command, log, environment):
+        self.parts = command, log, environment
+        self.process = None
 
     def __call__(self):
-        self.process = start(self.run, dict(os.environ))
+        command, log, environment = self.parts
+        # Slurm sends submitit's signal to all processes of the job; it is for submitit alone.
+        self.process = start(command, log, {**os.environ, **environment},
+                             ignored=[signal.SIGUSR2])
         while self.process.poll() is None:
             time.sleep(0.2)
         if self.process.returncode:
-            raise RuntimeError(failure(self.run, self.process.returncode).line)
+            raise RuntimeError(failure(self.process.returncode, log))
 
     def __submitit_checkpoint__(self):
         import submitit
 
-        os.kill(self.process.pid, signal.SIGTERM)
-        # It is not reaped here: that is for the poll() above, which this may have interrupted.
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(SlurmRun(self.run))
+        if self.process:
+            os.kill(self.process.pid, signal.SIGTERM)
+            # It is not reaped here: that is for the poll() above, which this has interrupted.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(SlurmRun(*self.parts))
 
 
 class Slurm:
@@ -214,6 +239,8 @@ class Slurm:
         except ImportError:
             raise UserError('--engine is slurm; that needs submitit: pip install submitit.'
                             ) from None
+        # Without Slurm's accounting it says so again and again; results tell as much.
+        logging.getLogger('submitit').setLevel(logging.ERROR)
         self._submitit = submitit
         self._folder = os.path.join(os.path.abspath(folder), 'slurm')
         try:
@@ -229,20 +256,20 @@ class Slurm:
 
     def submit(self, runs, statuses):
         """Submits the runs that are not in the queue since an earlier call."""
-        self._statuses, self._jobs = statuses, {}
-        fresh = []
-        for run in runs:
-            job = self._queued(run)
-            if job is None:
-                fresh.append(run)
-            else:
-                self._jobs[run] = job
-        for run, job in zip(fresh, self._executor.map_array(
-                lambda work: work(), [SlurmRun(run) for run in fresh]) if fresh else []):
+        self._statuses = statuses
+        queued = {run.name: self._queued(run) for run in runs}
+        fresh = [run for run in runs if queued[run.name] is None]
+        work = [SlurmRun(command(run), log_path(run), python_path()) for run in fresh]
+        try:
+            jobs = self._executor.map_array(_call, work) if work else []
+        except self._submitit.core.utils.FailedJobError as e:
+            raise UserError(f'sbatch refuses the sweep: {" ".join(str(e).split())}') from e
+        for run, job in zip(fresh, jobs):
             os.makedirs(run.workdir, exist_ok=True)
             with open(_job_path(run), 'w') as file:
                 file.write(job.job_id)
-            self._jobs[run] = job
+            queued[run.name] = job
+        self._jobs = [(run, queued[run.name]) for run in runs]
 
     def _queued(self, run):
         if not os.path.exists(_job_path(run)):
@@ -252,7 +279,9 @@ class Slurm:
         return None if job.done(force_check=True) else job
 
     def working(self):
-        for run, job in self._jobs.items():
+        for run, job in self._jobs:
+            if self._statuses[run.name].state == 'stopped':
+                continue
             if not job.done():
                 state = 'running' if job.state == 'RUNNING' else 'waiting'
                 self._statuses[run.name] = Status(state, '' if state == 'running' else job.state)
@@ -260,14 +289,19 @@ class Slurm:
                 self._statuses[run.name] = Status('finished')
             else:
                 self._statuses[run.name] = Status(
-                    'failed', f'job {job.job_id} {job.state}: {last_line(run)} ({log_path(run)})')
+                    'failed', f'job {job.job_id} {job.state}: {last_line(log_path(run))} '
+                    f'({log_path(run)})')
         return any(s.state in ('waiting', 'running') for s in self._statuses.values())
 
     def stop(self):
         """Leaves the jobs in the queue; the same command finds them there."""
-        for run, status in self._statuses.items():
+        for name, status in self._statuses.items():
             if status.state in ('waiting', 'running'):
-                self._statuses[run] = Status('stopped', 'here only: the job goes on')
+                self._statuses[name] = Status('stopped', 'here only: the job goes on')
+
+
+def _call(work):
+    return work()
 
 
 def _job_path(run):
@@ -325,7 +359,7 @@ class Display:
             result = run.result()
             line = f'test error {100 * result["test/error_rate"]:.2f} %'
         elif status.state == 'running':
-            line = last_line(run)
+            line = last_line(log_path(run))
         return status.state, line
 
     def close(self):
@@ -386,10 +420,9 @@ def main():
     for name, status in statuses.items():
         if status.state == 'failed':
             print(f'failed: {name}: {status.line}', file=sys.stderr)
-    if counts['failed']:
-        sys.exit(1)
     if counts['stopped']:
-        commands.leave('Stopped; the same command goes on from here.', commands.EXIT_PREEMPTED)
+        print('Stopped; the same command goes on from here.', file=sys.stderr)
+    sys.exit(1 if counts['failed'] else commands.EXIT_PREEMPTED if counts['stopped'] else 0)
 
 
 if __name__ == '__main__':

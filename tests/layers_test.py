@@ -19,8 +19,8 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Imports within a floor: the loop asks for the checks, checkpoints for the number of processes.
-NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'), ('sweeps', 'config'),
-              ('checkpoint', 'distributed')}
+NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
+              ('sweeps', 'config'), ('checkpoint', 'distributed')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'writers')}

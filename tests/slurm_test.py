@@ -1,0 +1,66 @@
+"""The sweep's Slurm engine on a real cluster of one node: ./scripts/test_slurm.sh."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.slurm
+
+NAMES = ['learning_rate=0.1', 'learning_rate=1e30']
+
+
+def _start(workdir, *flags):
+    command = [
+        sys.executable, str(ROOT / 'scripts' / 'sweep.py'), f'--config={ROOT}/configs/digits.py',
+        f'--workdir={workdir}', '--sweep=optimizer.learning_rate=0.1,1e30', '--engine=slurm',
+        '--slurm=cpus_per_task=1', '--slurm=timeout_min=30', '--config.total_epochs=60', *flags]
+    return subprocess.Popen(command, env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+                            stderr=subprocess.PIPE, text=True)
+
+
+def _read(path):
+    return path.read_text() if path.exists() else ''
+
+
+def _when(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.1)
+
+
+def test_a_job_array_is_preempted_requeued_left_alone_and_found_again(tmp_path):
+    log = tmp_path / NAMES[0] / 'log.txt'
+    first = _start(tmp_path)
+    _when(lambda: len(re.findall(r'step \d+/1200', _read(log))) > 5)
+    job = _read(tmp_path / NAMES[0] / 'slurm_job')
+    first.send_signal(signal.SIGINT)
+    output = first.communicate(timeout=60)[1]
+    assert first.returncode == (1 if 'failed:' in output else 143), output
+    assert 'the same command goes on from here' in output and '1 stopped' in output
+
+    # The cluster takes the node away, as submitit hears of it.
+    subprocess.run(['scancel', job, '--signal', 'USR2'], check=True)
+    _when(lambda: 'Stopped by SIGTERM' in _read(log))
+    second = _start(tmp_path)
+    output = second.communicate(timeout=300)[1]
+    assert second.returncode == 1, output
+    assert f'{NAMES[0]}: finished test error' in output
+    assert f'failed: {NAMES[1]}' in output and 'not finite' in output
+    assert _read(tmp_path / NAMES[0] / 'slurm_job') == job, 'submitted twice'
+    assert 'Resuming at step' in _read(log) and 'Finished.' in _read(log)
+
+
+@pytest.mark.parametrize('flag,words', [
+    ('--slurm=color=red', 'color'), ('--slurm=slurm_partition=none', 'none')])
+def test_what_slurm_does_not_know(flag, words, tmp_path):
+    process = _start(tmp_path, flag)
+    output = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and words in output, output
+    assert 'Traceback' not in output
