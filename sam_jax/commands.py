@@ -47,20 +47,24 @@ def _keep_compiled_programs():
         jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'sam_jax', 'compiled'))
 
 
-def run(main):
-    """Parses the command line and calls main(); a UserError ends with its sentence and status 2."""
-    app.run(functools.partial(_call, main), flags_parser=_parse)
+def run(main, positional=False):
+    """Parses the command line and calls main(); a UserError ends with its sentence and status 2.
+
+    With positional, main is called with the list of the arguments that are no flags; without, there
+    must be none.
+    """
+    app.run(functools.partial(_call, main, positional), flags_parser=_parse)
 
 
-def _call(main, argv):
+def _call(main, positional, argv):
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
     logging.getLogger('sam_jax').setLevel(logging.INFO)
     for library in ('absl', 'jax'):  # orbax tells of every file, jax of each backend it lacks
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
-        if argv[1:]:
+        if argv[1:] and not positional:
             raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
         _keep_compiled_programs()
-        main()
+        main(*([argv[1:]] if positional else []))
     except UserError as e:
         leave(str(e))

@@ -72,7 +72,7 @@ _RANGES = {
 }
 
 # What may differ when a run is resumed: it does not change what is computed.
-_FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.')
+FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.')
 
 
 def flatten(config):
@@ -277,7 +277,7 @@ def check_same_mathematics(config, before):
     changed = [
         f'{key} (was {before.get(key)!r}, now {now.get(key)!r})'
         for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and not key.startswith(_FREE_AT_RESUME)]
+        if now.get(key) != before.get(key) and not key.startswith(FREE_AT_RESUME)]
     if changed:
         raise UserError(
             f'The workdir holds a run with other settings: {", ".join(changed)}; use them again to '

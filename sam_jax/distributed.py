@@ -8,12 +8,16 @@ from jax.experimental import multihost_utils
 
 from sam_jax.errors import UserError
 
+# Seconds after which JAX ends the processes that wait for one that died, and says so.
+_HEARTBEAT_TIMEOUT = 30
 
-def initialize(coordinator_address='', num_processes=0, process_id=-1):
+
+def initialize(coordinator_address='', num_processes=0, process_id=-1, cluster=False):
     """Connects this process to the others of the run; does nothing where it is alone.
 
-    On TPU pods and under Slurm (`srun`) nothing need be given. Elsewhere every process gets the
-    same coordinator address (host:port of process 0), the number of processes and its own number.
+    Under Slurm (`srun`) nothing need be given. On a TPU pod `cluster` lets JAX ask where the others
+    are. Elsewhere every process gets the same coordinator address (host:port of process 0), the
+    number of processes and its own number.
 
     Raises:
       UserError: some but not all of the three are given.
@@ -23,14 +27,12 @@ def initialize(coordinator_address='', num_processes=0, process_id=-1):
         raise UserError(
             'A run of several processes needs --coordinator_address, --num_processes and '
             f'--process_id together; got {coordinator_address!r}, {num_processes}, {process_id}.')
-    if not (all(given) or _inside_cluster()):
+    if not (all(given) or cluster or _inside_cluster()):
         return
     # Collectives between CPU processes; other platforms bring their own and ignore this.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    if all(given):
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    else:
-        jax.distributed.initialize()
+    processes = (coordinator_address, num_processes, process_id) if all(given) else ()
+    jax.distributed.initialize(*processes, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
 
 
 def _inside_cluster():

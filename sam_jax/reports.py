@@ -4,6 +4,7 @@ import collections
 import math
 import os
 import subprocess
+import time
 
 import flax
 import jax
@@ -23,6 +24,7 @@ class Reports:
     def __init__(self, config, writer, progress, steps_per_epoch, first_step):
         self._config, self._writer, self._progress = config, writer, progress
         self._steps_per_epoch, self._first_step = steps_per_epoch, first_step
+        self._began = time.time()
         self._waiting = collections.deque()
         self._checked = first_step > 0
         self._bad_step = 0
@@ -48,6 +50,8 @@ class Reports:
             return
         metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
         refuse_bad_step(metrics.pop('bad_step'))
+        if step == self._first_step + 1:
+            self._progress.say(f'The first step was done after {time.time() - self._began:.1f} s.')
         if not self._checked:
             self._checked = sharpness_check(self._config, metrics, self._progress.say)
         if not due:

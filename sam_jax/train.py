@@ -288,7 +288,9 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
             'no checkpoint was written yet')
         raise UserError(f'{e} In {plan.workdir} {kept}.') from e
     checkpoints.wait()
+    evaluations = plan.total_steps + int(state.sharpness_state.evaluations)
     result = {**(results or evaluator(state)), 'step': plan.total_steps,
+              'gradient_evaluations': evaluations,
               'epochs': config.total_epochs, 'wall_time': wall_time(),
               'perf/images_per_second': progress.overall_speed(), 'seed': config.seed}
     if distributed.is_main():

@@ -10,9 +10,10 @@ from helpers import ROOT
 
 FLOORS = [
     {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
-    {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'distributed', 'replicas'},
+    {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'figures', 'distributed',
+     'replicas'},
     {'train_step', 'evaluate'},
-    {'config', 'reports', 'train', 'sweeps'},
+    {'config', 'reports', 'results', 'train', 'sweeps'},
     {'commands'},
     {'main', 'predict', 'preview'},
 ]
@@ -20,7 +21,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Imports within a floor: the loop asks for the checks, checkpoints for the number of processes.
 NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
-              ('sweeps', 'config'), ('checkpoint', 'distributed')}
+              ('results', 'config'), ('results', 'reports'), ('sweeps', 'config'),
+              ('checkpoint', 'distributed')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'writers')}
@@ -37,6 +39,8 @@ LIBRARIES = {
     'orbax': {'checkpoint'},
     'clu': {'writers'},
     'tqdm': {'writers'},
+    'matplotlib': {'figures'},
+    'scipy': {'results'},
     'absl': {'commands', 'main', 'predict', 'preview'},
     'ml_collections': {'config', 'main', 'preview', 'sweeps'},
     'pytest': {'main'},

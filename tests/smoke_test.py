@@ -93,6 +93,7 @@ def test_two_steps(stem, argument, tmp_path, monkeypatch):
     train.train_and_evaluate(config, str(tmp_path), devices=jax.devices()[:2])
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['step'] == 2
+    assert result['gradient_evaluations'] == 2 * (1 + (config.sam.method == 'sam'))
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     norms = [line['train/perturbation_norm'] for line in lines if 'train/perturbation_norm' in line]
     assert np.isfinite(result['test/loss']) and len(norms) == 2

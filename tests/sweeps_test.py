@@ -237,3 +237,15 @@ def test_a_run_in_use_is_not_started_twice(tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX)
         done = _sweep(tmp_path, '--seeds=1')
     assert done.returncode == 1 and 'in use by another process' in done.stderr, done.stderr
+
+
+def test_a_sweep_compiles_once(tmp_path):
+    """rho, learning rate, weight decay and seed are arguments of one compiled program."""
+    environment = {**_environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
+    contents = []
+    for sweep in ('sam.rho=0.1', 'sam.rho=0.2;optimizer.learning_rate=0.05;'
+                  'optimizer.weight_decay=0.001;seed=3'):
+        subprocess.run(_command(tmp_path / 'runs', f'--sweep={sweep}', '--config.total_epochs=1'),
+                       env=environment, capture_output=True, check=True, timeout=120)
+        contents.append({p.name for p in (tmp_path / 'cache').glob('*-cache')})
+    assert contents[0] and contents[0] == contents[1]

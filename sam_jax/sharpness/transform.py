@@ -20,6 +20,7 @@ class SharpnessState(NamedTuple):
       ascent, combine, gate: states of the three parts.
       perturbation_norm: norm of the last perturbation in the norm that rho bounds; 0 where the gate
         was shut. For reports only.
+      evaluations: number of gradients taken at perturbed params so far, int32. For reports only.
     """
 
     count: jax.Array
@@ -27,6 +28,7 @@ class SharpnessState(NamedTuple):
     combine: Any
     gate: Any
     perturbation_norm: jax.Array
+    evaluations: jax.Array
 
 
 def sharpness_aware(
@@ -68,6 +70,7 @@ def sharpness_aware(
             combine=combine.init(params),
             gate=gate.init(params),
             perturbation_norm=jnp.zeros((), float),
+            evaluations=jnp.zeros((), jnp.int32),
         )
 
     def update(grads, state, params=None, *, grad_fn=None, aux=None, **extra_args):
@@ -86,21 +89,22 @@ def sharpness_aware(
             updates, combine_state = combine.combine(grads, perturbed_grads, parts[1], params)
             # A selection and not a blend: a NaN of the gradient not chosen must not leak.
             updates = jax.tree.map(lambda g, u: jnp.where(size == 0, g, u), grads, updates)
-            return (updates, perturbed_aux), (ascent_state, combine_state), size
+            return (updates, perturbed_aux), (ascent_state, combine_state), size, jnp.int32(1)
 
         def shut_gate(parts):
             updates, combine_state = combine.skip(grads, parts[1], params)
             return (updates, aux), (parts[0], combine_state), jnp.zeros_like(
-                state.perturbation_norm)
+                state.perturbation_norm), jnp.int32(0)
 
         decision, gate_state = gate.decide(grads, state.gate, state.count)
         parts = (state.ascent, state.combine)
         if isinstance(decision, bool):
-            result, parts, size = (open_gate if decision else shut_gate)(parts)
+            result, parts, size, extra = (open_gate if decision else shut_gate)(parts)
         else:
-            result, parts, size = jax.lax.cond(decision, open_gate, shut_gate, parts)
+            result, parts, size, extra = jax.lax.cond(decision, open_gate, shut_gate, parts)
         new_state = SharpnessState(
-            optax.safe_increment(state.count), parts[0], parts[1], gate_state, size)
+            optax.safe_increment(state.count), parts[0], parts[1], gate_state, size,
+            state.evaluations + extra)
         return (result if aux is not None else result[0]), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

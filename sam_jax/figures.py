@@ -1,0 +1,124 @@
+"""Pictures, in one style: curves with intervals, and reductions of the error."""
+
+import math
+from typing import NamedTuple
+
+from matplotlib import colormaps, rc_context, ticker
+from matplotlib import figure as mpl_figure
+
+STYLE = {
+    'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.axisbelow': True,
+    'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+    'legend.fontsize': 8, 'lines.markersize': 4, 'figure.dpi': 120, 'svg.fonttype': 'none',
+    'svg.hashsalt': 'sam_jax', 'figure.constrained_layout.use': True,
+}
+
+
+class Curve(NamedTuple):
+    """A line of a panel.
+
+    Attributes:
+      label: for the legend.
+      x: where.
+      mean: values there.
+      half: half widths of their intervals; NaN where there is none.
+      color: of matplotlib; None for the next one of the cycle.
+      dashed: whether the line is.
+    """
+
+    label: str
+    x: list
+    mean: list
+    half: list
+    color: str | None = None
+    dashed: bool = False
+
+
+class Panel(NamedTuple):
+    """A pair of axes with its curves; level: (label, mean, half) of a horizontal line, or None."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: list
+    level: tuple | None = None
+    log_x: bool = False
+    log_y: bool = False
+
+
+def shade(position):
+    """Returns a color for a place between 0 and 1 in an ordered family of curves."""
+    return colormaps['viridis'](0.9 * position)
+
+
+def _axes(rows, columns, width=4.2, height=3.0):
+    figure = mpl_figure.Figure(figsize=(width * columns, height * rows))
+    return figure, [ax for row in figure.subplots(rows, columns, squeeze=False) for ax in row]
+
+
+def panels(described, columns=2):
+    """Draws Panels side by side; error bars where there are few points, bands where many."""
+    with rc_context(STYLE):
+        columns = min(columns, len(described))
+        figure, axes = _axes(math.ceil(len(described) / columns), columns)
+        for ax, panel in zip(axes, described):
+            _draw(ax, panel)
+        for ax in axes[len(described):]:
+            ax.set_visible(False)
+        return figure
+
+
+def _draw(ax, panel):
+    for curve in panel.curves:
+        style = {'color': curve.color, 'linestyle': '--' if curve.dashed else '-'}
+        half = [0.0 if math.isnan(h) else h for h in curve.half]
+        if len(curve.x) <= 12:
+            ax.errorbar(curve.x, curve.mean, half, marker='o', capsize=3, label=curve.label,
+                        **style)
+        else:
+            line, = ax.plot(curve.x, curve.mean, label=curve.label, **style)
+            ax.fill_between(curve.x, [m - h for m, h in zip(curve.mean, half)],
+                            [m + h for m, h in zip(curve.mean, half)], alpha=0.2,
+                            color=line.get_color(), linewidth=0)
+    if panel.level:
+        label, mean, half = panel.level
+        ax.axhline(mean, color='0.4', linestyle=':', label=label)
+        if not math.isnan(half):
+            ax.axhspan(mean - half, mean + half, color='0.4', alpha=0.12, linewidth=0)
+    if panel.log_x:
+        places = sorted({x for curve in panel.curves for x in curve.x})
+        # Zero has a place of its own, left of the smallest radius.
+        ax.set_xscale('symlog', linthresh=min(filter(None, places)), linscale=0.5)
+        ax.set_xticks(places, [f'{x:g}' for x in places])
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if panel.log_y:
+        ax.set_yscale('log')
+    else:
+        ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
+    ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if len(panel.curves) + bool(panel.level) > 1:
+        ax.legend()
+
+
+def reductions(rows):
+    """Draws the paper's Figure 1, left: a dot for each switch to SAM, a row for each kind of data.
+
+    Args:
+      rows: {name of the row: [(reduction in percent, reduction in the paper or None), ...]}.
+    """
+    with rc_context(STYLE):
+        figure, (ax,) = _axes(1, 1, width=6.0, height=0.9 + 0.4 * len(rows))
+        for height, dots in enumerate(rows.values()):
+            ours = [x for x, _ in dots]
+            papers = [x for _, x in dots if x is not None]
+            ax.scatter(ours, [height] * len(ours), color='C0', label='here', zorder=3)
+            ax.scatter(papers, [height] * len(papers), facecolors='none', edgecolors='C3', s=60,
+                       label='paper')
+        ax.axvline(0, color='0.4', linewidth=1)
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_xlabel('error reduction by switching to SAM (%)')
+        if any(x is not None for dots in rows.values() for _, x in dots):
+            handles, labels = ax.get_legend_handles_labels()
+            ax.legend(handles[:2], labels[:2])
+        return figure

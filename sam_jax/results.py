@@ -1,0 +1,293 @@
+"""What finished runs say together: means and intervals over seeds, the best rho, the paper's rows.
+
+Of a run only `config.json`, `result.json` and `metrics.jsonl` are read, so runs made anywhere can
+be put together anywhere.
+"""
+
+import collections
+import csv
+import dataclasses
+import json
+import math
+import os
+import shlex
+import statistics
+
+from scipy import stats
+
+from sam_jax import config as config_lib
+from sam_jax import reports, writers
+from sam_jax.errors import UserError
+
+TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
+
+# What differs between the runs of one mean, and what does not change the result.
+_NOT_COMPARED = ('seed', 'data.label_noise_seed', 'log_every_steps', *config_lib.FREE_AT_RESUME)
+# Files differ from seed to seed and from machine to machine; whether there is one matters.
+_FILES = ('model.init_from', 'data.labels_from')
+# What may differ between a method and the baseline that it is compared with.
+_OF_METHOD = ('sam.', 'total_epochs')
+
+
+def mean_and_interval(values):
+    """Returns (mean, half width of the 95 % t-interval of the mean); NaN for one value."""
+    if len(values) < 2:
+        return values[0], math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def settings_of(flat):
+    """Returns what decides the distribution of a run's result, of its flat settings.
+
+    That is all but seeds and what does not change the mathematics; of files only whether there is
+    one; of method `sgd` no setting of an ascent that it does not have.
+    """
+    settings = {k: v for k, v in flat.items() if not k.startswith(_NOT_COMPARED)}
+    settings.update({k: bool(settings[k]) for k in _FILES if k in settings})
+    if settings.get('sam.method') == 'sgd':
+        settings = {k: v for k, v in settings.items()
+                    if k == 'sam.method' or not k.startswith('sam.')}
+    return settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One run: its folder, config.json's content, result.json's content or None."""
+
+    workdir: str
+    written: dict
+    result: dict | None
+
+    def curve(self, metric):
+        """Returns [(epoch, value), ...] of a metric in metrics.jsonl, of a finished run.
+
+        Values that are not finite are left out.
+        """
+        epochs_per_step = self.result['epochs'] / self.result['step']
+        path = os.path.join(self.workdir, 'metrics.jsonl')
+        if not os.path.exists(path):
+            return []
+        with open(path) as file:
+            lines = [json.loads(line) for line in file]
+        return [(line['step'] * epochs_per_step, line[metric]) for line in lines
+                if isinstance(line.get(metric), float)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The runs of the same settings with other seeds.
+
+    Attributes:
+      settings: of `settings_of`.
+      finished, unfinished: Records, by seed.
+    """
+
+    settings: dict
+    finished: list
+    unfinished: list
+
+    def values(self, metric):
+        """The metric of the runs that have it."""
+        return [r.result[metric] for r in self.finished if metric in r.result]
+
+    def percent(self, metric):
+        """Returns (mean, half interval) of an error rate in percent, or None if no run has it."""
+        values = self.values(metric)
+        return mean_and_interval([100 * v for v in values]) if values else None
+
+    def without(self, *keys):
+        """The settings, but for those of which one of the keys is the beginning; hashable."""
+        return tuple((k, str(v)) for k, v in sorted(self.settings.items())
+                     if not k.startswith(keys))
+
+    @property
+    def is_baseline(self):
+        """Whether it descends along the plain gradient."""
+        return self.settings['sam.method'] == 'sgd' or self.settings['sam.rho'] == 0
+
+
+def find(folders):
+    """Returns the Records of all runs in the folders and below, in the order of their paths.
+
+    Raises:
+      UserError: a folder that is not there or without runs; a file that cannot be read.
+    """
+    records = {}
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise UserError(f'{folder!r} is no folder.')
+        before = len(records)
+        for place, subfolders, files in os.walk(folder):
+            subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
+            if 'config.json' in files:
+                written, result = (_read(os.path.join(place, f'{name}.json'))
+                                   for name in ('config', 'result'))
+                if not isinstance(written.get('config'), dict):
+                    raise UserError(f'{place}/config.json is not that of a run.')
+                records.setdefault(os.path.realpath(place), Record(place, written, result))
+        if len(records) == before:
+            raise UserError(f'{folder!r} holds no run (no config.json) that is not counted yet.')
+    return list(records.values())
+
+
+def _read(path):
+    try:
+        return writers.read_json(path)
+    except ValueError as e:
+        raise UserError(f'{path} is damaged: {e}.') from e
+
+
+def group(records):
+    """Returns (groups, notes): a Group for all runs that differ in seed only, in order of settings.
+
+    Of two runs with the same settings and seed the later one is left out; a note says so.
+    """
+    together, notes = collections.defaultdict(dict), []
+    for record in records:
+        flat = record.written['config']
+        runs = together[json.dumps(settings_of(flat), sort_keys=True)]
+        seeds = flat['seed'], flat['data.label_noise_seed']
+        kept = runs.setdefault(seeds, record)
+        if kept is not record:
+            if record.result and not kept.result:
+                runs[seeds], record = record, kept
+            notes.append(f'{record.workdir} is left out: {runs[seeds].workdir} has the same '
+                         'settings and seed.')
+    groups = []
+    for key, runs in together.items():
+        ordered = [runs[seed] for seed in sorted(runs)]
+        groups.append(Group(json.loads(key), [r for r in ordered if r.result],
+                            [r for r in ordered if not r.result]))
+    return sorted(groups, key=_order), notes
+
+
+def _order(group):
+    # Experiments together; in one, the baseline first, then methods by name and rho.
+    settings = group.settings
+    return (group.without(*_OF_METHOD, 'data.validation'), not settings['data.validation'],
+            settings['sam.method'] != 'sgd', settings['sam.method'], settings['total_epochs'],
+            group.without('sam.rho'), settings.get('sam.rho', 0.0))
+
+
+def varying(groups):
+    """Returns the settings that are not the same in all groups; rho last."""
+    keys = dict.fromkeys(key for g in groups for key in g.settings)
+    differ = [key for key in keys
+              if len({json.dumps(g.settings.get(key)) for g in groups}) > 1]
+    return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
+
+
+def names(keys):
+    """Returns {key: its last part, or all of it where two keys end the same}."""
+    last = [key.rpartition('.')[2] for key in keys]
+    return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last)}
+
+
+def best(groups):
+    """Returns the groups whose rho is the best of those tried, by the held-out validation split.
+
+    Tried are the groups with data.validation that differ in rho alone. Those that train on all data
+    with the rho found are best as well. A rho with unfinished runs, which may have diverged, is not
+    chosen; nor is any by its test error.
+    """
+    tried = collections.defaultdict(list)
+    for g in groups:
+        if g.settings['data.validation'] and 'sam.rho' in g.settings:
+            tried[g.without('sam.rho', 'data.validation')].append(g)
+    chosen = {}
+    for key, candidates in tried.items():
+        complete = [g for g in candidates if g.values(VALIDATION) and not g.unfinished]
+        if len(candidates) > 1 and complete:
+            chosen[key] = min(complete, key=lambda g: (g.percent(VALIDATION)[0],
+                                                       g.settings['sam.rho'])).settings['sam.rho']
+    return [g for g in groups if 'sam.rho' in g.settings
+            and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']]
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A method beside its baseline.
+
+    Attributes:
+      baseline, method: Groups.
+      reduction: of the mean test error, in percent of the baseline's.
+    """
+
+    baseline: Group
+    method: Group
+    reduction: float
+
+
+def switches(groups):
+    """Returns a Switch for each method that has a baseline, as the paper's Figure 1 counts them.
+
+    The baseline is the better one of those that differ in the number of epochs (the paper's rule of
+    equal compute). Of a method, the best rho is taken, or the only one; never by test error.
+    """
+    chosen, found = best(groups), []
+    experiments = collections.defaultdict(list)
+    for g in groups:
+        if g.values(TEST):
+            experiments[g.without(*_OF_METHOD)].append(g)
+    for together in experiments.values():
+        baselines = [g for g in together if g.is_baseline]
+        methods = collections.defaultdict(list)
+        for g in together:
+            if not g.is_baseline:
+                methods[g.without('sam.rho')].append(g)
+        if not baselines:
+            continue
+        baseline = min(baselines, key=lambda g: g.percent(TEST)[0])
+        before = baseline.percent(TEST)[0]
+        for candidates in methods.values():
+            picked = [g for g in candidates if g in chosen]
+            if len(candidates) == 1:
+                picked = candidates
+            if picked and before:
+                after = picked[0].percent(TEST)[0]
+                found.append(Switch(baseline, picked[0], 100 * (before - after) / before))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """A number of the paper: its table, the metric, the error in percent, its interval as printed.
+
+    `settings` are those of the config that reproduces it; `note` says what to know about it.
+    """
+
+    table: str
+    command: str
+    metric: str
+    percent: float
+    interval: str
+    note: str
+    settings: dict
+
+    def __str__(self):
+        interval = f' ± {self.interval}' if self.interval else ''
+        note = f': {self.note}' if self.note else ''
+        return f'{self.percent:g}{interval} ({self.table}{note})'
+
+
+def read_paper(path):
+    """Returns the PaperRows of a CSV file whose commands name the configs that reproduce them."""
+    rows = []
+    root = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    with open(path, newline='') as file:
+        for line in csv.DictReader(file):
+            flag, *overrides = shlex.split(line['command'])
+            config = config_lib.load(os.path.join(root, flag))[1]
+            for override in overrides:
+                key, _, value = override.removeprefix('--config.').partition('=')
+                config_lib.override(config, key, value)
+            rows.append(PaperRow(
+                line['table'], line['command'], line['metric'], float(line['percent']),
+                line['interval'], line['note'], settings_of(reports.jsonable(config))))
+    return rows
+
+
+def of_paper(group, rows):
+    """Returns the rows of the paper whose config has all the settings of a group."""
+    return [row for row in rows if row.settings == group.settings]

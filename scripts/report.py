@@ -1,0 +1,335 @@
+"""Puts finished runs together: a table, the best rho, the paper's numbers beside ours, pictures.
+
+    python scripts/report.py runs/rho [runs/more ...] [--out=runs/rho/report]
+
+Takes every run in the folders and below. Writes report.md with its pictures, report.csv (a line for
+each setting), runs.csv (a line for each run) and report.html, one file with all of it. Means are
+over seeds, with 95 % t-intervals. What counts as the same setting, and how the best rho is chosen
+(on the validation split, --config.data.validation=true), stands in sam_jax/results.py.
+"""
+
+import base64
+import collections
+import csv
+import html
+import io
+import math
+import os
+import statistics
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import markdown
+from absl import flags
+
+from sam_jax import commands, figures, results
+from sam_jax.errors import UserError
+from sam_jax.results import TEST, VALIDATION
+
+_OUT = flags.DEFINE_string('out', '', 'Folder of the report; default: report/ in the first folder.')
+
+PAPER = os.path.join(commands.ROOT, 'scripts', 'paper.csv')
+
+# Settings that name a panel of curves; what else differs names a curve in it.
+PANEL = ('model.name', 'data.name', 'data.augment', 'data.label_noise')
+# The rows of the paper's Figure 1.
+KINDS = {'imagenet': 'ImageNet', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100',
+         'svhn': 'SVHN, Fashion-MNIST', 'fashion_mnist': 'SVHN, Fashion-MNIST'}
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left;
+  font-variant-numeric: tabular-nums }}
+img {{ max-width: 100% }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def interval(pair, digits=2):
+    """'0.28 ± 0.15', or '0.28' for one run, or ''."""
+    if pair is None:
+        return ''
+    mean, half = pair
+    return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
+
+
+def mean_of(group, metric, scale=1.0):
+    """Mean of a number of result.json, or None."""
+    values = group.values(metric)
+    return statistics.mean(values) * scale if values else None
+
+
+def rows_of_table(groups, keys, best, paper):
+    """Returns a dict for each group, in the order of the columns."""
+    short = results.names(keys)
+    rows = []
+    for g in groups:
+        row = {short[key]: _shown(g.settings.get(key)) for key in keys}
+        runs = len(g.finished) + len(g.unfinished)
+        row['runs'] = str(runs) if not g.unfinished else f'{len(g.finished)} of {runs}'
+        row['test error (%)'] = interval(g.percent(TEST))
+        row['validation error (%)'] = interval(g.percent(VALIDATION))
+        row['best rho'] = 'best' if g in best else ''
+        row['paper (%)'] = '; '.join(str(r) for r in results.of_paper(g, paper))
+        evaluations = mean_of(g, 'gradient_evaluations')
+        row['gradient evaluations'] = '' if evaluations is None else f'{evaluations:,.0f}'
+        hours = mean_of(g, 'wall_time', 1 / 3600)
+        row['hours'] = '' if hours is None else f'{hours:.3g}'
+        row['hardware'] = ', '.join(sorted({
+            f'{r.written["device_count"]} x {r.written["device_kind"]}' for r in g.finished}))
+        rows.append(row)
+    return rows
+
+
+def _shown(value):
+    return '' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def table(rows):
+    """Returns the Markdown of rows of one kind, without the columns that are empty in all."""
+    columns = [c for c in rows[0] if any(row[c] for row in rows)]
+    lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
+    lines += ['| ' + ' | '.join(row[c] for c in columns) + ' |' for row in rows]
+    return '\n'.join(lines)
+
+
+def write_csv(path, rows):
+    """Writes dicts of one kind."""
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def rows_of_csv(groups, keys, best, paper):
+    """Returns the same as numbers, for machines."""
+    rows = []
+    for g in groups:
+        row = {key: g.settings.get(key, '') for key in keys}
+        row.update(finished=len(g.finished), unfinished=len(g.unfinished))
+        for metric in (TEST, VALIDATION, 'test/top5_error_rate', 'test/ema_error_rate'):
+            mean, half = g.percent(metric) or ('', '')
+            row.update({f'{metric} (%)': mean, f'{metric} (%) interval': half})
+        row['best rho'] = g in best
+        row['paper'] = '; '.join(str(r) for r in results.of_paper(g, paper))
+        row['gradient_evaluations'] = mean_of(g, 'gradient_evaluations')
+        row['hours'] = mean_of(g, 'wall_time', 1 / 3600)
+        rows.append(row)
+    return rows
+
+
+def rows_of_runs(groups):
+    """Returns a dict for each run: all its settings and results."""
+    rows = [{'workdir': r.workdir, **r.written['config'], **(r.result or {})}
+            for g in groups for r in (*g.finished, *g.unfinished)]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{column: row.get(column, '') for column in columns} for row in rows]
+
+
+def by_panel(groups):
+    """Returns {title: groups} of the panels of curves."""
+    differ = [key for key in results.varying(groups) if key in PANEL]
+    found = collections.defaultdict(list)
+    for g in groups:
+        named = [_shown(g.settings.get(key)) for key in differ]
+        title = ', '.join(named) or f'{g.settings["model.name"]}, {g.settings["data.name"]}'
+        found[title].append(g)
+    return found
+
+
+def label(group, keys):
+    """'sam, rho 0.1': what the keys say of a group."""
+    short = results.names(keys)
+    settings = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
+    words = [value if key in ('sam.method', *PANEL) else f'{short[key]} {value}'
+             for key, value in settings.items() if value]
+    return ', '.join(words) or group.settings['sam.method']
+
+
+def rho_panels(groups):
+    """Returns the Panels of test error against rho, and of validation error where there is one."""
+    described = []
+    for title, inside in by_panel(groups).items():
+        families = collections.defaultdict(list)
+        for g in inside:
+            if 'sam.rho' in g.settings and g.values(TEST):
+                families[g.without('sam.rho')].append(g)
+        families = [sorted(f, key=lambda g: g.settings['sam.rho'])
+                    for f in families.values() if len(f) > 1]
+        if not families:
+            continue
+        keys = [k for k in results.varying([f[0] for f in families]) if k != 'sam.rho']
+        curves = []
+        for i, family in enumerate(families):
+            for metric, dashed in ((TEST, False), (VALIDATION, True)):
+                with_it = [g for g in family if g.values(metric)]
+                if with_it:
+                    means, halves = zip(*(g.percent(metric) for g in with_it))
+                    name = f'{label(family[0], keys)}{", validation" if dashed else ""}'
+                    curves.append(figures.Curve(name, [g.settings['sam.rho'] for g in with_it],
+                                                means, halves, f'C{i}', dashed))
+        sgd = [g for g in inside if g.settings['sam.method'] == 'sgd' and g.values(TEST)]
+        level = min((g.percent(TEST) for g in sgd), default=None)
+        described.append(figures.Panel(
+            title, 'rho', 'error (%)', curves, level and ('sgd', *level), log_x=True))
+    return described
+
+
+def training_panels(groups):
+    """Returns the Panels of training loss and test error against epochs."""
+    described = []
+    for title, inside in by_panel(groups).items():
+        inside = [g for g in inside if g.finished]
+        if not inside:
+            continue
+        keys = [k for k in results.varying(inside) if k not in PANEL] or ['sam.method']
+        for metric, name, scale in (
+                ('train/loss', 'training loss', 1), (TEST, 'test error (%)', 100)):
+            curves = []
+            for i, g in enumerate(inside):
+                points = collections.defaultdict(list)
+                for record in g.finished:
+                    for epoch, value in record.curve(metric):
+                        points[epoch].append(scale * value)
+                if points:
+                    x = sorted(points)
+                    means, halves = zip(*(results.mean_and_interval(points[p]) for p in x))
+                    color = figures.shade(i / max(1, len(inside) - 1))
+                    curves.append(figures.Curve(label(g, keys), x, means, halves, color))
+            if curves:
+                described.append(figures.Panel(title, 'epoch', name, curves, log_y=scale == 1))
+    return described
+
+
+def rows_of_switches(switches, keys, paper):
+    """Returns a dict for each method beside its baseline."""
+    rows = []
+    for s in switches:
+        theirs = reduction_of_paper(s, paper)
+        rows.append({
+            'from': label(s.baseline, keys), 'to': label(s.method, keys),
+            'test error (%)': f'{interval(s.baseline.percent(TEST))} to '
+                              f'{interval(s.method.percent(TEST))}',
+            'reduction (%)': f'{s.reduction:.1f}',
+            'paper (%)': '' if theirs is None else f'{theirs:.1f}'})
+    return rows
+
+
+def reduction_of_paper(switch, paper):
+    """The reduction between the paper's two numbers, if both are rows of one of its tables."""
+    for before in results.of_paper(switch.baseline, paper):
+        for after in results.of_paper(switch.method, paper):
+            if before.table == after.table and before.metric == after.metric == TEST:
+                return 100 * (before.percent - after.percent) / before.percent
+    return None
+
+
+def rows_of_figure_1(switches, paper):
+    """Returns {kind of data: [(reduction, the paper's), ...]}."""
+    rows = collections.defaultdict(list)
+    for s in switches:
+        settings = s.method.settings
+        kind = KINDS.get(settings['data.name'], settings['data.name'])
+        if settings['data.label_noise'] or settings['data.labels_from']:
+            kind += ', noisy labels'
+        elif settings['model.init_from']:
+            kind = 'Fine-tuning'
+        rows[kind].append((s.reduction, reduction_of_paper(s, paper)))
+    return rows
+
+
+def notes_of(groups):
+    """Returns what else a reader should know."""
+    notes = [f'{r.workdir} is not finished.' for g in groups for r in g.unfinished]
+    finished = [r for g in groups for r in g.finished]
+    for what in ('git_revision', 'device_kind'):
+        different = sorted({r.written[what] for r in finished})
+        if len(different) > 1:
+            notes.append(f'The runs differ in {what}: {", ".join(different)}.')
+    return notes
+
+
+def document(groups, notes, paper):
+    """Returns (Markdown, {name of a picture in it: its figure})."""
+    keys, best = results.varying(groups), results.best(groups)
+    # The baselines lack the settings of an ascent; what varies is told of the others.
+    keys = [k for k in keys if k in results.varying([g for g in groups if 'sam.rho' in g.settings])
+            or not k.startswith('sam.') or k == 'sam.method']
+    switches = results.switches(groups)
+    pictures = {}
+    finished = sum(len(g.finished) for g in groups)
+    parts = [f'# {finished} finished runs, {len(groups)} settings',
+             'Means over seeds and 95 % t-intervals.',
+             table(rows_of_table(groups, keys, best, paper))]
+    tried = any('sam.rho' in g.settings for g in groups)
+    if best:
+        parts.append('The best rho is that of the lowest mean error on the validation split.')
+    elif tried:
+        parts.append('No best rho is named: that takes finished runs of several rho that hold out '
+                     'a validation split (`--config.data.validation=true`).')
+    if described := rho_panels(groups):
+        pictures['rho.png'] = figures.panels(described)
+        parts += ['## Error against rho', '![Error against rho](rho.png)']
+    if switches:
+        pictures['switches.png'] = figures.reductions(rows_of_figure_1(switches, paper))
+        parts += ['## What switching to SAM gains', table(rows_of_switches(switches, keys, paper)),
+                  'As in the Figure 1 of the paper: the reduction of the test error in percent of '
+                  'the baseline\'s. rho is the best one of the validation split, or the only one.',
+                  '![Error reduction by switching to SAM](switches.png)']
+    if described := training_panels(groups):
+        pictures['training.png'] = figures.panels(described)
+        parts += ['## Training', '![Training loss and test error](training.png)']
+    notes = [*notes, *notes_of(groups)]
+    if notes:
+        parts += ['## Notes', '\n'.join(f'- {note}' for note in notes)]
+    common = [f'{k} = {_shown(v)}' for k, v in sorted(groups[0].settings.items())
+              if all(g.settings.get(k) == v for g in groups)]
+    parts += ['## Settings of all runs', ', '.join(f'`{setting}`' for setting in common)]
+    return '\n\n'.join(parts) + '\n', pictures
+
+
+def page(text, pictures):
+    """Returns the document as one HTML file that needs no other."""
+    body = markdown.markdown(text, extensions=['tables'])
+    for name, figure in pictures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='svg', metadata={'Date': None})
+        data = base64.b64encode(buffer.getvalue()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')
+    return PAGE.format(title=html.escape(text.partition('\n')[0].lstrip('# ')), body=body)
+
+
+def main(folders):
+    """Reports on the folders."""
+    if not folders:
+        raise UserError('No folder is given: python scripts/report.py DIR [DIR ...].')
+    groups, notes = results.group(results.find(folders))
+    if not any(g.finished for g in groups):
+        raise UserError(f'None of the runs in {", ".join(folders)} is finished (no result.json).')
+    paper = results.read_paper(PAPER)
+    out = _OUT.value or os.path.join(folders[0], 'report')
+    os.makedirs(out, exist_ok=True)
+    text, pictures = document(groups, notes, paper)
+    keys, best = results.varying(groups), results.best(groups)
+    for name, figure in pictures.items():
+        figure.savefig(os.path.join(out, name))
+    with open(os.path.join(out, 'report.md'), 'w') as file:
+        file.write(text)
+    with open(os.path.join(out, 'report.html'), 'w') as file:
+        file.write(page(text, pictures))
+    write_csv(os.path.join(out, 'report.csv'), rows_of_csv(groups, keys, best, paper))
+    write_csv(os.path.join(out, 'runs.csv'), rows_of_runs(groups))
+    print(text.partition('\n## ')[0].rstrip())
+    print(f'\nWritten to {os.path.join(out, "report.html")} and beside it.')
+
+
+if __name__ == '__main__':
+    commands.run(main, positional=True)

@@ -1,0 +1,216 @@
+"""Launchers of several processes: what they would run; real processes, one of which dies."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import orbax.checkpoint as ocp
+import pytest
+from helpers import ROOT, lean_environment, relative_distance
+
+SCRIPTS = ROOT / 'scripts'
+
+
+def _launch(script, *arguments, **environment):
+    return subprocess.run(
+        [str(SCRIPTS / script), *map(str, arguments)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize('n,gpus,shares', [
+    (2, '', [None, None]), (2, '0,1,2,3', ['0,1', '2,3']), (1, '5', ['5']), (3, '4,1,0', '410')])
+def test_dry_run_on_this_machine(n, gpus, shares):
+    done = _launch('launch_local.sh', n, '--dry_run', 'configs/digits.py:noise=0.4',
+                   "--workdir=a b", '--config.sam.rho=1', CUDA_VISIBLE_DEVICES=gpus, PORT='1234')
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line.removesuffix('&')) for line in done.stdout.splitlines()]
+    for i, (line, share) in enumerate(zip(lines, shares, strict=True)):
+        device = f'CUDA_VISIBLE_DEVICES={share}' if share else 'JAX_PLATFORMS=cpu'
+        assert line == ['env', device, str(SCRIPTS / 'train.sh'), 'configs/digits.py:noise=0.4',
+                        '--workdir=a b', '--config.sam.rho=1',
+                        '--coordinator_address=localhost:1234', f'--num_processes={n}',
+                        f'--process_id={i}']
+
+
+def test_dry_run_on_slurm(tmp_path):
+    done = _launch('launch_slurm.sh', '--dry_run', '--nodes=4', '--gpus_per_node=2', '--time=10:00',
+                   '--partition=fast', '--sbatch=--qos=high', 'configs/imagenet.py:model=resnet50',
+                   f'--workdir={tmp_path}', '--config.data.dir=/data sets')
+    assert done.returncode == 0, done.stderr
+    options = set(re.findall('#SBATCH (.*)', done.stdout))
+    assert options >= {
+        '--nodes=4', '--ntasks-per-node=1', '--gpus-per-node=2', '--time=10:00', '--requeue',
+        '--partition=fast', '--qos=high', '--signal=B:TERM@120', f'--output={tmp_path}/log.txt'}
+    line, = (x for x in done.stdout.splitlines() if x.startswith('srun '))
+    assert shlex.split(line)[2:-1] == [
+        str(SCRIPTS / 'train.sh'), 'configs/imagenet.py:model=resnet50', f'--workdir={tmp_path}',
+        '--config.data.dir=/data sets', '--distributed']
+    assert subprocess.run(['bash', '-n'], input=done.stdout, text=True, check=True)
+
+
+POD = ['--name=pod', '--zone=z', '--type=v4-32', '--bucket=gs://b', '--repository=https://x/y.git',
+       'configs/imagenet.py', '--workdir=runs/a']
+
+
+def _words(line):
+    """What bash makes of a line; shlex does not know its $'...'."""
+    done = subprocess.run(['bash', '-c', f'printf "%s\\0" {line}'], capture_output=True, text=True,
+                          check=True)
+    return done.stdout.split('\0')[:-1]
+
+
+def test_dry_run_on_a_tpu_pod():
+    done = _launch('launch_tpu_pod.sh', '--dry_run', '--spot', *POD, '--config.seed=1')
+    assert done.returncode == 0, done.stderr
+    create, _, describe, setup, train, delete = map(_words, done.stdout.splitlines())
+    assert create[3:] == [
+        'queued-resources', 'create', 'pod', '--node-id=pod', '--zone=z',
+        '--accelerator-type=v4-32', '--runtime-version=tpu-ubuntu2204-base', '--spot']
+    assert describe[3:6] == ['queued-resources', 'describe', 'pod']
+    assert {'ssh', 'pod', '--worker=all'} <= set(setup) & set(train)
+    assert 'gcsfuse' in setup[-1] and 'https://x/y.git' in setup[-1]
+    assert train[-1] == ('--command=cd sam_jax && ./scripts/train.sh configs/imagenet.py '
+                         '--config.seed=1 --workdir=/tmp/bucket/runs/a --distributed')
+    assert {'delete', '--force'} <= set(delete)
+
+
+@pytest.mark.parametrize('script,arguments,words', [
+    ('launch_local.sh', [], 'N is'), ('launch_local.sh', ['0'], "N is '0'"),
+    ('launch_local.sh', ['configs/digits.py'], "N is 'configs/digits.py'"),
+    ('launch_local.sh', ['3'], 'it must divide the number of GPUs, 2'),
+    ('launch_slurm.sh', ['configs/digits.py'], '--workdir is missing'),
+    ('launch_slurm.sh', ['--nodes=two', '--workdir=x'], "--nodes is 'two'"),
+    ('launch_slurm.sh', ['--node=2', '--workdir=x'], "unknown option '--node=2'"),
+    ('launch_tpu_pod.sh', POD[1:], '--name is missing'),
+    ('launch_tpu_pod.sh', [*POD, '--tpye=x'], "unknown option '--tpye=x'"),
+    ('launch_tpu_pod.sh', [*POD, '--workdir=gs://b/x'], 'a folder in the bucket')])
+def test_bad_input(script, arguments, words):
+    done = _launch(script, *arguments, '--dry_run', CUDA_VISIBLE_DEVICES='0,1')
+    assert done.returncode == 2 and words in done.stderr and done.stderr.startswith('error: ')
+    assert done.stderr.count('\n') == 1 and not done.stdout
+
+
+GCLOUD = """#!/usr/bin/env bash
+# Answers as gcloud would: with the next line of `states`, and of `codes` for how a run ends.
+cd "$(dirname "$0")"
+echo "${*:3:4}" >> calls
+case "$*" in
+  *describe*) head -n 1 states | grep -v NONE; code=$?; sed -i 1d states; exit "$code" ;;
+  *train.sh*) code="$(head -n 1 codes)"; sed -i 1d codes; exit "$code" ;;
+esac
+"""
+
+
+def _pod(folder, states, codes, *flags):
+    """Runs the launcher with a stand-in for gcloud; returns (process, calls but for questions)."""
+    for name, content in (('states', states), ('codes', codes), ('gcloud', GCLOUD)):
+        (folder / name).write_text(content if isinstance(content, str) else
+                                   ''.join(f'{x}\n' for x in content))
+    (folder / 'gcloud').chmod(0o755)
+    done = _launch('launch_tpu_pod.sh', *POD, *flags, POLL_SECONDS='0.01',
+                   PATH=f'{folder}{os.pathsep}{os.environ["PATH"]}')
+    calls = [call.split()[1] for call in (folder / 'calls').read_text().splitlines()]
+    return done, [call for call in calls if call != 'describe']
+
+
+def test_a_preempted_tpu_pod_is_asked_for_again(tmp_path):
+    states = ['NONE', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'SUSPENDED', 'PROVISIONING',
+              'ACTIVE']
+    done, calls = _pod(tmp_path, states, [255, 0])
+    assert done.returncode == 0, done.stderr
+    assert calls == ['create', 'ssh', 'ssh', 'delete', 'create', 'ssh', 'ssh', 'delete']
+    assert 'was preempted (SUSPENDED)' in done.stderr
+
+
+def test_a_run_that_fails_on_a_tpu_pod(tmp_path):
+    done, calls = _pod(tmp_path, ['ACTIVE'] * 4, [2, 2])
+    assert done.returncode == 2 and 'failed with status 2' in done.stderr
+    assert calls == ['ssh'] * 4, 'tried twice, and the slice is kept to look at'
+
+
+# Two epochs of 32 steps, each of 4 replicas that ascend together.
+FLAGS = ['--config.batch_size=40', '--config.replica_batch_size=10', '--config.total_epochs=2',
+         '--config.sam.replicas_per_group=4', '--config.model.dtype=float64',
+         '--config.log_every_steps=8', '--config.checkpoint.every_epochs=1']
+
+
+class _Launched:
+    """Real processes that hold 4 devices together, and what they have said so far."""
+
+    def __init__(self, n, workdir):
+        self.workdir = workdir
+        self.log = workdir.parent / f'{workdir.name}.log'
+        with open(self.log, 'w') as log:
+            self.process = subprocess.Popen(
+                [str(SCRIPTS / 'launch_local.sh'), str(n), 'configs/digits.py',
+                 f'--workdir={workdir}', *FLAGS], cwd=ROOT, stdout=log, stderr=log,
+                env=lean_environment(
+                    workdir.parent, JAX_ENABLE_X64='1', CUDA_VISIBLE_DEVICES='',
+                    VIRTUAL_ENV=sys.prefix, PATH=f'{sys.prefix}/bin:{os.environ["PATH"]}',
+                    XLA_FLAGS=f'--xla_force_host_platform_device_count={4 // n}'))
+
+    def wait_for(self, words, seconds=300):
+        end = time.time() + seconds
+        while words not in self.log.read_text():
+            assert self.process.poll() is None and time.time() < end, self.log.read_text()
+            time.sleep(0.05)
+
+    def ends(self, status, words, seconds=300):
+        assert self.process.wait(seconds) == status, self.log.read_text()
+        assert words in self.log.read_text(), self.log.read_text()
+
+    def worker(self, process_id):
+        """The number of one of its processes."""
+        for entry in pathlib.Path('/proc').iterdir():
+            try:
+                words = (entry / 'cmdline').read_bytes().decode().split('\0')
+            except (OSError, UnicodeDecodeError):
+                continue
+            if {'sam_jax.main', f'--workdir={self.workdir}', f'--process_id={process_id}'} <= {
+                    *words}:
+                return int(entry.name)
+        raise AssertionError('no such process')
+
+
+def _arrays(workdir):
+    with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
+        state = manager.restore(64, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore())).state
+    return {name: x for name, x in state.items() if name.startswith(('params.', 'batch_stats.'))}
+
+
+def test_processes_end_and_die_and_others_go_on(tmp_path):
+    """4 processes asked to stop, then 1, then 4 of which one is killed, then 2: as 1 alone."""
+    alone = _Launched(1, tmp_path / 'alone')
+    alone.ends(0, 'Finished.')
+
+    workdir = tmp_path / 'many'
+    four = _Launched(4, workdir)
+    four.wait_for('step 8/64')
+    four.process.send_signal(signal.SIGTERM)
+    four.ends(143, 'Stopped by SIGTERM at step', 60)
+    one = _Launched(1, workdir)
+    one.wait_for('Resuming at step')
+    one.wait_for('step 24/64')
+    one.process.send_signal(signal.SIGTERM)
+    one.ends(143, 'Stopped by SIGTERM at step', 60)
+
+    four = _Launched(4, workdir)
+    four.wait_for('step 40/64')
+    os.kill(four.worker(2), signal.SIGKILL)
+    four.ends(137, 'Process 2 of 4 ended with status 137', 60)
+    assert 'another task died' in four.log.read_text()
+    with pytest.raises(AssertionError, match='no such process'):
+        four.worker(0)
+    two = _Launched(2, workdir)
+    two.ends(0, 'Resuming at step 32 of 64')
+    assert relative_distance(_arrays(workdir), _arrays(tmp_path / 'alone')) < 1e-9
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    steps = [json.loads(line)['step'] for line in lines]
+    assert steps == sorted(steps) and steps.count(64) == 2 and len(set(steps)) == 8

@@ -1,0 +1,195 @@
+"""What is said of finished runs together: intervals, groups, the best rho, the paper's numbers."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
+
+from configs import cifar, label_noise, svhn
+from sam_jax import results
+from sam_jax.errors import UserError
+
+PAPER = results.read_paper(ROOT / 'scripts' / 'paper.csv')
+
+
+def _groups(folder):
+    return results.group(results.find([str(folder)]))
+
+
+def test_mean_and_interval():
+    """Student's t with 2 degrees of freedom: 4.302653 at 97.5 %."""
+    mean, half = results.mean_and_interval([1.0, 2.0, 4.0])
+    assert math.isclose(mean, 7 / 3)
+    assert math.isclose(half, 4.302653 * math.sqrt(7 / 3 / 3), rel_tol=1e-6)
+    assert results.mean_and_interval([5.0])[0] == 5 and math.isnan(
+        results.mean_and_interval([5.0])[1])
+
+
+def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
+    for seed in range(3):
+        config = digits_config(data__dir=f'/{seed}', eval__batch_size=64 + seed)
+        write_run(tmp_path / f'a{seed}', config, error=1 + seed, seed=seed)
+    write_run(tmp_path / 'b', digits_config('rho=0.1'), error=7)
+    write_run(tmp_path / 'c', digits_config(optimizer__weight_decay=0.0), error=8)
+    write_run(tmp_path / 'd', digits_config('method=sgd,rho=0.1'), error=9)
+    write_run(tmp_path / 'e', digits_config('method=sgd,rho=0.2'), error=11, seed=1)
+    groups, notes = _groups(tmp_path)
+    assert not notes
+    errors = sorted([100 * v for v in g.values('test/error_rate')] for g in groups)
+    assert errors == [pytest.approx(x) for x in ([1, 2, 3], [7], [8], [9, 11])]
+    first, = (g for g in groups if len(g.finished) == 3)
+    mean, half = first.percent('test/error_rate')
+    assert math.isclose(mean, 2) and math.isclose(half, 4.302653 / math.sqrt(3), rel_tol=1e-6)
+
+
+def test_the_same_run_twice_counts_once(tmp_path):
+    write_run(tmp_path / 'a', digits_config())
+    write_run(tmp_path / 'b', digits_config(), error=2)
+    write_run(tmp_path / 'c', digits_config(), error=3)
+    groups, notes = _groups(tmp_path)
+    assert [r.workdir[-1] for r in groups[0].finished] == ['b'] and not groups[0].unfinished
+    assert len(notes) == 2 and 'a is left out' in notes[0] and 'c is left out' in notes[1]
+    with pytest.raises(UserError, match='holds no run'):
+        results.find([str(tmp_path), str(tmp_path / 'b')])
+
+
+def test_best_rho_is_of_the_validation_split_and_has_no_diverged_run(tmp_path):
+    write_tried(tmp_path)
+    for rho in TRIED:
+        write_run(tmp_path / f'final-{rho}', digits_config(f'rho={rho}'), error=10 * rho)
+    write_run(tmp_path / 'other', digits_config('rho=0.2,noise=0.4'), error=1)
+    best = results.best(_groups(tmp_path)[0])
+    assert [(g.settings['sam.rho'], g.settings['data.validation'], g.settings['data.label_noise'])
+            for g in best] == [(0.2, True, 0), (0.2, False, 0)]
+
+
+def test_no_best_rho_by_test_error(tmp_path):
+    for rho in TRIED:
+        write_run(tmp_path / f'{rho}', digits_config(f'rho={rho}'), error=rho)
+    write_run(tmp_path / 'sgd', digits_config('method=sgd'), error=4)
+    groups = _groups(tmp_path)[0]
+    assert not results.best(groups) and not results.switches(groups)
+
+
+def _reductions(folder):
+    return [(s.baseline.settings['sam.method'], s.method.settings['sam.rho'], s.reduction)
+            for s in results.switches(_groups(folder)[0])]
+
+
+def test_switches(tmp_path):
+    """The baseline is the better one of the two lengths; rho is that of the validation split."""
+    write_tried(tmp_path / 'tried')
+    for rho in TRIED:
+        write_run(tmp_path / f'final-{rho}', digits_config(f'rho={rho}'), error=10 * rho)
+    write_run(tmp_path / 'sgd', digits_config('method=sgd'), error=5)
+    config = digits_config('method=sgd')
+    config.total_epochs *= 2
+    write_run(tmp_path / 'long', config, error=4)
+    write_run(tmp_path / 'elsewhere', digits_config('method=sgd,noise=0.4'), error=9)
+    assert _reductions(tmp_path) == [('sgd', 0.2, pytest.approx(100 * (4 - 2) / 4))]
+
+
+def test_rho_0_is_a_baseline_and_one_rho_needs_no_choice(tmp_path):
+    write_run(tmp_path / 'a', digits_config('rho=0'), error=5)
+    write_run(tmp_path / 'b', digits_config('rho=0.5'), error=6)
+    assert _reductions(tmp_path) == [('sam', 0.5, pytest.approx(-20))]
+
+
+@pytest.mark.parametrize('config,metric,expected', [
+    (cifar.get_config('dataset=cifar100,augment=cutout'), 'test', ['14.9 ± 0.2']),
+    (cifar.get_config('rho=0.05'), 'test', ['2.7 ± 0.1', '2.7']),  # Tables 1 and 9
+    (cifar.get_config('rho=0.06'), 'test', []),
+    (cifar.get_config('method=sgd,rho=0.7,doubled=true'), 'test', ['3.5 ± 0.1']),
+    (cifar.get_config('method=sgd,smoke'), 'test', []),
+    (svhn.get_config('augment=autoaugment_only_cutout'), 'test', ['0.99 ± 0.01']),
+    (label_noise.get_config('noise=0.8'), 'test', ['22.1']),
+    (label_noise.get_config('noise=0.8,method=sgd,mixup=16'), 'test', ['29.8']),
+    (label_noise.get_config('labels_from=x,noise=0.8,rho=0.2,validation=true'), 'validation',
+     ['5.3', '7.4', '23.3', '77.1'])])  # the settings do not tell the noise of the first run
+def test_runs_know_their_row_of_the_paper(config, metric, expected, tmp_path):
+    write_run(tmp_path / 'run', config, error=3)
+    group, = _groups(tmp_path)[0]
+    rows = results.of_paper(group, PAPER)
+    assert [str(row).partition(' (')[0] for row in rows] == expected
+    assert {row.metric for row in rows} <= {f'{metric}/error_rate'}
+
+
+def test_numbers_of_the_paper():
+    """Against what the configs' notebooks say, and the dots of the paper's Figure 1."""
+    numbers = {}
+    model = ''
+    for line in cifar.__doc__.splitlines():
+        if match := re.match(
+                r' {4}([a-z._]\S*(?:, \d+)?)? +(basic|cutout|autoaugment) +(\d.*)', line):
+            model = match[1] or model
+            numbers[model, match[2]] = re.findall(r'\d+\.\d', match[3])
+    assert len(numbers) == 15
+    models = {'wrn28_10, 200': 'wrn28_10', 'wrn28_10, 1800': 'wrn28_10,epochs=1800',
+              '..._shakedrop': 'pyramidnet272_shakedrop'}
+    table = {row.command: row for row in PAPER if row.table == 'Table 1'}
+    assert len(table) == 15 * 2 * 3
+    for (model, augment), values in numbers.items():
+        for dataset, (sam, sam_half, sgd, sgd_half) in zip(
+                ('cifar10', 'cifar100'), (values[:4], values[4:])):
+            command = (f'configs/cifar.py:model={models.get(model, model)},dataset={dataset},'
+                       f'augment={augment}')
+            for suffix, mean, half in (
+                    ('', sam, sam_half), (',method=sgd', sgd, sgd_half),
+                    (',method=sgd,doubled=true', sgd, sgd_half)):
+                row = table[command + suffix]
+                assert (row.percent, row.interval.strip('<')) == (float(mean), half), command
+
+    noisy = {row.command.partition(':')[2]: row.percent for row in PAPER if row.table == 'Table 4'}
+    reductions = [100 * (1 - noisy[f'noise={n}'] / noisy[f'noise={n},method=sgd,mixup=8'])
+                  for n in (0.2, 0.4, 0.6, 0.8)]
+    assert [round(r, 1) for r in reductions] == [30.0, 34.0, 41.4, 25.8]
+
+
+def run_report(*arguments):
+    command = [sys.executable, str(ROOT / 'scripts' / 'report.py'), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_report(tmp_path):
+    write_sweep(tmp_path / 'runs')
+    write_run(tmp_path / 'more', cifar.get_config('rho=0.05'), error=3, device_kind='gpu')
+    done = run_report(tmp_path / 'runs', tmp_path / 'more')
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / 'runs' / 'report'
+    text = (out / 'report.md').read_text()
+    assert '# 8 finished runs, 6 settings' in text and text.startswith(done.stdout[:100])
+    assert '2 of 2' not in text and '| 1 of 2 |' in text
+    line, = (x for x in text.splitlines() if '| best |' in x)
+    assert '| 0.2 | 2 | 2.00 ± 0.00 | 2.50 ± 6.35 |' in line and '| 80 | 0.01 |' in line
+    assert '2.7 ± 0.1 (Table 1); 2.7 (Table 9)' in text and '| 50.0 |' in text
+    assert '0.5-1 is not finished.' in text and 'differ in device_kind: cpu, gpu' in text
+    with open(out / 'report.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and [r['sam.rho'] for r in rows if r['best rho'] == 'True'] == ['0.2']
+    with open(out / 'runs.csv') as file:
+        assert len(list(csv.DictReader(file))) == 9
+    page = (out / 'report.html').read_text()
+    assert page.count('<img') == 3 == page.count('src="data:image/svg+xml;base64,')
+    assert page.count('<tr>') == text.count('\n| ') and 'http' not in page
+    assert {p.name for p in out.glob('*.png')} == {'rho.png', 'switches.png', 'training.png'}
+    # A report in the folder of its runs is none of them, and is made anew.
+    assert run_report(tmp_path / 'runs', tmp_path / 'more').stdout == done.stdout
+
+
+def test_bad_input_of_the_report(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    write_run(tmp_path / 'unfinished' / 'run', digits_config())
+    write_run(tmp_path / 'damaged' / 'run', digits_config(), error=1)
+    (tmp_path / 'damaged' / 'run' / 'result.json').write_text('{"step": ')
+    for arguments, words in (
+            ([], 'No folder is given'), ([tmp_path / 'none'], 'is no folder'),
+            ([tmp_path / 'empty'], 'holds no run'), ([tmp_path / 'unfinished'], 'is finished'),
+            ([tmp_path / 'damaged'], 'result.json is damaged')):
+        done = run_report(*arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.stderr.count('\n') == 1
