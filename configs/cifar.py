@@ -69,6 +69,6 @@ def get_config(arg=''):
     c.data.augment = arg.augment
     c.optimizer.learning_rate = learning_rate or SHAKEDROP_LEARNING_RATE[arg.dataset]
     c.optimizer.weight_decay = weight_decay
-    c.sam.method = arg.method
+    common.set_method(c, arg.method)
     c.sam.rho = arg.rho if arg.rho >= 0 else rho[arg.dataset == 'cifar100']
     return common.finish(c, arg)

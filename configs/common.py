@@ -58,6 +58,19 @@ def set_model(c, name):
         c.model[option] = default
 
 
+# Options of the methods of `sam_jax.sharpness` besides rho and p, with their defaults.
+METHOD_OPTIONS = {
+    'multistep_sam': {'steps': 2, 'step_size': 1.0},  # length of a step in units of rho
+}
+
+
+def set_method(c, name):
+    """Chooses a sharpness-aware method and declares its options, `config.sam.*`."""
+    c.sam.method = name
+    for option, default in METHOD_OPTIONS.get(name, {}).items():
+        c.sam[option] = default
+
+
 # The tiny model of each family, by the beginning of the name.
 _TINY = {
     'wrn': 'wrn10_1', 'shake_shake': 'shake_shake_8_2x4d', 'pyramidnet': 'pyramidnet11',
@@ -145,7 +158,7 @@ def get_config():
     c.data.soft_labels = False  # on its probabilities and not on the likeliest class
 
     c.sam = ml_collections.ConfigDict()
-    c.sam.method = 'sam'  # or 'sgd'
+    c.sam.method = 'sam'  # a name of sam_jax.sharpness.METHODS; 'sgd' for none
     c.sam.rho = 0.05
     c.sam.p = 2.0
     c.sam.replicas_per_group = 1  # m = replica_batch_size * replicas_per_group
@@ -201,6 +214,6 @@ def table_7(arg, dataset, table, epochs):
     c.data.name = dataset
     c.data.augment = arg.augment
     c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[arg.model]
-    c.sam.method = arg.method
+    set_method(c, arg.method)
     c.sam.rho = arg.rho if arg.rho >= 0 else rho
     return finish(c, arg)

@@ -26,7 +26,7 @@ def get_config(arg=''):
     c.data.augment = 'none'  # a mirrored digit is another sign
     c.data.label_noise = arg.noise
     c.data.label_noise_seed = arg.seed
-    c.sam.method = arg.method
+    common.set_method(c, arg.method)
     c.sam.rho = arg.rho
     c.eval.every_epochs = 10
     return common.finish(c, arg)

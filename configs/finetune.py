@@ -68,7 +68,7 @@ def get_config(arg=''):
     c.data.name = name
     c.data.augment = 'autoaugment' if name.startswith('cifar') else 'none'
     c.optimizer.weight_decay = 1e-5
-    c.sam.method = arg.method
+    common.set_method(c, arg.method)
     c.sam.rho = arg.rho
     if arg.dataset == 'imagenet':
         c.total_epochs = 10

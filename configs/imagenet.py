@@ -44,7 +44,7 @@ def get_config(arg=''):
     c.data.augment = arg.augment
     c.optimizer.learning_rate = 1.0
     c.optimizer.weight_decay = 1e-4
-    c.sam.method = arg.method
+    common.set_method(c, arg.method)
     c.sam.rho = arg.rho
     c.eval.batch_size = 4096
     c.eval.top5 = True

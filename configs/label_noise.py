@@ -46,7 +46,7 @@ def get_config(arg=''):
     else:
         c.data.label_noise = arg.noise
     c.data.label_noise_seed = arg.seed
-    c.sam.method = arg.method
+    common.set_method(c, arg.method)
     c.sam.rho = arg.rho if arg.rho >= 0 else (0.05 if arg.noise >= 0.8 else 0.1)
     c.eval.train_set = True
     return common.finish(c, arg)

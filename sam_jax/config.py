@@ -14,7 +14,8 @@ from sam_jax import data, models, optimizers, schedules, sharpness
 from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS
 
-# Every key and its type. Further keys under `model` are options of the model's family.
+# Every key and its type. Further keys under `model` are options of the model's family, and under
+# `sam` of the method.
 KEYS = {
     'seed': int, 'total_epochs': int, 'batch_size': int, 'replica_batch_size': int,
     'replica_loop': str, 'label_smoothing': float, 'log_every_steps': int,
@@ -140,6 +141,7 @@ def check(config):
     """
     flat = flatten(config)
     options = {k for k in flat if k.startswith('model.')}
+    options |= {f'sam.{name}' for method in sharpness.METHODS for name in sharpness.options(method)}
     for key in flat:
         if key not in KEYS and key not in options:
             raise UserError(f'Unknown config key {key}{nearest(key, list(KEYS))}.')
@@ -149,6 +151,7 @@ def check(config):
         _check_value(key, kind, flat[key])
     if not flat['sam.p'] > 1:
         raise UserError(f'sam.p is {flat["sam.p"]}; it must be greater than 1 (inf is allowed).')
+    _check_method(flat)
     if not all(isinstance(e, int) and e > 0 for e in flat['checkpoint.keep_epochs']):
         raise UserError(
             f'checkpoint.keep_epochs is {flat["checkpoint.keep_epochs"]}; it must hold epochs, '
@@ -161,6 +164,29 @@ def check(config):
         raise UserError('optimizer.epsilon is 0; rmsprop needs a positive one.')
     _check_data_settings(config.data)
     create_model(config, num_classes=1)  # names and options do not depend on the data
+
+
+def _check_method(flat):
+    method = flat['sam.method']
+    wanted = {f'sam.{name}': default for name, default in sharpness.options(method).items()}
+    given = {key for key in flat if key.startswith('sam.') and key not in KEYS}
+    for key in sorted(given - wanted.keys()):
+        takes = ', '.join(wanted) or 'none'
+        raise UserError(
+            f'The setting {key} is not one of sam.method {method!r}, whose own are: {takes}. To '
+            "change the method use the config's argument method=NAME.")
+    for key, default in wanted.items():
+        if key not in given:
+            raise UserError(
+                f'The config lacks {key} of sam.method {method!r}; choose the method by the '
+                f"config's argument method={method}.")
+        _check_value(key, type(default), flat[key])
+    settings = {key.removeprefix('sam.'): value for key, value in flat.items()
+                if key.startswith('sam.')}
+    try:
+        sharpness.create(**settings)
+    except ValueError as e:
+        raise UserError(f'sam.method is {method!r}: {e}') from e
 
 
 def _check_data_settings(settings):

@@ -8,7 +8,7 @@ from matplotlib import figure as mpl_figure
 
 STYLE = {
     'font.size': 9, 'axes.grid': True, 'grid.alpha': 0.3, 'axes.axisbelow': True,
-    'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+    'axes.spines.top': False, 'axes.spines.right': False, 'legend.framealpha': 0.7,
     'legend.fontsize': 8, 'lines.markersize': 4, 'figure.dpi': 120, 'svg.fonttype': 'none',
     'svg.hashsalt': 'sam_jax', 'figure.constrained_layout.use': True,
 }
@@ -35,7 +35,15 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A pair of axes with its curves; level: (label, mean, half) of a horizontal line, or None."""
+    """A pair of axes with its curves.
+
+    Attributes:
+      title, xlabel, ylabel: as they stand there.
+      curves: Curves.
+      level: (label, mean, half) of a horizontal line, or None.
+      log_x: x is a radius, 0 or more, on a logarithmic axis; intervals are bars and not bands.
+      log_y: whether y is logarithmic.
+    """
 
     title: str
     xlabel: str
@@ -57,7 +65,7 @@ def _axes(rows, columns, width=4.2, height=3.0):
 
 
 def panels(described, columns=2):
-    """Draws Panels side by side; error bars where there are few points, bands where many."""
+    """Draws Panels side by side."""
     with rc_context(STYLE):
         columns = min(columns, len(described))
         figure, axes = _axes(math.ceil(len(described) / columns), columns)
@@ -72,7 +80,7 @@ def _draw(ax, panel):
     for curve in panel.curves:
         style = {'color': curve.color, 'linestyle': '--' if curve.dashed else '-'}
         half = [0.0 if math.isnan(h) else h for h in curve.half]
-        if len(curve.x) <= 12:
+        if panel.log_x:
             ax.errorbar(curve.x, curve.mean, half, marker='o', capsize=3, label=curve.label,
                         **style)
         else:

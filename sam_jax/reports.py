@@ -92,9 +92,11 @@ def sharpness_check(config, metrics, say):
         return False
     facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
              'the perturbed weights')
+    # A random direction need not lead uphill.
+    climbs = perturbed > loss or config.sam.method == 'random_sam'
     steady = config.sam.schedule == 'constant' and not config.sam.warmup_epochs
     right_norm = math.isclose(norm, rho, rel_tol=1e-3) if steady else norm > 0
-    if norm and right_norm and perturbed > loss:
+    if norm and right_norm and climbs:
         say(f'{config.sam.method} is on: {facts}.')
     else:
         say(f'WARNING: {config.sam.method} is not doing its work: {facts}.')

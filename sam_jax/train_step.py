@@ -67,8 +67,8 @@ class TrainState(flax.struct.PyTreeNode):
 
 def _method(config, rho):
     other = ('rho', 'schedule', 'warmup_epochs', 'replicas_per_group')
-    options = {name: value for name, value in config.sam.items() if name not in other}
-    return sharpness.create(rho=rho, **options)
+    settings = {name: value for name, value in config.sam.items() if name not in other}
+    return sharpness.create(rho=rho, **settings)
 
 
 def _scheduled(settings, base, step, config, steps_per_epoch):
@@ -209,7 +209,9 @@ def _group_step(state, group, gradient, method, layout, ascends):
     # What is climbed is the loss: its own gradient, where shake models know two.
     grads, aux = group_gradient(state.params, true_gradient=ascends)
     (updates, perturbed_loss), sharpness_state = method.update(
-        grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'])
+        grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'],
+        ascent_grad_fn=lambda params: group_gradient(params, true_gradient=True)[0],
+        key=group['group_key'][0])
     report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
               'perturbed_loss': perturbed_loss,
               # The ascent's own expression, so that XLA computes it once.
@@ -279,10 +281,11 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
 
 
 def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
-    """Returns this device's replicas, {'image', 'label', 'rngs'}, with leading axis replicas.
+    """Returns this device's replicas, with leading axis replicas.
 
-    The keys, of the examples' augmentation and of the replicas' dropout and shakes, are functions
-    of seed, step and place in the global batch alone. Arguments as of `train_step`.
+    {'image', 'label', 'rngs', 'group_key'}: the keys, of the examples' augmentation, of the
+    replicas' dropout and shakes, and of what a group shares, are functions of seed, step and place
+    in the global batch alone. Arguments as of `train_step`.
     """
     replica = lax.axis_index(AXIS) * layout.replicas_per_device + jnp.arange(
         layout.replicas_per_device)
@@ -298,7 +301,10 @@ def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
                     'shake': of_replicas(rngs.key(hparams.seed, 'shake', step))}
     example_keys = example_keys.reshape(layout.replicas_per_device, -1)
     batch_key = rngs.key(hparams.seed, 'augment_batch', step)
-    return {**batch_fn(arrays, feed, example_keys, batch_key, AXIS), 'rngs': replica_rngs}
+    group_key = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(
+        hparams.seed, 'ascent', step)))(replica // layout.replicas_per_group)
+    return {**batch_fn(arrays, feed, example_keys, batch_key, AXIS), 'rngs': replica_rngs,
+            'group_key': group_key}
 
 
 def _report(state, report, log_every_steps):

@@ -178,8 +178,9 @@ def rho_panels(groups):
                                                 means, halves, f'C{i}', dashed))
         sgd = [g for g in inside if g.settings['sam.method'] == 'sgd' and g.values(TEST)]
         level = min((g.percent(TEST) for g in sgd), default=None)
+        name = 'error (%)' if any(curve.dashed for curve in curves) else 'test error (%)'
         described.append(figures.Panel(
-            title, 'rho', 'error (%)', curves, level and ('sgd', *level), log_x=True))
+            title, 'rho', name, curves, level and ('sgd', *level), log_x=True))
     return described
 
 

@@ -33,6 +33,11 @@ ARGUMENTS = {
                             'checkpoint.keep_epochs': (1, 50, 300), 'total_epochs': 300},
         'figure=m,m=1': {'replica_batch_size': 1, 'model.batch_norm': False},
         'figure=p_norm': {'sam.p': 2.0, 'model.name': 'wrn16_4'},
+        'figure=random': {'sam.method': 'random_sam', 'sam.p': 2.0, 'model.name': 'wrn16_4'},
+        'figure=order': {'sam.method': 'second_order_sam', 'model.name': 'wrn40_2'},
+        'figure=order,method=sam': {'sam.method': 'sam', 'model.name': 'wrn40_2'},
+        'figure=steps,steps=5,dataset=cifar100': {
+            'sam.method': 'multistep_sam', 'sam.steps': 5, 'sam.rho': 0.1},
         'figure=sync': {'sam.replicas_per_group': 8}},
     'cifar': {
         'model=wrn16_4,dataset=cifar100,augment=none,method=sgd,seed=1': {

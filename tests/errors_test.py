@@ -62,7 +62,7 @@ def _assert_sentence(message, words):
     assert '\n' not in message and 'Traceback' not in message
     assert message.endswith(('.', '"'))  # the quote: of the command that prepares a dataset
     assert message[0].isupper() or message.startswith(tuple(config_lib.KEYS)) or (
-        message.startswith(('workdir', '--', 'config', 'model.')))
+        message.startswith(('workdir', '--', 'config', 'model.', 'sam.')))
 
 
 def _key(key):
@@ -87,6 +87,14 @@ BAD = [
     ({'sam.p': math.nan}, ['sam.p is nan', 'greater than 1']),
     ({'sam.roh': 0.1}, ['Unknown config key sam.roh', 'did you mean sam.rho?']),
     ({'sam.method': 'mas'}, ['sam.method is \'mas\'', 'one of', 'sam', 'sgd']),
+    ({'sam.steps': 3}, ['setting sam.steps is not one of sam.method \'sam\'', 'none', 'method=']),
+    ({'sam.method': 'multistep_sam'}, ['lacks sam.steps', 'method=multistep_sam']),
+    ({'sam.method': 'multistep_sam', 'sam.steps': 0, 'sam.step_size': 1.0}, ['steps is 0']),
+    ({'sam.method': 'multistep_sam', 'sam.steps': 2.0, 'sam.step_size': 1.0},
+     ['sam.steps is 2.0', 'of type int']),
+    ({'sam.method': 'multistep_sam', 'sam.steps': 2, 'sam.step_size': 1.0, 'sam.p': 3.0},
+     ['p is 3.0', '2 or inf']),
+    ({'sam.method': 'second_order_sam', 'sam.p': math.inf}, ['p is inf', 'use method sam']),
     ({'model.name': 'vgg16'}, ['model.name is \'vgg16\'', *models.NAMES]),
     ({'model.name': 'wrn16'}, ['model.name is \'wrn16\'', *models.NAMES]),
     ({'model.name': 'wrn11_1'}, ['depth 11', '6n + 4']),

@@ -17,12 +17,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
 
 
+# Gradients that a step of each method takes, with its defaults.
+EVALUATIONS = {'sgd': 1, 'sam': 2, 'random_sam': 2, 'multistep_sam': 3, 'second_order_sam': 4}
+
+
 def small_config(**overrides):
     """The real digits config, made small: 2 epochs of 20 steps, WRN-10-1.
 
     Keys of sections are given with a double underscore: sam__rho=0.1.
     """
-    c = digits.get_config()
+    c = digits.get_config(f'method={overrides.get("sam__method", "sam")}')
     c.total_epochs = 2
     c.eval.every_epochs = 1
     for key, value in overrides.items():

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
-from configs import cifar, label_noise, svhn
+from configs import ablations, cifar, label_noise, svhn
 from sam_jax import results
 from sam_jax.errors import UserError
 
@@ -108,6 +108,7 @@ def test_rho_0_is_a_baseline_and_one_rho_needs_no_choice(tmp_path):
     (cifar.get_config('method=sgd,smoke'), 'test', []),
     (svhn.get_config('augment=autoaugment_only_cutout'), 'test', ['0.99 ± 0.01']),
     (label_noise.get_config('noise=0.8'), 'test', ['22.1']),
+    (ablations.get_config('figure=steps,steps=3'), 'test', ['2.73 ± 0.04']),
     (label_noise.get_config('noise=0.8,method=sgd,mixup=16'), 'test', ['29.8']),
     (label_noise.get_config('labels_from=x,noise=0.8,rho=0.2,validation=true'), 'validation',
      ['5.3', '7.4', '23.3', '77.1'])])  # the settings do not tell the noise of the first run

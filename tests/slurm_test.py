@@ -1,5 +1,6 @@
 """The sweep's Slurm engine on a real cluster of one node: ./scripts/test_slurm.sh."""
 
+import json
 import os
 import re
 import signal
@@ -64,3 +65,24 @@ def test_what_slurm_does_not_know(flag, words, tmp_path):
     output = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and words in output, output
     assert 'Traceback' not in output
+
+
+def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
+    """launch_slurm.sh, with two tasks on the one node in place of two nodes."""
+    done = subprocess.run(
+        [str(ROOT / 'scripts' / 'launch_slurm.sh'), '--nodes=1', '--gpus_per_node=0',
+         '--cpus_per_task=1', '--time=30', '--sbatch=--ntasks-per-node=2',
+         f'{ROOT}/configs/digits.py', f'--workdir={tmp_path}', '--config.replica_batch_size=32',
+         '--config.total_epochs=30'],
+        env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
+        timeout=120)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[-1]
+    log = tmp_path / 'log.txt'
+    _when(lambda: 'step 40/600' in _read(log))
+    subprocess.run(['scancel', '--batch', '--signal=TERM', job], check=True)
+    _when(lambda: 'Stopped by SIGTERM at step' in _read(log))
+    _when(lambda: 'Finished.' in _read(log), 400)
+    assert 'Resuming at step' in _read(log)
+    written = json.loads(_read(tmp_path / 'config.json'))
+    assert (written['process_count'], written['device_count']) == (2, 2)

@@ -59,9 +59,9 @@ def test_devices_float32():
     assert relative_distance(variables, reference) < 2e-2
 
 
-# Groups of one cross no process but in the mean, which the streaming path's two processes test.
-@pytest.mark.parametrize('replicas_per_group', [
-    pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
+# By default, pods_test.py compares 4 processes, 2 and 1, with all replicas in one group.
+@pytest.mark.slow
+@pytest.mark.parametrize('replicas_per_group', [1, 2, 4])
 def test_two_processes(replicas_per_group, tmp_path):
     """2 processes x 2 devices against one process with 4; only process 0 writes."""
     settings = {**SETTINGS, 'replica_batch_size': 10}

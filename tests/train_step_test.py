@@ -58,7 +58,7 @@ class Session:
         return self.dataset.train_batch(arrays, feed, keys, keys[0, 0])
 
 
-def _config(**overrides):
+def step_config(**overrides):
     return small_config(**{'batch_size': 32, 'replica_batch_size': 16, 'log_every_steps': 1,
                            **overrides})
 
@@ -66,8 +66,8 @@ def _config(**overrides):
 @pytest.mark.parametrize('dropout_rate', [0.0, 0.3])
 def test_rho_zero_is_the_base_optimizer_bit_for_bit(dropout_rate):
     common = dict(model__dropout_rate=dropout_rate, data__augment='basic', data__padding=2)
-    sam, _ = Session(_config(sam__rho=0.0, **common), 2).run(4)
-    sgd, _ = Session(_config(sam__method='sgd', **common), 2).run(4)
+    sam, _ = Session(step_config(sam__rho=0.0, **common), 2).run(4)
+    sgd, _ = Session(step_config(sam__method='sgd', **common), 2).run(4)
     for part in ('params', 'batch_stats', 'opt_state'):
         assert_trees_equal(getattr(sam, part), getattr(sgd, part))
 
@@ -96,7 +96,7 @@ def _hand_step(session, state, rho, method='sam'):
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, x64):
     """The second pass sees the first one's mask; its statistics are thrown away."""
-    config = _config(model__dropout_rate=0.5, model__dtype='float64', optimizer__momentum=0.0,
+    config = step_config(model__dropout_rate=0.5, model__dtype='float64', optimizer__momentum=0.0,
                      optimizer__nesterov=False, optimizer__clip_norm=0.0,
                      optimizer__schedule='constant')
     session = Session(config, num_devices)
@@ -113,7 +113,7 @@ def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devi
 
 def test_both_passes_share_the_dropout_mask():
     """With rho almost 0 the perturbed loss is the clean one; another mask would change it."""
-    session = Session(_config(model__dropout_rate=0.5, sam__rho=1e-6))
+    session = Session(step_config(model__dropout_rate=0.5, sam__rho=1e-6))
     _, metrics = session.run(1)
     np.testing.assert_allclose(metrics['train/perturbed_loss'], metrics['train/loss'], rtol=5e-6)
     _, other = session.run(1, seed=np.uint32(1))
@@ -121,13 +121,13 @@ def test_both_passes_share_the_dropout_mask():
 
 
 def test_bfloat16_model_is_perturbed_in_float32():
-    session = Session(_config(model__dtype='bfloat16', sam__rho=0.05))
+    session = Session(step_config(model__dtype='bfloat16', sam__rho=0.05))
     state, metrics = session.run(3)
     assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {
         jnp.dtype('float32')}
     np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
     assert metrics['train/perturbed_loss'] > metrics['train/loss']
-    reference, _ = Session(_config(sam__rho=0.05)).run(3)
+    reference, _ = Session(step_config(sam__rho=0.05)).run(3)
     assert relative_distance(state.params, reference.params) < 0.05
 
 
@@ -146,13 +146,13 @@ class _DtypeProbe(nn.Module):
 def test_bfloat16_params_are_perturbed_in_float32():
     """Even params stored in bfloat16 (a custom model's) are moved in float32."""
     seen = []
-    state, metrics = Session(_config(sam__rho=0.05), model=_DtypeProbe(seen.append)).run(1)
+    state, metrics = Session(step_config(sam__rho=0.05), model=_DtypeProbe(seen.append)).run(1)
     assert state.params['w'].dtype == jnp.bfloat16
     assert jnp.float32 in seen  # the second pass
     np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
 
 
-def _count_compilations():
+def count_compilations():
     events = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: events.append(name) if name.endswith(
@@ -161,12 +161,12 @@ def _count_compilations():
 
 
 def test_one_compilation_for_all_steps_and_all_swept_values():
-    session = Session(_config())
+    session = Session(step_config())
     state, steps = session.start(), [session.arguments(i) for i in range(3)]
     swept = [session.arguments(i, **h) for i, h in enumerate([
         {'rho': np.float32(0.3)}, {'learning_rate': np.float32(0.01)},
         {'weight_decay': np.float32(0.0)}, {'seed': np.uint32(7)}])]
-    events = _count_compilations()
+    events = count_compilations()
     for i, arguments in enumerate(steps + swept):
         state, _ = session.step_fn(state, *arguments)
         assert len(events) == 1, f'call {i}'
@@ -177,14 +177,14 @@ def test_swept_values_are_not_constants_of_the_program():
     programs = []
     for overrides in ({}, dict(sam__rho=0.1, optimizer__learning_rate=0.3, seed=5,
                                optimizer__weight_decay=1e-3)):
-        session = Session(_config(**overrides))
+        session = Session(step_config(**overrides))
         lowered = session.step_fn.lower(session.start(), *session.arguments(0))
         programs.append(lowered.as_text())
     assert programs[0] == programs[1]
 
 
 def test_swept_values_act():
-    session = Session(_config())
+    session = Session(step_config())
     base, _ = session.run(2)
     for hparams in ({'rho': np.float32(0.1)}, {'learning_rate': np.float32(0.05)},
                     {'weight_decay': np.float32(0.1)}):
@@ -193,9 +193,9 @@ def test_swept_values_act():
 
 
 def test_seeds_differ_in_init_order_and_dropout():
-    starts = [Session(_config(seed=s)).start() for s in (0, 1)]
+    starts = [Session(step_config(seed=s)).start() for s in (0, 1)]
     assert relative_distance(starts[0].params, starts[1].params) > 0.1
-    dataset, layout = _dataset(), Session(_config()).layout
+    dataset, layout = _dataset(), Session(step_config()).layout
     assert (dataset.train_feed(0, 0, layout)['index']
             != dataset.train_feed(1, 0, layout)['index']).any()
 
@@ -204,15 +204,15 @@ def test_a_group_ascends_by_its_mean_gradient(x64):
     """All replicas in one group: the perturbation of the whole batch's mean gradient."""
     overrides = dict(model__dtype='float64', model__batch_norm=False, replica_batch_size=4,
                      batch_size=16, sam__rho=0.3)
-    whole, _ = Session(_config(**{**overrides, 'replica_batch_size': 16})).run(2)
-    groups = [Session(_config(**overrides, sam__replicas_per_group=g), 2).run(2)[0]
+    whole, _ = Session(step_config(**{**overrides, 'replica_batch_size': 16})).run(2)
+    groups = [Session(step_config(**overrides, sam__replicas_per_group=g), 2).run(2)[0]
               for g in (1, 2, 4)]
     distances = [relative_distance(g.params, whole.params) for g in groups]
     assert distances[2] < 1e-12 < 1e-5 < min(distances[:2])
 
 
 def test_metrics_are_means_since_the_last_report():
-    each, every_third = Session(_config()), Session(_config(log_every_steps=3))
+    each, every_third = Session(step_config()), Session(step_config(log_every_steps=3))
     state, values = each.start(), []
     for step in range(3):
         state, metrics = each.step_fn(state, *each.arguments(step))
@@ -222,7 +222,7 @@ def test_metrics_are_means_since_the_last_report():
 
 
 def test_first_bad_step_is_noted():
-    session = Session(_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0))
+    session = Session(step_config(optimizer__learning_rate=1e30, optimizer__clip_norm=0.0))
     state, metrics = session.run(1)
     assert int(metrics['bad_step']) == 0
     state, metrics = session.run(4)
@@ -230,7 +230,7 @@ def test_first_bad_step_is_noted():
 
 
 def test_ema_follows_the_updated_params_and_statistics(x64):
-    session = Session(_config(ema__decay=0.7, model__dtype='float64'))
+    session = Session(step_config(ema__decay=0.7, model__dtype='float64'))
     state = session.start()
     average = jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})
     for step in range(3):
@@ -243,7 +243,7 @@ def test_ema_follows_the_updated_params_and_statistics(x64):
 
 
 def test_rho_and_learning_rate_follow_their_schedules():
-    config = _config(sam__warmup_epochs=0.1, optimizer__schedule='exponential', batch_size=32)
+    config = step_config(sam__warmup_epochs=0.1, optimizer__schedule='exponential', batch_size=32)
     session = Session(config)
     state, per_epoch = session.start(), 1297 // 32
     for step in range(5):

@@ -12,10 +12,19 @@ for the perturbed gradient).
 """
 
 from sam_jax.sharpness import ascent, combine, gate
-from sam_jax.sharpness.methods import METHODS, create, erm, sam
+from sam_jax.sharpness.methods import (
+    METHODS,
+    create,
+    erm,
+    multistep_sam,
+    options,
+    random_sam,
+    sam,
+    second_order_sam,
+)
 from sam_jax.sharpness.transform import SharpnessState, fill_masked, sharpness_aware
 
 __all__ = [
     'METHODS', 'SharpnessState', 'ascent', 'combine', 'create', 'erm', 'fill_masked', 'gate',
-    'sam', 'sharpness_aware',
+    'multistep_sam', 'options', 'random_sam', 'sam', 'second_order_sam', 'sharpness_aware',
 ]

@@ -1,5 +1,9 @@
 """Ascents: optax transformations from a gradient to the perturbation eps that is added to w.
 
+Their `update` may take more than gradient, state and params: `grad_fn`, params -> gradient of the
+loss that is climbed, and `key`, a JAX key of the step. What is put in front of `lp_ball` by
+`optax.chain` chooses another direction.
+
 Norms and perturbations are computed in at least float32: in bfloat16 a step of rho = 0.05 would
 leave more than nine coordinates of ten where they were.
 """
@@ -49,12 +53,7 @@ def lp_ball(rho, p=2.0, mask=None):
     """
     if not p > 1:
         raise ValueError(f'p is {p}; it must be in (1, inf].')
-    if isinstance(rho, (int, float)) and not 0 <= rho < np.inf:
-        raise ValueError(f'rho is {rho}; it must be a finite number >= 0.')
-
-    def init(params):
-        del params
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+    _check_radius(rho)
 
     def update(grads, state, params=None):
         radius = rho(state.count) if callable(rho) else rho
@@ -65,7 +64,85 @@ def lp_ball(rho, p=2.0, mask=None):
         eps = _ball_step(jax.tree.map(promote, grads), radius, p)
         return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_count_from_zero, update)
+
+
+def _check_radius(rho):
+    if isinstance(rho, (int, float)) and not 0 <= rho < np.inf:
+        raise ValueError(f'rho is {rho}; it must be a finite number >= 0.')
+
+
+def _count_from_zero(params):
+    del params
+    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+
+def gaussian():
+    """A direction that knows nothing of the loss: z ~ N(0, I) in place of the gradient.
+
+    In front of `lp_ball` with p = 2 it gives eps = rho z / ||z||_2 (SAM paper, appendix C.5, which
+    by a slip of the pen prints the square of the norm). No state.
+
+    Raises (from update):
+      TypeError: no `key`.
+    """
+    def update(grads, state, params=None, *, key=None, **extra_args):
+        del params, extra_args
+        if key is None:
+            raise TypeError(
+                'A random ascent needs a key: tx.update(..., key=jax.random.key(step)).')
+        leaves, structure = jax.tree.flatten(jax.tree.map(promote, grads))
+        keys = jax.random.split(key, len(leaves))
+        return jax.tree.unflatten(structure, [
+            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def projected_steps(rho, steps, step_size=1.0, p=2.0):
+    """Projected gradient ascent within the p-ball (SAM paper, appendix C.6).
+
+    eps_0 = 0;  eps_k+1 = project(eps_k + step(grad L(w + eps_k))), where step is that of `lp_ball`
+    with radius step_size * rho, and project takes the nearest point of ||eps||_p <= rho: for p = 2
+    eps / max(1, ||eps||_2 / rho), for p = inf each entry clipped to [-rho, rho]. steps = 1 with
+    step_size = 1 is `lp_ball`. Takes `grad_fn` steps - 1 times.
+
+    Args:
+      rho: as of `lp_ball`.
+      steps: number of steps >= 1, a Python int.
+      step_size: length of a step in units of rho, > 0. The paper does not tell its own.
+      p: 2 or inf.
+
+    Raises:
+      ValueError: rho < 0, steps < 1, step_size <= 0, or another p.
+    """
+    _check_radius(rho)
+    if p not in (2, np.inf):
+        raise ValueError(f'p is {p}; projected steps need 2 or inf.')
+    if steps < 1 or not step_size > 0:
+        raise ValueError(f'steps is {steps} and step_size is {step_size}; steps must be at least 1 '
+                         'and step_size greater than 0.')
+
+    def project(eps, radius):
+        if p == np.inf:
+            return jax.tree.map(lambda e: jnp.clip(e, -radius, radius).astype(e.dtype), eps)
+        norm = lp_norm(eps)
+        scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1.0), 1.0)
+        return jax.tree.map(lambda e: scale.astype(e.dtype) * e, eps)
+
+    def update(grads, state, params=None, *, grad_fn=None, **extra_args):
+        del extra_args
+        radius = rho(state.count) if callable(rho) else rho
+        eps = _ball_step(jax.tree.map(promote, grads), step_size * radius, p)
+        if step_size > 1:
+            eps = project(eps, radius)
+        for _ in range(steps - 1):
+            grads = grad_fn(jax.tree.map(lambda w, e: promote(w) + e, params, eps))
+            step = _ball_step(jax.tree.map(promote, grads), step_size * radius, p)
+            eps = project(jax.tree.map(jnp.add, eps, step), radius)
+        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
 
 
 def _ball_step(grads, rho, p):

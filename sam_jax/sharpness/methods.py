@@ -41,17 +41,77 @@ def sam(rho, p=2.0, mask=None):
         norm=functools.partial(ascent.lp_norm, p=p))
 
 
+def random_sam(rho, p=2.0):
+    """SAM along a random direction: what the ascent itself is worth (SAM paper, appendix C.5).
+
+    eps = rho z / ||z||_2 with z ~ N(0, I), for p = 2;  result = grad L(w + eps). The first gradient
+    is not used, so two gradient evaluations are counted where one would do. No state but counters.
+    `update` needs `key`.
+
+    Args:
+      rho, p: as of `sam`.
+    """
+    return sharpness_aware(
+        optax.chain(ascent.gaussian(), ascent.lp_ball(rho, p)),
+        norm=functools.partial(ascent.lp_norm, p=p))
+
+
+def multistep_sam(rho, steps=2, step_size=1.0, p=2.0):
+    """SAM with several steps of projected gradient ascent (SAM paper, appendix C.6).
+
+    result = grad L(w + eps), eps of `ascent.projected_steps`. steps = 1, step_size = 1 is `sam`.
+    steps + 1 gradient evaluations; no state but counters.
+
+    Args:
+      rho: as of `sam`.
+      steps: ascent steps; the paper has 1, 2, 3 and 5.
+      step_size: length of each in units of rho.
+      p: 2 or inf.
+    """
+    return sharpness_aware(
+        ascent.projected_steps(rho, steps, step_size, p),
+        norm=functools.partial(ascent.lp_norm, p=p))
+
+
+def second_order_sam(rho, p=2.0):
+    """The exact gradient of w -> L(w + eps(w)), eps of `sam` (SAM paper, appendix C.4).
+
+    With p = 2 and n = g / ||g||:  g_p + rho / ||g|| H (I - n n') g_p, where H is the Hessian at w.
+    Two gradient evaluations and a Hessian-vector product, four in all; no state but counters.
+
+    Args:
+      rho, p: as of `sam`; p < inf, where eps changes with w.
+
+    Raises:
+      ValueError: p = inf; rho < 0 or p <= 1.
+    """
+    if p == float('inf'):
+        raise ValueError('p is inf, for which eps is constant and there is no second-order term; '
+                         'use method sam.')
+    return sharpness_aware(
+        ascent.lp_ball(rho, p), norm=functools.partial(ascent.lp_norm, p=p), second_order=True)
+
+
 # The names that config.sam.method may take. 'sgd' is the paper's word for the baseline.
-METHODS = {'sam': sam, 'sgd': erm}
+METHODS = {
+    'sam': sam, 'random_sam': random_sam, 'multistep_sam': multistep_sam,
+    'second_order_sam': second_order_sam, 'sgd': erm}
 
 
-def create(method, **options):
-    """Returns METHODS[method](**options), with the options that the method takes.
+def options(method):
+    """Returns {name: default} of what a method takes besides rho, p and mask."""
+    return {name: parameter.default
+            for name, parameter in inspect.signature(METHODS[method]).parameters.items()
+            if name not in ('rho', 'p', 'mask')}
+
+
+def create(method, **settings):
+    """Returns METHODS[method](**settings), with the settings that the method takes.
 
     Args:
       method: a name in METHODS.
-      **options: every setting of `config.sam` besides the method; the method picks its own.
+      **settings: every setting of `config.sam` besides the method; the method picks its own.
     """
     constructor = METHODS[method]
     wanted = inspect.signature(constructor).parameters
-    return constructor(**{name: value for name, value in options.items() if name in wanted})
+    return constructor(**{name: value for name, value in settings.items() if name in wanted})

@@ -20,7 +20,8 @@ class SharpnessState(NamedTuple):
       ascent, combine, gate: states of the three parts.
       perturbation_norm: norm of the last perturbation in the norm that rho bounds; 0 where the gate
         was shut. For reports only.
-      evaluations: number of gradients taken at perturbed params so far, int32. For reports only.
+      evaluations: number of gradients taken so far, besides those given, int32; a Hessian-vector
+        product counts as two. For reports only.
     """
 
     count: jax.Array
@@ -36,6 +37,7 @@ def sharpness_aware(
     combine: Combine | None = None,
     gate: Gate | None = None,
     norm: Callable[[Any], jax.Array] = lp_norm,
+    second_order: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a method: gradient at w -> sharpness-aware gradient at w.
 
@@ -48,13 +50,20 @@ def sharpness_aware(
       aux: optional. Then grad_fn returns (gradient, aux) with aux of this structure (losses, say),
         and update returns ((updates, perturbed_aux), state); where the gate is shut, perturbed_aux
         is the aux given. For use outside of a chain;
-    and hands all others to the ascent.
+      ascent_grad_fn: optional, params -> gradient that the ascent climbs along, where that is not
+        grad_fn's;
+    and hands all others to the ascent, `key` for instance.
 
     Args:
       ascent: transformation from the gradient to eps, see `sam_jax.sharpness.ascent`.
       combine: default `combine.perturbed()`.
       gate: default `gate.always()`.
       norm: the norm that rho bounds, for `SharpnessState.perturbation_norm`.
+      second_order: keep the term that SAM drops (SAM paper, section 3 and appendix C.4), so that
+        the perturbed gradient is that of w -> L(w + eps(w)):  g_p + (d eps / d w)' g_p. The
+        derivative of eps by the gradient is the ascent's own; that of the gradient by w, the
+        Hessian, is applied as a Hessian-vector product of ascent_grad_fn, forward over reverse,
+        which costs about two gradients.
 
     Raises (from update):
       TypeError: no grad_fn or params; or grad_fn cannot take the tree that `optax.masked` made.
@@ -73,23 +82,48 @@ def sharpness_aware(
             evaluations=jnp.zeros((), jnp.int32),
         )
 
-    def update(grads, state, params=None, *, grad_fn=None, aux=None, **extra_args):
+    def update(grads, state, params=None, *, grad_fn=None, aux=None, ascent_grad_fn=None,
+               **extra_args):
         _check_arguments(params, grad_fn)
 
+        climbed = ascent_grad_fn or (
+            grad_fn if aux is None else lambda params: grad_fn(params)[0])
+
         def open_gate(parts):
-            eps, ascent_state = ascent.update(grads, parts[0], params, **extra_args)
+            taken = []  # an entry a gradient, while this is traced
+
+            def counted(params):
+                taken.append(1)
+                return climbed(params)
+
+            def perturb(grads, params):
+                return ascent.update(grads, parts[0], params, grad_fn=counted, **extra_args)
+
+            if second_order:
+                eps, pull_back, ascent_state = jax.vjp(perturb, grads, params, has_aux=True)
+            else:
+                eps, ascent_state = perturb(grads, params)
             size = norm(eps).astype(state.perturbation_norm.dtype)
             moved = jax.tree.map(lambda w, e: promote(w) + e, params, eps)
             perturbed_grads = grad_fn(moved)
             perturbed_aux = None
             if aux is not None:
                 perturbed_grads, perturbed_aux = perturbed_grads
+            taken.append(1)
+            if second_order:
+                by_grads, by_params = pull_back(
+                    jax.tree.map(lambda e, g_p: g_p.astype(e.dtype), eps, perturbed_grads))
+                by_hessian = jax.jvp(climbed, (params,), (by_grads,))[1]
+                taken += [1, 1]
+                perturbed_grads = jax.tree.map(
+                    lambda *terms: sum(terms), perturbed_grads, by_hessian, by_params)
             perturbed_grads = jax.tree.map(
                 lambda g, g_p: g_p.astype(g.dtype), grads, perturbed_grads)
             updates, combine_state = combine.combine(grads, perturbed_grads, parts[1], params)
             # A selection and not a blend: a NaN of the gradient not chosen must not leak.
             updates = jax.tree.map(lambda g, u: jnp.where(size == 0, g, u), grads, updates)
-            return (updates, perturbed_aux), (ascent_state, combine_state), size, jnp.int32(1)
+            return ((updates, perturbed_aux), (ascent_state, combine_state), size,
+                    jnp.int32(len(taken)))
 
         def shut_gate(parts):
             updates, combine_state = combine.skip(grads, parts[1], params)
