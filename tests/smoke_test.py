@@ -17,7 +17,6 @@ from sam_jax.data import records, sources
 from sam_jax.data.resident import Split
 
 ROWS = [
-    ('digits', ''),
     ('cifar', ''),
     ('fashion_mnist', 'augment=cutout'),
     ('imagenet', ''),
@@ -26,8 +25,6 @@ ROWS = [
     ('ablations', 'figure=landscape,method=sgd'),
     ('ablations', 'figure=spectrum'),
     ('ablations', 'figure=m,m=1'),
-    ('ablations', 'figure=p_norm'),
-    ('ablations', 'figure=sync'),
     ('ablations', 'figure=order'),
     ('ablations', 'figure=steps,steps=2,dataset=cifar100'),
 ]
@@ -37,6 +34,9 @@ SLOW_ROWS = [
     ('cifar', 'model=pyramidnet272,augment=cutout'),
     ('cifar', 'model=pyramidnet272_shakedrop,method=sgd,doubled'),
     ('ablations', 'figure=random'),
+    ('ablations', 'figure=p_norm'),
+    ('ablations', 'figure=sync'),
+    ('digits', ''),
     ('svhn', 'augment=autoaugment_only_cutout'),
     ('finetune', 'dataset=cifar10'),
     ('finetune', 'dataset=imagenet'),

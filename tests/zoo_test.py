@@ -403,7 +403,10 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
 # Under SAM
 
 
-@pytest.mark.parametrize('name', TINY)
+# Those that another one has all the parts of, or that other tests train.
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name in ('wrn10_1', 'pyramidnet11', 'resnet10')
+    else name for name in TINY])
 def test_sam_lowers_the_loss_on_two_devices(name):
     """Ten steps on one batch of digits, two replicas that ascend each on its own."""
     config = small_config(
