@@ -186,12 +186,12 @@ def _arrays(workdir):
 
 
 def test_processes_end_and_die_and_others_go_on(tmp_path):
-    """1 process asked to stop, then 2, then 4 of which one is killed, then 1: as 1 alone."""
+    """2 processes asked to stop, then 1, then 4 of which one is killed, then 1: as 1 alone."""
     alone = _Launched(1, tmp_path / 'alone')
     alone.ends(0, 'Finished.')
 
     workdir = tmp_path / 'many'
-    for n, step in ((1, 8), (2, 24)):
+    for n, step in ((2, 8), (1, 24)):
         some = _Launched(n, workdir)
         some.wait_for(f'step {step}/64')
         some.process.send_signal(signal.SIGTERM)
