@@ -9,16 +9,15 @@ runs are not run again. Prints test error on clean test labels: mean and 95 % t-
 import json
 import logging
 import os
-import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import app, flags
-from scipy import stats
 
 from configs import digits
 from sam_jax import train
+from sam_jax.results import mean_and_interval
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/learning', 'Folder that holds a folder a run.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Seeds 0, 1, ...')
@@ -29,14 +28,6 @@ METHODS = ('sgd', 'sam')
 # SAM's rho by rate of noise: the best of 0.2, 0.5, 1, 2 on the held-out tenth, seed 100:
 # ./scripts/train.sh configs/digits.py:noise=0.4,rho=1,seed=100 --config.data.validation=True
 RHO = {'0': 0.5, '0.4': 2.0, '0.8': 0.5}
-
-
-def mean_and_interval(values):
-    """Returns (mean, half width of the 95 % t-interval)."""
-    if len(values) < 2:
-        return values[0], float('nan')
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
 
 
 def test_error(method, noise, seed):
