@@ -31,8 +31,13 @@ def initialize(coordinator_address='', num_processes=0, process_id=-1, cluster=F
         return
     # Collectives between CPU processes; other platforms bring their own and ignore this.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    processes = (coordinator_address, num_processes, process_id) if all(given) else ()
-    jax.distributed.initialize(*processes, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
+    if all(given):
+        # Not to be mixed with what a Slurm job around it says, one GPU a process for instance.
+        options = dict(coordinator_address=coordinator_address, num_processes=num_processes,
+                       process_id=process_id, cluster_detection_method='deactivate')
+    else:
+        options = {}
+    jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT, **options)
 
 
 def _inside_cluster():

@@ -76,6 +76,12 @@ def panels(described, columns=2):
         return figure
 
 
+def save(figure, file, **options):
+    """Writes a figure to a file; the style is in force then as well as when it is drawn."""
+    with rc_context(STYLE):
+        figure.savefig(file, **options)
+
+
 def _draw(ax, panel):
     for curve in panel.curves:
         style = {'color': curve.color, 'linestyle': '--' if curve.dashed else '-'}

@@ -96,6 +96,8 @@ def sharpness_check(config, metrics, say):
     climbs = perturbed > loss or config.sam.method == 'random_sam'
     steady = config.sam.schedule == 'constant' and not config.sam.warmup_epochs
     right_norm = math.isclose(norm, rho, rel_tol=1e-3) if steady else norm > 0
+    if config.sam.method == 'multistep_sam':  # short steps, or opposite ones, end within the ball
+        right_norm = not steady or norm <= rho * (1 + 1e-3)
     if norm and right_norm and climbs:
         say(f'{config.sam.method} is on: {facts}.')
     else:

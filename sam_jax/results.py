@@ -23,7 +23,7 @@ TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
 # What differs between the runs of one mean, and what does not change the result.
 _NOT_COMPARED = ('seed', 'data.label_noise_seed', 'log_every_steps', *config_lib.FREE_AT_RESUME)
-# Files differ from seed to seed and from machine to machine; whether there is one matters.
+# Their places differ from seed to seed and from machine to machine; whether there is one matters.
 _FILES = ('model.init_from', 'data.labels_from')
 # What may differ between a method and the baseline that it is compared with.
 _OF_METHOD = ('sam.', 'total_epochs')
@@ -41,9 +41,12 @@ def settings_of(flat):
     """Returns what decides the distribution of a run's result, of its flat settings.
 
     That is all but seeds and what does not change the mathematics; of files only whether there is
-    one; of method `sgd` no setting of an ascent that it does not have.
+    one; of the data set `folder` the name of the folder, which is the data set; of method `sgd` no
+    setting of an ascent that it does not have.
     """
     settings = {k: v for k, v in flat.items() if not k.startswith(_NOT_COMPARED)}
+    if flat['data.name'] == 'folder':
+        settings['data.dir'] = os.path.basename(os.path.normpath(flat['data.dir']))
     settings.update({k: bool(settings[k]) for k in _FILES if k in settings})
     if settings.get('sam.method') == 'sgd':
         settings = {k: v for k, v in settings.items()
@@ -141,25 +144,40 @@ def _read(path):
 def group(records):
     """Returns (groups, notes): a Group for all runs that differ in seed only, in order of settings.
 
-    Of two runs with the same settings and seed the later one is left out; a note says so.
+    Of two runs with the same settings, files and seed the later one is left out; a note says so.
+    Runs that start from files or learn the labels in them go together if each seed has one file;
+    where a seed has several, each file is a group.
     """
     together, notes = collections.defaultdict(dict), []
     for record in records:
         flat = record.written['config']
         runs = together[json.dumps(settings_of(flat), sort_keys=True)]
-        seeds = flat['seed'], flat['data.label_noise_seed']
-        kept = runs.setdefault(seeds, record)
+        key = flat['seed'], flat['data.label_noise_seed'], *(flat[k] for k in _FILES)
+        kept = runs.setdefault(key, record)
         if kept is not record:
             if record.result and not kept.result:
-                runs[seeds], record = record, kept
-            notes.append(f'{record.workdir} is left out: {runs[seeds].workdir} has the same '
+                runs[key], record = record, kept
+            notes.append(f'{record.workdir} is left out: {runs[key].workdir} has the same '
                          'settings and seed.')
     groups = []
-    for key, runs in together.items():
-        ordered = [runs[seed] for seed in sorted(runs)]
-        groups.append(Group(json.loads(key), [r for r in ordered if r.result],
-                            [r for r in ordered if not r.result]))
+    for settings, runs in together.items():
+        settings = json.loads(settings)
+        files = sorted({key[2:] for key in runs})
+        if len({key[:2] for key in runs}) == len(runs):
+            groups.append(_make_group(settings, runs))
+            if len(files) > 1:
+                each = ', '.join(' '.join(filter(None, own)) for own in files)
+                notes.append(f'One mean is over runs with a file each: {each}.')
+        else:
+            groups += [_make_group({**settings, **dict(zip(_FILES, own))},
+                                   {key: r for key, r in runs.items() if key[2:] == own})
+                       for own in files]
     return sorted(groups, key=_order), notes
+
+
+def _make_group(settings, runs):
+    ordered = [runs[key] for key in sorted(runs)]
+    return Group(settings, [r for r in ordered if r.result], [r for r in ordered if not r.result])
 
 
 def _order(group):
@@ -222,8 +240,9 @@ class Switch:
 def switches(groups):
     """Returns a Switch for each method that has a baseline, as the paper's Figure 1 counts them.
 
-    The baseline is the better one of those that differ in the number of epochs (the paper's rule of
-    equal compute). Of a method, the best rho is taken, or the only one; never by test error.
+    The baseline is the better one of those with as many epochs and with twice as many (the paper's
+    rule of equal compute). Of a method, the best rho is taken, or the only one; never by test
+    error.
     """
     chosen, found = best(groups), []
     experiments = collections.defaultdict(list)
@@ -236,16 +255,13 @@ def switches(groups):
         for g in together:
             if not g.is_baseline:
                 methods[g.without('sam.rho')].append(g)
-        if not baselines:
-            continue
-        baseline = min(baselines, key=lambda g: g.percent(TEST)[0])
-        before = baseline.percent(TEST)[0]
         for candidates in methods.values():
-            picked = [g for g in candidates if g in chosen]
-            if len(candidates) == 1:
-                picked = candidates
-            if picked and before:
-                after = picked[0].percent(TEST)[0]
+            epochs = candidates[0].settings['total_epochs']
+            equal = [g for g in baselines if g.settings['total_epochs'] in (epochs, 2 * epochs)]
+            baseline = min(equal, key=lambda g: g.percent(TEST)[0], default=None)
+            picked = candidates if len(candidates) == 1 else [g for g in candidates if g in chosen]
+            if picked and baseline and baseline.percent(TEST)[0]:
+                before, after = (g.percent(TEST)[0] for g in (baseline, picked[0]))
                 found.append(Switch(baseline, picked[0], 100 * (before - after) / before))
     return found
 
@@ -268,7 +284,8 @@ class PaperRow:
     def __str__(self):
         interval = f' ± {self.interval}' if self.interval else ''
         note = f': {self.note}' if self.note else ''
-        return f'{self.percent:g}{interval} ({self.table}{note})'
+        kind = {TEST: '', VALIDATION: ' validation', 'test/top5_error_rate': ' top-5'}[self.metric]
+        return f'{self.percent:g}{interval}{kind} ({self.table}{note})'
 
 
 def read_paper(path):
@@ -290,4 +307,6 @@ def read_paper(path):
 
 def of_paper(group, rows):
     """Returns the rows of the paper whose config has all the settings of a group."""
-    return [row for row in rows if row.settings == group.settings]
+    settings = {**group.settings, **{k: bool(group.settings[k]) for k in _FILES}}
+    return [row for row in rows
+            if {**row.settings, 'data.dir': ''} == {**settings, 'data.dir': ''}]

@@ -3,7 +3,7 @@
 A config file may define `get_hyper(h)`, the convention of Google's research repositories:
 
     def get_hyper(h):
-        return h.product([h.sweep('sam.rho', [0.05, 0.1, 0.2]), h.sweep('seed', range(5))])
+        return h.product([h.sweep('sam.rho', [0.05, 0.1, 0.2]), h.sweep(':seed', range(5))])
 
 where h is this module. A sweep is a list with a dict {key: value} for each run. A key is one of the
 config's ('sam.rho', or 'config.sam.rho'), or ':' and the name of an argument of the config file
@@ -56,8 +56,9 @@ def _merged(parts):
     merged = {}
     for part in parts:
         for key in part:
-            if key in merged:
-                raise UserError(f'The sweep sets {key} twice.')
+            # ':seed' and 'seed' are two ways to one setting.
+            if key.lstrip(':') in {k.lstrip(':') for k in merged}:
+                raise UserError(f'The sweep sets {key.lstrip(":")} twice.')
         merged.update(part)
     return merged
 

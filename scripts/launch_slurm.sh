@@ -4,7 +4,8 @@
 #       [--partition=NAME] [--account=NAME] [--sbatch=OPTION ...] CONFIG[:ARGUMENTS] --workdir=DIR [--config.KEY=VALUE ...]
 # --dry_run only prints the batch script. The workdir must be on a file system that all nodes see; what the run
 # says is added to DIR/log.txt. Before its time is over, and when it is preempted, the run saves and the job is
-# requeued; it goes on from there. A run that fails is not requeued.
+# requeued; it goes on from there. A run that fails is not requeued. (Preemption is PreemptMode=REQUEUE, by which
+# Slurm requeues by itself; the run hears of it if there is a GraceTime, else its last checkpoint counts.)
 set -euo pipefail
 
 nodes=2 gpus=8 options=() dry_run="" run=() workdir=""
@@ -37,6 +38,9 @@ if [ -z "$workdir" ]; then
 fi
 workdir="$(realpath -m "$workdir")"
 if [ "$gpus" -gt 0 ]; then options+=("--gpus-per-node=$gpus"); fi
+# Under Slurm JAX takes one GPU a process unless it is told of the others.
+devices=""
+if [ "$gpus" -gt 0 ]; then devices="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))"; fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 batch="#!/usr/bin/env bash
@@ -53,6 +57,7 @@ $(printf '#SBATCH %s\n' ${options[@]+"${options[@]}"})
 stop() { stopped=1; scancel --signal=TERM \"\$SLURM_JOB_ID.0\"; }
 trap stop TERM
 cd $(printf %q "$PWD")
+$devices
 srun --wait=60 $(printf '%q ' "$root/scripts/train.sh" "${run[@]}")--distributed &
 srun_pid=\$!
 wait \$srun_pid; status=\$?

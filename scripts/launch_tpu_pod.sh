@@ -47,8 +47,16 @@ call() {  # prints a command, or runs it
 on_all() {
   call gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all --command="$1"
 }
-state() {
-  "${slices[@]}" describe "$name" "${place[@]}" --format='value(state.state)' 2> /dev/null || echo NONE
+state() {  # NONE where there is no such slice; UNKNOWN where gcloud cannot tell
+  local answer
+  if answer="$("${slices[@]}" describe "$name" "${place[@]}" --format='value(state.state)' 2>&1)"; then
+    echo "$answer" | tail -n 1
+  elif [[ "$answer" == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    echo "$answer" >&2
+    echo UNKNOWN
+  fi
 }
 create() {
   call "${slices[@]}" create "$name" --node-id="$name" "${place[@]}" --accelerator-type="$type" \
@@ -96,6 +104,7 @@ while true; do
   { on_all "$setup" && on_all "$train"; } || status=$?
   if [ "$status" -eq 0 ]; then break; fi
   now="$(state)"
+  while [ "$now" = UNKNOWN ]; do sleep "$poll"; now="$(state)"; done
   if [ "$now" = ACTIVE ]; then
     if [ "$retries" -eq 0 ]; then
       echo "error: the run failed with status $status on a slice that works; it is kept, look at its messages above." >&2

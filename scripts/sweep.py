@@ -126,6 +126,9 @@ class Local:
         gpus = _gpus()
         self._retries = retries
         self._parallel = parallel or max(1, len(gpus))
+        if gpus and self._parallel > len(gpus):
+            raise UserError(f'--parallel is {parallel}; there are {len(gpus)} GPUs, and each run '
+                            'takes the memory of one.')
         self._slots = queue.SimpleQueue()
         for slot in range(self._parallel):
             self._slots.put(_slot(slot, self._parallel, gpus))
@@ -167,6 +170,8 @@ class Local:
             except BlockingIOError as e:
                 return Status('failed', str(e))
             self._processes[run.name] = process
+            if self._stopping:  # since it was looked at above
+                process.terminate()
             code = process.wait()
             del self._processes[run.name]
             if self._stopping and code:
@@ -192,7 +197,7 @@ def _gpus():
 def _slot(slot, parallel, gpus):
     """Returns (environment, prefix of the command) of one of the runs at once."""
     if gpus:
-        return {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}, ()
+        return {'CUDA_VISIBLE_DEVICES': gpus[slot]}, ()
     if parallel == 1 or not hasattr(os, 'sched_getaffinity') or not shutil.which('taskset'):
         return {}, ()
     cores = sorted(os.sched_getaffinity(0))

@@ -252,6 +252,16 @@ def test_second_order_sam_is_the_gradient_of_the_perturbed_loss(p, x64):
     assert helpers.relative_distance(first_order, updates) > 0.01
 
 
+@pytest.mark.parametrize('p', [2.0, 3.0, 1.5])
+def test_second_order_sam_where_a_gradient_is_zero(p):
+    """An entry of which the loss knows nothing, as of a unit that is dead."""
+    def grad_fn(w):
+        return jax.grad(lambda w: _loss(w[:6]))(w)
+
+    updates, _ = update(sharpness.second_order_sam(RHO, p), grad_fn, jnp.arange(7.0) / 3)
+    assert np.isfinite(updates).all() and updates[6] == 0
+
+
 def test_second_order_sam_of_a_quadratic(x64):
     """g_p + rho / ||g|| A (I - n n') g_p."""
     params, grad_fn, a = quadratic(np.float64)

@@ -47,6 +47,7 @@ def test_dry_run_on_slurm(tmp_path):
     assert options >= {
         '--nodes=4', '--ntasks-per-node=1', '--gpus-per-node=2', '--time=10:00', '--requeue',
         '--partition=fast', '--qos=high', '--signal=B:TERM@120', f'--output={tmp_path}/log.txt'}
+    assert 'export JAX_LOCAL_DEVICE_IDS=0,1\n' in done.stdout
     line, = (x for x in done.stdout.splitlines() if x.startswith('srun '))
     assert shlex.split(line)[2:-1] == [
         str(SCRIPTS / 'train.sh'), 'configs/imagenet.py:model=resnet50', f'--workdir={tmp_path}',
@@ -101,7 +102,13 @@ GCLOUD = """#!/usr/bin/env bash
 cd "$(dirname "$0")"
 echo "${*:3:4}" >> calls
 case "$*" in
-  *describe*) head -n 1 states | grep -v NONE; code=$?; sed -i 1d states; exit "$code" ;;
+  *describe*)
+    state="$(head -n 1 states)"; sed -i 1d states
+    case "$state" in
+      NONE) echo 'ERROR: NOT_FOUND: no such resource' >&2; exit 1 ;;
+      OFFLINE) echo 'ERROR: cannot connect' >&2; exit 1 ;;
+      *) echo "$state" ;;
+    esac ;;
   *train.sh*) code="$(head -n 1 codes)"; sed -i 1d codes; exit "$code" ;;
 esac
 """
@@ -120,8 +127,8 @@ def _pod(folder, states, codes, *flags):
 
 
 def test_a_preempted_tpu_pod_is_asked_for_again(tmp_path):
-    states = ['NONE', 'WAITING_FOR_RESOURCES', 'ACTIVE', 'SUSPENDED', 'SUSPENDED', 'PROVISIONING',
-              'ACTIVE']
+    states = ['NONE', 'WAITING_FOR_RESOURCES', 'OFFLINE', 'ACTIVE', 'OFFLINE', 'SUSPENDED',
+              'SUSPENDED', 'PROVISIONING', 'ACTIVE']
     done, calls = _pod(tmp_path, states, [255, 0])
     assert done.returncode == 0, done.stderr
     assert calls == ['create', 'ssh', 'ssh', 'delete', 'create', 'ssh', 'ssh', 'delete']

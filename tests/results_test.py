@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
-from configs import ablations, cifar, label_noise, svhn
+from configs import ablations, cifar, imagenet, label_noise, svhn
 from sam_jax import results
 from sam_jax.errors import UserError
 
@@ -58,6 +58,27 @@ def test_the_same_run_twice_counts_once(tmp_path):
         results.find([str(tmp_path), str(tmp_path / 'b')])
 
 
+def test_folders_of_images_are_data_sets(tmp_path):
+    for name, error in (('birds', 1), ('planes', 2)):
+        write_run(tmp_path / name, digits_config(
+            data__name='folder', data__dir=f'/some/{name}/'), error=error)
+    assert [g.settings['data.dir'] for g in _groups(tmp_path)[0]] == ['birds', 'planes']
+
+
+@pytest.mark.parametrize('key', ['data__labels_from', 'model__init_from'])
+def test_runs_with_files(key, tmp_path):
+    """A file a seed is one experiment; several files a seed are several."""
+    for seed in (0, 1):
+        write_run(tmp_path / 'one' / str(seed), digits_config(**{key: f'{seed}.npz'}), error=1,
+                  seed=seed)
+    (group,), notes = _groups(tmp_path / 'one')
+    assert len(group.finished) == 2 and 'a file each: 0.npz, 1.npz' in notes[0]
+    write_run(tmp_path / 'two', digits_config(**{key: 'other.npz'}), error=9, seed=1)
+    groups, notes = _groups(tmp_path)
+    errors = sorted(g.percent('test/error_rate')[0] for g in groups)
+    assert errors == pytest.approx([1, 1, 9]) and not notes
+
+
 def test_best_rho_is_of_the_validation_split_and_has_no_diverged_run(tmp_path):
     write_tried(tmp_path)
     for rho in TRIED:
@@ -82,14 +103,16 @@ def _reductions(folder):
 
 
 def test_switches(tmp_path):
-    """The baseline is the better one of the two lengths; rho is that of the validation split."""
+    """The baseline is the better one of one and two lengths; rho is that of the validation split.
+    """
     write_tried(tmp_path / 'tried')
     for rho in TRIED:
         write_run(tmp_path / f'final-{rho}', digits_config(f'rho={rho}'), error=10 * rho)
     write_run(tmp_path / 'sgd', digits_config('method=sgd'), error=5)
-    config = digits_config('method=sgd')
-    config.total_epochs *= 2
-    write_run(tmp_path / 'long', config, error=4)
+    for times, error in ((2, 4), (3, 1)):
+        config = digits_config('method=sgd')
+        config.total_epochs *= times
+        write_run(tmp_path / f'long{times}', config, error=error)
     write_run(tmp_path / 'elsewhere', digits_config('method=sgd,noise=0.4'), error=9)
     assert _reductions(tmp_path) == [('sgd', 0.2, pytest.approx(100 * (4 - 2) / 4))]
 
@@ -111,13 +134,16 @@ def test_rho_0_is_a_baseline_and_one_rho_needs_no_choice(tmp_path):
     (ablations.get_config('figure=steps,steps=3'), 'test', ['2.73 ± 0.04']),
     (label_noise.get_config('noise=0.8,method=sgd,mixup=16'), 'test', ['29.8']),
     (label_noise.get_config('labels_from=x,noise=0.8,rho=0.2,validation=true'), 'validation',
-     ['5.3', '7.4', '23.3', '77.1'])])  # the settings do not tell the noise of the first run
+     # The settings do not tell the noise of the first run.
+     [f'{x} validation' for x in (5.3, 7.4, 23.3, 77.1)]),
+    (imagenet.get_config(), 'test', ['22.5 ± 0.1', '6.28 ± 0.08 top-5'])])
 def test_runs_know_their_row_of_the_paper(config, metric, expected, tmp_path):
     write_run(tmp_path / 'run', config, error=3)
     group, = _groups(tmp_path)[0]
     rows = results.of_paper(group, PAPER)
     assert [str(row).partition(' (')[0] for row in rows] == expected
-    assert {row.metric for row in rows} <= {f'{metric}/error_rate'}
+    assert {row.metric for row in rows} <= {
+        f'{metric}/error_rate', 'test/top5_error_rate'}
 
 
 def test_numbers_of_the_paper():
@@ -180,6 +206,13 @@ def test_the_report(tmp_path):
     assert {p.name for p in out.glob('*.png')} == {'rho.png', 'switches.png', 'training.png'}
     # A report in the folder of its runs is none of them, and is made anew.
     assert run_report(tmp_path / 'runs', tmp_path / 'more').stdout == done.stdout
+
+
+def test_the_report_of_two_methods_says_their_rho(tmp_path):
+    for method in ('sgd', 'sam'):
+        write_run(tmp_path / method, digits_config(f'method={method},rho=0.3'), error=1)
+    assert run_report(tmp_path).returncode == 0
+    assert '`sam.rho = 0.3`' in (tmp_path / 'report' / 'report.md').read_text()
 
 
 def test_bad_input_of_the_report(tmp_path):

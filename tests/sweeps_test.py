@@ -48,6 +48,8 @@ def test_zipit_pairs_and_chainit_appends():
     for combine in (sweeps.product, sweeps.zipit):
         with pytest.raises(UserError, match='sets a twice'):
             combine([a, a])
+        with pytest.raises(UserError, match='sets a twice'):
+            combine([a, sweeps.sweep(':a', [1, 2])])
 
 
 def test_sweeps_on_the_command_line():
@@ -161,6 +163,12 @@ def test_bad_flags(flags, words, tmp_path):
     done = _sweep('', *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_no_two_runs_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5')
+    done = _sweep(tmp_path, '--sweep=sam.rho=1,2,3', '--parallel=3')
+    assert done.returncode == 2 and '--parallel is 3; there are 2 GPUs' in done.stderr
 
 
 def _process_of(workdir):

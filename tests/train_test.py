@@ -271,6 +271,16 @@ def test_warns_when_the_perturbation_does_not_climb():
     assert all(line.startswith('WARNING') for line in lines) and len(lines) == 2
 
 
+def test_several_steps_may_end_within_the_ball():
+    config, lines = small_config(sam__method='multistep_sam'), []
+    metrics = {'train/rho': 0.5, 'train/perturbation_norm': 0.4, 'train/loss': 2.0,
+               'train/perturbed_loss': 2.1}
+    for norm in (0.4, 0.51):
+        metrics['train/perturbation_norm'] = norm
+        reports.sharpness_check(config, metrics, lines.append)
+    assert [line.startswith('multistep_sam is on') for line in lines] == [True, False]
+
+
 def test_fewer_replicas_than_devices_says_so(tmp_path, caplog):
     with caplog.at_level(logging.INFO, 'sam_jax'):
         _run(small_config(total_epochs=1, replica_batch_size=16), tmp_path, devices=8)

@@ -159,5 +159,8 @@ def _ball_step(grads, rho, p):
     unit = jax.tree.map(lambda g: g / jnp.where(largest > 0, largest, 1.0).astype(g.dtype), grads)
     total = sum(jnp.sum(jnp.abs(u) ** q) for u in jax.tree.leaves(unit))
     scale = jnp.where(total > 0, rho / jnp.where(total > 0, total, 1.0) ** (1.0 / p), 0.0)
+    # Where an entry is 0, so is its power; p > 2 has no derivative there, and 0 is taken.
+    power = jax.tree.map(
+        lambda u: jnp.where(u == 0, 0.0, jnp.abs(jnp.where(u == 0, 1.0, u)) ** (q - 1.0)), unit)
     return jax.tree.map(
-        lambda u: scale.astype(u.dtype) * jnp.sign(u) * jnp.abs(u) ** (q - 1.0), unit)
+        lambda u, x: scale.astype(u.dtype) * jnp.sign(u) * x.astype(u.dtype), unit, power)
