@@ -28,7 +28,9 @@ def x64():
 
 
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
-LONG = ('topology_test.py', 'train_test.py', 'golden_train_test.py', 'zoo_test.py')
+LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
+        'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
+        'methods_in_training_test.py', 'layers_test.py')
 
 
 def pytest_collection_modifyitems(items):

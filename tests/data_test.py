@@ -274,7 +274,7 @@ def _batches(dataset, layout):
     make = functools.partial(
         train_step.keyed_replicas, layout=layout, batch_fn=dataset.train_batch)
     compiled = jax.pmap(
-        lambda *args: {**(batch := make(*args)), 'rngs': None,
+        lambda *args: {**(batch := make(*args)), 'rngs': None, 'group_key': None,
                        'key': jax.random.key_data(batch['rngs']['dropout'])},
         axis_name=replicas.AXIS, in_axes=(None, 0, None, None), devices=layout.devices)
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, lean_environment
 
 from sam_jax import sweeps
 from sam_jax.errors import UserError
@@ -198,7 +198,8 @@ def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
                        '--config.checkpoint.every_epochs=1')
 
     def begin():
-        return subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=lean_environment(tmp_path), stderr=subprocess.PIPE,
+                                text=True)
 
     def steps(name):
         try:
@@ -249,7 +250,8 @@ def test_a_run_in_use_is_not_started_twice(tmp_path):
 
 def test_a_sweep_compiles_once(tmp_path):
     """rho, learning rate, weight decay and seed are arguments of one compiled program."""
-    environment = {**_environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')}
+    environment = {**_environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+                   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     contents = []
     for sweep in ('sam.rho=0.1', 'sam.rho=0.2;optimizer.learning_rate=0.05;'
                   'optimizer.weight_decay=0.001;seed=3'):
