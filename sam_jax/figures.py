@@ -121,7 +121,7 @@ def reductions(rows):
       rows: {name of the row: [(reduction in percent, reduction in the paper or None), ...]}.
     """
     with rc_context(STYLE):
-        figure, (ax,) = _axes(1, 1, width=6.0, height=0.9 + 0.4 * len(rows))
+        figure, (ax,) = _axes(1, 1, width=6.0, height=1.2 + 0.4 * len(rows))
         for height, dots in enumerate(rows.values()):
             ours = [x for x, _ in dots]
             papers = [x for _, x in dots if x is not None]

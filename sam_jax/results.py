@@ -189,10 +189,14 @@ def _order(group):
 
 
 def varying(groups):
-    """Returns the settings that are not the same in all groups; rho last."""
+    """Returns the settings that are not the same in all groups; rho last.
+
+    Those of an ascent count among the groups that have them.
+    """
     keys = dict.fromkeys(key for g in groups for key in g.settings)
-    differ = [key for key in keys
-              if len({json.dumps(g.settings.get(key)) for g in groups}) > 1]
+    differ = [key for key in keys if len({
+        json.dumps(g.settings.get(key)) for g in groups
+        if key in g.settings or not key.startswith('sam.')}) > 1]
     return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
 
 

@@ -268,9 +268,6 @@ def notes_of(groups):
 def document(groups, notes, paper):
     """Returns (Markdown, {name of a picture in it: its figure})."""
     keys, best = results.varying(groups), results.best(groups)
-    # The baselines lack the settings of an ascent; what varies is told of the others.
-    keys = [k for k in keys if k in results.varying([g for g in groups if 'sam.rho' in g.settings])
-            or not k.startswith('sam.') or k == 'sam.method']
     switches = results.switches(groups)
     pictures = {}
     finished = sum(len(g.finished) for g in groups)
