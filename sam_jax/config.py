@@ -125,6 +125,12 @@ def override(config, key, value):
         config[name] = kind(value)
 
 
+def short_names(keys):
+    """Returns {key: its last part, or all of it where two keys end the same}."""
+    last = [key.rpartition('.')[2] for key in keys]
+    return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last)}
+
+
 def nearest(name, known):
     """Returns ' (did you mean X?)' with the known name most like `name`, or ''."""
     last = {k.rsplit('.', 1)[-1]: k for k in known}

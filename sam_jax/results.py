@@ -7,6 +7,7 @@ be put together anywhere.
 import collections
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -62,18 +63,21 @@ class Record:
     written: dict
     result: dict | None
 
+    @functools.cached_property
+    def _lines(self):
+        path = os.path.join(self.workdir, 'metrics.jsonl')
+        if not os.path.exists(path):
+            return []
+        with open(path) as file:
+            return [json.loads(line) for line in file]
+
     def curve(self, metric):
         """Returns [(epoch, value), ...] of a metric in metrics.jsonl, of a finished run.
 
         Values that are not finite are left out.
         """
         epochs_per_step = self.result['epochs'] / self.result['step']
-        path = os.path.join(self.workdir, 'metrics.jsonl')
-        if not os.path.exists(path):
-            return []
-        with open(path) as file:
-            lines = [json.loads(line) for line in file]
-        return [(line['step'] * epochs_per_step, line[metric]) for line in lines
+        return [(line['step'] * epochs_per_step, line[metric]) for line in self._lines
                 if isinstance(line.get(metric), float)]
 
 
@@ -198,12 +202,6 @@ def varying(groups):
         json.dumps(g.settings.get(key)) for g in groups
         if key in g.settings or not key.startswith('sam.')}) > 1]
     return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
-
-
-def names(keys):
-    """Returns {key: its last part, or all of it where two keys end the same}."""
-    last = [key.rpartition('.')[2] for key in keys]
-    return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last)}
 
 
 def best(groups):

@@ -156,10 +156,9 @@ def make_runs(config_flag, hyper, overrides, workdir):
 
 
 def _names(hyper):
-    keys = list(dict.fromkeys(key for settings in hyper for key in settings))
-    last = {key: key.lstrip(':').rpartition('.')[2] for key in keys}
-    short = {key: last[key] if list(last.values()).count(last[key]) == 1 else key.lstrip(':')
-             for key in keys}
+    short = config_lib.short_names(
+        list(dict.fromkeys(key.lstrip(':') for settings in hyper for key in settings)))
     # Of a name, only what every file system and shell takes as it is.
-    return [re.sub(r'[^\w.,=+-]', '_', ','.join(f'{short[k]}={v}' for k, v in settings.items()))
-            or 'run' for settings in hyper]
+    names = (','.join(f'{short[key.lstrip(":")]}={value}' for key, value in settings.items())
+             for settings in hyper)
+    return [re.sub(r'[^\w.,=+-]', '_', name) or 'run' for name in names]

@@ -37,10 +37,12 @@ if [ -z "$workdir" ]; then
   exit 2
 fi
 workdir="$(realpath -m "$workdir")"
-if [ "$gpus" -gt 0 ]; then options+=("--gpus-per-node=$gpus"); fi
-# Under Slurm JAX takes one GPU a process unless it is told of the others.
 devices=""
-if [ "$gpus" -gt 0 ]; then devices="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))"; fi
+if [ "$gpus" -gt 0 ]; then
+  options+=("--gpus-per-node=$gpus")
+  # Under Slurm JAX takes one GPU a process unless it is told of the others.
+  devices="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))"
+fi
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 batch="#!/usr/bin/env bash

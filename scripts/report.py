@@ -25,6 +25,7 @@ import markdown
 from absl import flags
 
 from sam_jax import commands, figures, results
+from sam_jax import config as config_lib
 from sam_jax.errors import UserError
 from sam_jax.results import TEST, VALIDATION
 
@@ -76,7 +77,7 @@ def mean_of(group, metric, scale=1.0):
 
 def rows_of_table(groups, keys, best, paper):
     """Returns a dict for each group, in the order of the columns."""
-    short = results.names(keys)
+    short = config_lib.short_names(keys)
     rows = []
     for g in groups:
         row = {short[key]: _shown(g.settings.get(key)) for key in keys}
@@ -154,7 +155,7 @@ def by_panel(groups):
 
 def label(group, keys):
     """'sam, rho 0.1': what the keys say of a group."""
-    short = results.names(keys)
+    short = config_lib.short_names(keys)
     settings = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
     words = [value if key in ('sam.method', *PANEL) else f'{short[key]} {value}'
              for key, value in settings.items() if value]
@@ -265,9 +266,8 @@ def notes_of(groups):
     return notes
 
 
-def document(groups, notes, paper):
+def document(groups, keys, best, notes, paper):
     """Returns (Markdown, {name of a picture in it: its figure})."""
-    keys, best = results.varying(groups), results.best(groups)
     switches = results.switches(groups)
     pictures = {}
     finished = sum(len(g.finished) for g in groups)
@@ -324,8 +324,8 @@ def main(folders):
     paper = results.read_paper(PAPER)
     out = _OUT.value or os.path.join(folders[0], 'report')
     os.makedirs(out, exist_ok=True)
-    text, pictures = document(groups, notes, paper)
     keys, best = results.varying(groups), results.best(groups)
+    text, pictures = document(groups, keys, best, notes, paper)
     for name, figure in pictures.items():
         figures.save(figure, os.path.join(out, name))
     with open(os.path.join(out, 'report.md'), 'w') as file:

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import flax.linen as nn
 import jax
@@ -86,6 +87,26 @@ def lean_environment(folder, **environment):
     stub.write_text("raise ImportError('left out in this test')")
     return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', **environment,
             'PYTHONPATH': str(stub.parent)}
+
+
+def training_process(*flags):
+    """The number of the process of sam_jax.main that has all these flags, or None."""
+    for entry in pathlib.Path('/proc').iterdir():
+        try:
+            words = (entry / 'cmdline').read_bytes().decode().split('\0')
+        except (OSError, UnicodeDecodeError):
+            continue
+        if {'sam_jax.main', *flags} <= {*words}:
+            return int(entry.name)
+    return None
+
+
+def wait_until(condition, seconds=120):
+    """Waits until condition() holds."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
 
 
 def _free_port():

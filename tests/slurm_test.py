@@ -6,10 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -29,17 +28,10 @@ def _read(path):
     return path.read_text() if path.exists() else ''
 
 
-def _when(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.1)
-
-
 def test_a_job_array_is_preempted_requeued_left_alone_and_found_again(tmp_path):
     log = tmp_path / NAMES[0] / 'log.txt'
     first = _start(tmp_path)
-    _when(lambda: len(re.findall(r'step \d+/1200', _read(log))) > 5)
+    wait_until(lambda: len(re.findall(r'step \d+/1200', _read(log))) > 5)
     job = _read(tmp_path / NAMES[0] / 'slurm_job')
     first.send_signal(signal.SIGINT)
     output = first.communicate(timeout=60)[1]
@@ -48,7 +40,7 @@ def test_a_job_array_is_preempted_requeued_left_alone_and_found_again(tmp_path):
 
     # The cluster takes the node away, as submitit hears of it.
     subprocess.run(['scancel', job, '--signal', 'USR2'], check=True)
-    _when(lambda: 'Stopped by SIGTERM' in _read(log))
+    wait_until(lambda: 'Stopped by SIGTERM' in _read(log))
     second = _start(tmp_path)
     output = second.communicate(timeout=300)[1]
     assert second.returncode == 1, output
@@ -79,10 +71,10 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[-1]
     log = tmp_path / 'log.txt'
-    _when(lambda: 'step 40/600' in _read(log))
+    wait_until(lambda: 'step 40/600' in _read(log))
     subprocess.run(['scancel', '--batch', '--signal=TERM', job], check=True)
-    _when(lambda: 'Stopped by SIGTERM at step' in _read(log))
-    _when(lambda: 'Finished.' in _read(log), 400)
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log))
+    wait_until(lambda: 'Finished.' in _read(log), 400)
     assert 'Resuming at step' in _read(log)
     written = json.loads(_read(tmp_path / 'config.json'))
     assert (written['process_count'], written['device_count']) == (2, 2)

@@ -3,16 +3,14 @@
 import fcntl
 import json
 import os
-import pathlib
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, lean_environment
+from helpers import ROOT, lean_environment, training_process, wait_until
 
 from sam_jax import sweeps
 from sam_jax.errors import UserError
@@ -171,25 +169,6 @@ def test_no_two_runs_on_a_gpu(tmp_path, monkeypatch):
     assert done.returncode == 2 and '--parallel is 3; there are 2 GPUs' in done.stderr
 
 
-def _process_of(workdir):
-    """The process that trains in a folder, or None."""
-    for entry in pathlib.Path('/proc').iterdir():
-        try:
-            words = (entry / 'cmdline').read_bytes().decode().split('\0')
-        except (OSError, UnicodeDecodeError):
-            continue
-        if 'sam_jax.main' in words and f'--workdir={workdir}' in words:
-            return int(entry.name)
-    return None
-
-
-def _when(condition, seconds=120):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end
-        time.sleep(0.02)
-
-
 def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
     """SIGTERM to the sweep, SIGKILL to a run, one that diverges; finished ones are not repeated."""
     flags = ['--sweep=optimizer.learning_rate=0.1,0.2,1e30', '--parallel=2']
@@ -208,17 +187,18 @@ def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
             return 0
 
     process = begin()
-    _when(lambda: min(steps(name) for name in names[:2]) > 2)
+    wait_until(lambda: min(steps(name) for name in names[:2]) > 2)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[1]
     assert process.returncode == 143 and 'Stopped; the same command goes on' in output, output
-    assert not any(_process_of(tmp_path / name) for name in names)
+    assert not any(training_process(f'--workdir={tmp_path / name}') for name in names)
     assert 'Stopped by SIGTERM' in (tmp_path / names[0] / 'log.txt').read_text()
 
     process = begin()
-    _when(lambda: _process_of(tmp_path / names[1]) and 'Resuming at step' in (
+    flag = f'--workdir={tmp_path / names[1]}'
+    wait_until(lambda: training_process(flag) and 'Resuming at step' in (
         tmp_path / names[1] / 'log.txt').read_text())
-    os.kill(_process_of(tmp_path / names[1]), signal.SIGKILL)
+    os.kill(training_process(flag), signal.SIGKILL)
     output = process.communicate(timeout=200)[1]
     assert process.returncode == 1, output
     assert f'failed: {names[2]}: status 2: ' in output and 'not finite' in output
