@@ -58,17 +58,54 @@ def set_model(c, name):
         c.model[option] = default
 
 
-# Options of the methods of `sam_jax.sharpness` besides rho and p, with their defaults.
+# Options of the methods of `sam_jax.sharpness` besides rho and p, with their defaults. What they
+# mean stands in the docstring of the method, sam_jax.sharpness.NAME.
 METHOD_OPTIONS = {
     'multistep_sam': {'steps': 2, 'step_size': 1.0},  # length of a step in units of rho
+    'asam': {'eta': 0.01, 'adapt': 'weights'},  # or 'kernels', 'all'
+    'fisher_sam': {'eta': 1.0},
+    'sparse_sam': {'sparsity': 0.5, 'period': 100},  # ascents until the mask is made anew
+    'vasso': {'theta': 0.9},
+    'friendly_sam': {'sigma': 1.0, 'lam': 0.9},
+    'gsam': {'alpha': 0.4},
+    'wsam': {'gamma': 0.9, 'decoupled': True},
+    'gnp': {'alpha': 0.8},
+    'gradient_constrained': {'low': 0.5, 'up': 0.8, 'per_leaf': True},
+    'cr_sam': {'gamma': 0.1, 'beta': 0.01},
+    'looksam': {'k': 5, 'alpha': 0.7, 'per_leaf': False},
+    'look_layersam': {'k': 5, 'alpha': 0.7},
+    'periodic_sam': {'k': 5},
+    'late_phase_sam': {'start': 0.9, 'end': 1.0},  # fractions of the training
+    'rst': {'probability': 0.5, 'final_probability': 0.5, 'alpha': 1.0},
+    'ae_sam': {'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
+    'ae_looksam': {'alpha': 0.7, 'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
+    'trace_sam': {'lam': 1.0, 'n': 1},
+    'det_sam': {'lam': 1.0, 'h': 0.01, 'n': 1},
+    'frob_sam': {'lam': 0.005, 'n': 2},
+    'extrapolated': {'by': 'past'},  # or 'noise', 'gradient'
+    'sampa': {'lam': 0.2},
+    'bsam': {'prior_precision': 40.0, 'beta1': 0.9, 'beta2': 0.999, 'damping': 0.1,
+             'init_precision': 1.0},
+    'saf': {'lam': 0.3, 'tau': 5.0, 'start_epoch': 5, 'epochs_ago': 3},
+    'mesa': {'lam': 0.8, 'tau': 5.0, 'start_epoch': 5},
+    'esam': {'beta': 0.5, 'gamma': 0.5},
 }
 
 
 def set_method(c, name):
-    """Chooses a sharpness-aware method and declares its options, `config.sam.*`."""
+    """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
+
+    Two methods also decide on other sections: bSAM is an optimizer with a prior of its own, and
+    MESA learns from the moving average.
+    """
     c.sam.method = name
     for option, default in METHOD_OPTIONS.get(name, {}).items():
         c.sam[option] = default
+    if name == 'bsam':
+        c.optimizer.momentum = c.optimizer.weight_decay = 0.0
+        c.optimizer.nesterov = False
+    if name == 'mesa':
+        c.ema.decay = 0.9998
 
 
 # The tiny model of each family, by the beginning of the name.
@@ -162,18 +199,19 @@ def get_config():
     c.sam.rho = 0.05
     c.sam.p = 2.0
     c.sam.replicas_per_group = 1  # m = replica_batch_size * replicas_per_group
-    c.sam.schedule = 'constant'  # of rho: 'constant', 'cosine', 'exponential'
+    c.sam.schedule = 'constant'  # of rho; 'cosine', 'exponential', or 'learning_rate': its share
+    c.sam.rho_min = 0.0  # where rho ends with schedule 'learning_rate'
     c.sam.warmup_epochs = 0.0  # of rho, linear
 
     c.optimizer = ml_collections.ConfigDict()
-    c.optimizer.name = 'sgd'  # or 'rmsprop'
+    c.optimizer.name = 'sgd'  # or 'rmsprop', 'adam'
     c.optimizer.learning_rate = 0.1
     c.optimizer.schedule = 'cosine'  # 'constant', 'cosine', 'exponential'
     c.optimizer.warmup_epochs = 0.0  # linear
     c.optimizer.momentum = 0.9
     c.optimizer.nesterov = True
-    c.optimizer.decay = 0.9  # rmsprop's average of squares
-    c.optimizer.epsilon = 1e-3  # rmsprop's, inside of the root
+    c.optimizer.decay = 0.9  # of the average of squares of rmsprop and adam (there often 0.999)
+    c.optimizer.epsilon = 1e-3  # rmsprop's inside of the root, adam's outside (there often 1e-8)
     c.optimizer.weight_decay = 5e-4  # 0.5 * weight_decay * sum w^2 is part of the loss
     c.optimizer.decay_norm_and_bias = True  # False: only parameters of two or more axes
     c.optimizer.clip_norm = 5.0  # global norm of the mean gradient; 0 for no clipping

@@ -29,7 +29,7 @@ KEYS = {
     'data.validation': bool, 'data.label_noise': float, 'data.label_noise_kind': str,
     'data.label_noise_seed': int, 'data.labels_from': str, 'data.soft_labels': bool,
     'sam.method': str, 'sam.rho': float, 'sam.p': float, 'sam.replicas_per_group': int,
-    'sam.schedule': str, 'sam.warmup_epochs': float,
+    'sam.schedule': str, 'sam.rho_min': float, 'sam.warmup_epochs': float,
     'optimizer.name': str, 'optimizer.learning_rate': float, 'optimizer.schedule': str,
     'optimizer.warmup_epochs': float, 'optimizer.momentum': float, 'optimizer.nesterov': bool,
     'optimizer.decay': float, 'optimizer.epsilon': float, 'optimizer.weight_decay': float,
@@ -46,7 +46,8 @@ _CHOICES = {
     'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
     'data.name': data.NAMES, 'data.augment': tuple(data.RECIPES),
     'data.label_noise_kind': tuple(data.LABEL_NOISE),
-    'sam.method': tuple(sharpness.METHODS), 'sam.schedule': tuple(schedules.SCHEDULES),
+    'sam.method': tuple(sharpness.METHODS),
+    'sam.schedule': (*schedules.SCHEDULES, 'learning_rate'),
     'optimizer.name': optimizers.OPTIMIZERS, 'optimizer.schedule': tuple(schedules.SCHEDULES),
 }
 
@@ -61,7 +62,8 @@ _RANGES = {
     'data.mixup_alpha': (0, math.inf, False), 'data.cutmix_alpha': (0, math.inf, False),
     'data.image_size': (0, math.inf, False), 'data.threads': (0, math.inf, False),
     'data.label_noise': (0, 1, True), 'data.label_noise_seed': (0, 2 ** 32 - 1, True),
-    'sam.rho': (0, math.inf, False), 'sam.replicas_per_group': (1, math.inf, False),
+    'sam.rho': (0, math.inf, False), 'sam.rho_min': (0, math.inf, False),
+    'sam.replicas_per_group': (1, math.inf, False),
     'sam.warmup_epochs': (0, math.inf, False), 'optimizer.learning_rate': (0, math.inf, False),
     'optimizer.warmup_epochs': (0, math.inf, False), 'optimizer.momentum': (0, 1, False),
     'optimizer.decay': (0, 1, False), 'optimizer.epsilon': (0, math.inf, False),
@@ -166,8 +168,9 @@ def check(config):
         if flat[key] > flat['total_epochs']:
             raise UserError(
                 f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.')
-    if flat['optimizer.name'] == 'rmsprop' and not flat['optimizer.epsilon'] > 0:
-        raise UserError('optimizer.epsilon is 0; rmsprop needs a positive one.')
+    if flat['optimizer.name'] != 'sgd' and not flat['optimizer.epsilon'] > 0:
+        raise UserError(
+            f'optimizer.epsilon is 0; {flat["optimizer.name"]} needs a positive one.')
     _check_data_settings(config.data)
     create_model(config, num_classes=1)  # names and options do not depend on the data
 
@@ -190,9 +193,49 @@ def _check_method(flat):
     settings = {key.removeprefix('sam.'): value for key, value in flat.items()
                 if key.startswith('sam.')}
     try:
-        sharpness.create(**settings)
+        made = sharpness.create(**settings)
     except ValueError as e:
         raise UserError(f'sam.method is {method!r}: {e}') from e
+    if flat['sam.p'] != 2 and method != 'sgd' and 'p' not in sharpness.takes(method):
+        raise UserError(f'sam.p is {flat["sam.p"]}; sam.method {method!r} knows only 2.0.')
+    if flat['sam.rho_min'] and flat['sam.schedule'] != 'learning_rate':
+        raise UserError(
+            f"sam.rho_min is {flat['sam.rho_min']}; it is where rho ends with sam.schedule "
+            f"'learning_rate', and the schedule is {flat['sam.schedule']!r}: set it to 0.")
+    if flat['sam.rho_min'] > flat['sam.rho']:
+        raise UserError(f'sam.rho_min is {flat["sam.rho_min"]}; it must not exceed sam.rho, '
+                        f'{flat["sam.rho"]}.')
+    _check_company(flat, made)
+
+
+def _check_company(flat, made):
+    """What a method wants of the optimizer, the averages and the data."""
+    begin = f"sam.method is {flat['sam.method']!r}, which"
+    if 'momentum' in made.needs and not flat['optimizer.momentum']:
+        raise UserError(f'{begin} moves along the momentum; optimizer.momentum is 0 and must be '
+                        'greater, such as 0.9.')
+    if flat['sam.method'] == 'bsam':
+        wanted = {'optimizer.name': 'sgd', 'optimizer.momentum': 0.0, 'optimizer.nesterov': False,
+                  'optimizer.weight_decay': 0.0}
+        for key, value in wanted.items():
+            if flat[key] != value:
+                raise UserError(f'{begin} is an optimizer with a momentum and a prior of its own; '
+                                f'{key} is {flat[key]!r} and must be {value!r}.')
+    if made.trajectory is None:
+        return
+    if not made.trajectory.epochs_ago and not flat['ema.decay']:
+        raise UserError(f'{begin} learns from a moving average of the weights; ema.decay is 0 and '
+                        'must be greater, such as 0.9998.')
+    if made.trajectory.epochs_ago:
+        if flat['data.name'] not in data.SOURCES:
+            raise UserError(
+                f'{begin} keeps the logits of every image on the device; data.name is '
+                f'{flat["data.name"]!r}, which is streamed, and must be one of '
+                f'{", ".join(data.SOURCES)}.')
+        for key in ('data.mixup_alpha', 'data.cutmix_alpha'):
+            if flat[key]:
+                raise UserError(f'{begin} remembers what the network says of each image; {key} is '
+                                f'{flat[key]} and must be 0, since mixed images are of no one.')
 
 
 def _check_data_settings(settings):

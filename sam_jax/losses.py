@@ -37,6 +37,24 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
+def trajectory(logits, past, tau):
+    """Distance of each example's prediction from a past one (SAF and MESA, arXiv 2205.14083).
+
+    tau^2 KL(softmax(past / tau) || softmax(logits / tau)), whose gradient by the logits is
+    tau (softmax(logits / tau) - softmax(past / tau)); 0 where they agree, and for large tau
+    (1 / 2C) ||logits - past||^2 of centred logits. The factor tau^2 is that of the authors' code.
+
+    Args:
+      logits, past: (..., C), any float dtype.
+      tau: temperature > 0.
+
+    Returns:
+      (...,), float32 (float64 if the logits are).
+    """
+    new, old = (jax.nn.log_softmax(_float32(x) / tau) for x in (logits, past))
+    return tau ** 2 * jnp.sum(jnp.exp(old) * (old - new), axis=-1)
+
+
 def l2_penalty(params, weight_decay, decay_norm_and_bias=True):
     """Returns 0.5 * weight_decay * sum of w^2, a scalar (SAM paper's code: part of the loss).
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-OPTIMIZERS = ('sgd', 'rmsprop')
+OPTIMIZERS = ('sgd', 'rmsprop', 'adam')
 
 
 def create(settings, learning_rate):
@@ -13,6 +13,8 @@ def create(settings, learning_rate):
     sgd: m <- g + momentum m; w <- w - lr (g + momentum m) if nesterov, else w - lr m.
     rmsprop (TF1, as EfficientNet uses it): v <- decay v + (1 - decay) g^2 with v = 1 at the start;
     m <- momentum m + lr g / sqrt(v + epsilon); w <- w - m.
+    adam: m <- momentum m + (1 - momentum) g; v <- decay v + (1 - decay) g^2, both corrected for
+    their start; w <- w - lr m / (sqrt(v) + epsilon), nesterov as NAdam.
 
     Args:
       settings: `config.optimizer`.
@@ -22,11 +24,21 @@ def create(settings, learning_rate):
     clipping = optax.clip_by_global_norm(clip) if clip else optax.identity()
     if settings.name == 'sgd':
         descent = optax.sgd(learning_rate, settings.momentum, settings.nesterov)
+    elif settings.name == 'adam':
+        descent = optax.adam(
+            learning_rate, settings.momentum, settings.decay, settings.epsilon,
+            nesterov=settings.nesterov)
     else:
         descent = optax.rmsprop(
             learning_rate, settings.decay, settings.epsilon, initial_scale=1.0, eps_in_sqrt=True,
             momentum=settings.momentum, nesterov=settings.nesterov)
     return optax.chain(clipping, descent)
+
+
+def momentum(opt_state):
+    """Returns the optimizer's momentum, a pytree like the params: of adam its first moment."""
+    trace = optax.tree.get(opt_state, 'trace')
+    return optax.tree.get(opt_state, 'mu') if trace is None else trace
 
 
 def ema_update(average, values, step, decay, warmup_steps=0):

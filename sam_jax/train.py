@@ -181,7 +181,8 @@ def _restore(plan, checkpoints):
     meta = next(filter(None, metas), None)
     if meta:
         config_lib.check_same_mathematics(plan.config, meta['config'])
-    state = train_step.create_train_state(plan.config, plan.model, plan.dataset.image_shape)
+    state = train_step.create_train_state(
+        plan.config, plan.model, plan.dataset.image_shape, plan.dataset.num_images)
     first_step, wall_time = 0, 0.0
     restored = checkpoints.restore_newest(state)
     if restored:
@@ -252,13 +253,10 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
     outbox = reports.Reports(config, writer, progress, plan.steps_per_epoch, first_step)
     saved_at = time.time()
     results = None
-    feeds = dataset.train_feeds(config.seed, first_step, plan.total_steps, layout)
+    feeds = _feeds(plan, first_step, progress)
     try:
         for step in range(first_step, plan.total_steps):
-            with progress.waiting():
-                feed = next(feeds)
-            # The copy to the devices goes on while they still compute the steps before.
-            feed = layout.shard(feed)
+            feed = next(feeds)
             state, metrics = step_fn(state, feed, arrays, hparams)
             done = step + 1
             outbox.add(done, metrics)
@@ -297,6 +295,25 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
         writers.write_json(plan.result_path, result)
         progress.say(reports.summary(result, plan.workdir))
     return state
+
+
+def _feeds(plan, first_step, progress):
+    """Yields the feeds of the steps on the devices, with the one before for methods that want it.
+
+    Before the first step there is none, and it is its own.
+    """
+    needs = train_step.needs(plan.config)
+    begin = max(first_step - 1, 0) if 'previous_grad_fn' in needs else first_step
+    feeds = plan.dataset.train_feeds(plan.config.seed, begin, plan.total_steps, plan.layout)
+    previous = None
+    for step in range(begin, plan.total_steps):
+        with progress.waiting():
+            feed = next(feeds)
+        # The copy to the devices goes on while they still compute the steps before.
+        feed = plan.layout.shard(feed)
+        if step >= first_step:
+            yield train_step.paired(feed, previous, needs)
+        previous = feed
 
 
 def _epoch_due(plan, done, period):

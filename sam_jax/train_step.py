@@ -6,7 +6,6 @@
 """
 
 import functools
-import inspect
 from typing import Any
 
 import flax.struct
@@ -16,7 +15,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from sam_jax import losses, metrics, optimizers, rngs, schedules, sharpness
+from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajectory
+from sam_jax.errors import UserError
 from sam_jax.models import pretrained
 from sam_jax.replicas import AXIS
 
@@ -50,6 +50,7 @@ class TrainState(flax.struct.PyTreeNode):
       params, batch_stats: the model's variables.
       opt_state: state of clipping and optimizer.
       sharpness_state: state of the sharpness-aware method.
+      memory: of the training images' logits, see `trajectory.py`; None for most methods.
       ema: {'params', 'batch_stats'} averaged over steps, or None.
       sums: sums of the averaged metrics since the last report.
       bad_step: first step (1-based) whose loss or gradient was not finite; 0 if none was.
@@ -60,35 +61,77 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     sharpness_state: Any
+    memory: Any
     ema: Any
     sums: Any
     bad_step: Any
 
 
-def _method(config, rho):
-    other = ('rho', 'schedule', 'warmup_epochs', 'replicas_per_group')
-    settings = {name: value for name, value in config.sam.items() if name not in other}
-    return sharpness.create(rho=rho, **settings)
+def _method(config, rho, **run):
+    settings = {**config.sam, 'rho': rho, **run}
+    return sharpness.create(**settings)
 
 
-def _scheduled(settings, base, step, config, steps_per_epoch):
-    """The value of a schedule of `config.sam` or `config.optimizer` at a step."""
-    return schedules.create(
-        settings.schedule, base, config.total_epochs * steps_per_epoch,
-        settings.warmup_epochs * steps_per_epoch)(step)
+def needs(config):
+    """Returns the names of what the config's method needs of its loop, see `sharpness.Method`."""
+    return _method(config, 0.0).needs
 
 
-def create_train_state(config, model, image_shape):
+def paired(feed, previous, needs):
+    """Returns the feed of a step, with that of the step before where the method needs it.
+
+    Args:
+      feed: of the step, on the devices.
+      previous: of the step before; None at the first, which then is its own.
+      needs: of `needs`.
+    """
+    if 'previous_grad_fn' not in needs:
+        return feed
+    return {**feed, 'previous': feed if previous is None else previous}
+
+
+def _schedules(config, hparams, step, steps_per_epoch):
+    """Returns (learning rate, rho) at a step."""
+    total_steps = config.total_epochs * steps_per_epoch
+
+    def scheduled(settings, base, name):
+        return schedules.create(
+            name, base, total_steps, settings.warmup_epochs * steps_per_epoch)(step)
+
+    learning_rate = scheduled(
+        config.optimizer, hparams.learning_rate, config.optimizer.schedule)
+    if config.sam.schedule == 'learning_rate':
+        peak = hparams.learning_rate
+        share = jnp.where(peak > 0, learning_rate / jnp.where(peak > 0, peak, 1.0), 0.0)
+        return learning_rate, scheduled(config.sam, 1.0, 'constant') * (
+            config.sam.rho_min + (hparams.rho - config.sam.rho_min) * share)
+    return learning_rate, scheduled(config.sam, hparams.rho, config.sam.schedule)
+
+
+def create_train_state(config, model, image_shape, num_images=0):
     """Initialises params, statistics and all states, on the host's default device.
 
     Args:
       config: the run's config; its seed decides the params.
       model: flax module of `models.create_model`.
       image_shape: (H, W, C).
+      num_images: rows of the memory, for methods that have one.
+
+    Raises:
+      UserError: the method cannot work with these params.
     """
-    images = jnp.zeros((1, *image_shape), float)
     init = jax.jit(functools.partial(model.init, train=False))
-    variables = init({'params': rngs.key(config.seed, 'init')}, images)
+
+    def create_variables():
+        images = jnp.zeros((1, *image_shape), float)
+        return init({'params': rngs.key(config.seed, 'init')}, images)
+
+    method = _method(config, 0.0)
+    try:
+        jax.eval_shape(lambda: method.init(create_variables()['params']))
+    except ValueError as e:  # what the method has to say of params of these shapes
+        raise UserError(f'sam.method is {config.sam.method!r}: {e}') from e
+    variables = create_variables()
     params, batch_stats = variables['params'], variables.get('batch_stats', {})
     # Flax starts statistics in float32 even where a float64 model then keeps them in float64.
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
@@ -97,10 +140,12 @@ def create_train_state(config, model, image_shape):
     if config.ema.decay:
         # A copy: the step donates its arguments, and no buffer may be given away twice.
         ema = jax.tree.map(jnp.copy, {'params': params, 'batch_stats': batch_stats})
+    memory = trajectory.create_memory(
+        method.trajectory, num_images, getattr(model, 'num_classes', 0), dtype)
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats,
         opt_state=optimizers.create(config.optimizer, 0.0).init(params),
-        sharpness_state=_method(config, 0.0).init(params), ema=ema,
+        sharpness_state=method.init(params), memory=memory, ema=ema,
         sums={name: jnp.zeros((), float) for name in _AVERAGED},
         bad_step=jnp.zeros((), jnp.int32))
 
@@ -117,107 +162,6 @@ def load_pretrained(state, model, path):
         path, model, {'params': state.params, 'batch_stats': state.batch_stats})
     ema = state.ema and jax.tree.map(np.copy, variables)
     return state.replace(ema=ema, **variables)
-
-
-def mean_over(function, xs, unroll):
-    """Returns the mean of function(x) over the leading axis of the pytree xs.
-
-    One after the other, so only one x's intermediates are in memory; integer leaves (counters) are
-    taken from the last x, since they are equal.
-    """
-    n = jax.tree.leaves(xs)[0].shape[0]
-    first = function(jax.tree.map(lambda x: x[0], xs))
-    rest = jax.tree.map(lambda x: x[1:], xs)
-
-    def add(total, x):
-        return jax.tree.map(
-            lambda t, y: t + y if jnp.issubdtype(t.dtype, jnp.inexact) else y, total, function(x))
-
-    if n == 1:
-        return first
-    if unroll:
-        total = first
-        for i in range(n - 1):
-            total = add(total, jax.tree.map(lambda x, i=i: x[i], rest))
-    else:
-        total, _ = lax.scan(lambda t, x: (add(t, x), None), first, rest)
-    return jax.tree.map(
-        lambda t: t / n if jnp.issubdtype(t.dtype, jnp.inexact) else t, total)
-
-
-def mean_over_devices(tree, axis_index_groups=None):
-    """Mean over the devices of the axis, or over each group of them; integer leaves stay."""
-    leaves, structure = jax.tree.flatten(tree)
-    inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    means = lax.pmean([leaves[i] for i in inexact], AXIS, axis_index_groups=axis_index_groups)
-    for i, mean in zip(inexact, means):
-        leaves[i] = mean
-    return jax.tree.unflatten(structure, leaves)
-
-
-def replica_gradient(params, batch_stats, replica, *, model, config, weight_decay,
-                     true_gradient=False):
-    """Gradient of one replica's mean cross entropy plus the L2 penalty.
-
-    Args:
-      params, batch_stats: the model's variables.
-      replica: {'image', 'label', 'rngs'}: R examples and the keys of the replica's dropout and
-        shakes.
-      model: flax module of `models.create_model`.
-      config: the run's config.
-      weight_decay: factor of the penalty.
-      true_gradient: whether shake models return the gradient of the loss they compute; a boolean,
-        traced or not. Models that do not take it always do.
-
-    Returns:
-      (gradient, aux), aux = {'loss': cross entropy without the penalty, 'error_rate',
-      'batch_stats': running statistics after this pass}.
-    """
-    options = {}
-    if 'true_gradient' in inspect.signature(type(model).__call__).parameters:
-        options['true_gradient'] = true_gradient
-
-    def objective(params):
-        logits, updated = model.apply(
-            {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
-            mutable=['batch_stats'], rngs=replica['rngs'], **options)
-        loss = jnp.mean(losses.cross_entropy(logits, replica['label'], config.label_smoothing))
-        penalty = losses.l2_penalty(
-            params, weight_decay, config.optimizer.decay_norm_and_bias)
-        aux = {'loss': loss.astype(float),
-               'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
-               'batch_stats': updated.get('batch_stats', {})}
-        return loss + penalty, aux
-
-    return jax.grad(objective, has_aux=True)(params)
-
-
-def _group_step(state, group, gradient, method, layout, ascends):
-    """One group's sharpness-aware gradient, from the replicas that this device holds of it."""
-
-    def group_gradient(params, true_gradient=False):
-        result = mean_over(functools.partial(gradient, params, true_gradient=true_gradient),
-                           group, layout.unroll)
-        if layout.devices_per_group > 1:
-            result = mean_over_devices(result, layout.axis_index_groups)
-        return result
-
-    def perturbed_gradient(params):
-        grads, aux = group_gradient(params)
-        return grads, aux['loss']
-
-    # What is climbed is the loss: its own gradient, where shake models know two.
-    grads, aux = group_gradient(state.params, true_gradient=ascends)
-    (updates, perturbed_loss), sharpness_state = method.update(
-        grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'],
-        ascent_grad_fn=lambda params: group_gradient(params, true_gradient=True)[0],
-        key=group['group_key'][0])
-    report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
-              'perturbed_loss': perturbed_loss,
-              # The ascent's own expression, so that XLA computes it once.
-              'clean_grad_norm': sharpness.ascent.lp_norm(grads),
-              'perturbation_norm': sharpness_state.perturbation_norm}
-    return updates, sharpness_state, aux['batch_stats'], report
 
 
 def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
@@ -239,33 +183,69 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
     Returns:
       (new state, metrics): scalars by their logged names, the same on all devices.
     """
-    learning_rate = _scheduled(
-        config.optimizer, hparams.learning_rate, state.step, config, steps_per_epoch)
-    rho = _scheduled(config.sam, hparams.rho, state.step, config, steps_per_epoch)
-    method = _method(config, rho)
+    learning_rate, rho = _schedules(config, hparams, state.step, steps_per_epoch)
+    method = _method(
+        config, rho, total_steps=config.total_epochs * steps_per_epoch,
+        num_examples=steps_per_epoch * config.batch_size)
     descent = optimizers.create(config.optimizer, learning_rate)
 
+    previous = feed.get('previous')
+    feed = {name: x for name, x in feed.items() if name != 'previous'}
     replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
+    if previous is not None:
+        replicas['previous'] = keyed_replicas(
+            jnp.maximum(state.step - 1, 0), previous, arrays, hparams, layout, batch_fn)
+    epoch = state.step // steps_per_epoch
+    if state.memory is not None:
+        replicas['past'] = trajectory.recall(state.memory, feed['index'], epoch)
     groups = jax.tree.map(
         lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
+    added_loss = trajectory.trajectory_loss(method.trajectory, state, model, epoch)
 
     def gradient(params, replica, true_gradient):
-        return replica_gradient(
+        return gradients.replica_gradient(
             params, state.batch_stats, replica, model=model, config=config,
-            weight_decay=hparams.weight_decay, true_gradient=true_gradient)
+            weight_decay=hparams.weight_decay, true_gradient=true_gradient, added_loss=added_loss)
 
+    select = functools.partial(
+        gradients.most_risen, batch_stats=state.batch_stats, model=model, config=config)
+    shared = {'momentum': optimizers.momentum(state.opt_state), 'learning_rate': learning_rate,
+              'gate_key': rngs.key(hparams.seed, 'gate', state.step)}
+    climbs = method.climbs(state.sharpness_state, **shared)
     # With rho = 0 the clean gradient is what descends, and nothing is climbed.
-    ascends = rho > 0 if config.sam.method != 'sgd' else False
-    result = mean_over(
-        lambda group: _group_step(state, group, gradient, method, layout, ascends),
-        groups, layout.unroll)
+    climbs = jnp.logical_and(climbs, rho > 0) if climbs is not False else False
+
+    def clean(group):
+        params = state.params
+        if method.point:
+            params = method.point(state.sharpness_state, params, key=group['group_key'][0],
+                                  **shared)
+        return gradients.over_group(
+            lambda replica: gradient(params, replica, climbs), group, layout)
+
+    def step(pair):
+        return gradients.group_step(state, *pair, gradient, select, method, layout, shared)
+
+    if 'gate_norm' in method.needs:
+        # The gate is one for all: the gradients of all groups are there before the first ascent.
+        _, cleans = gradients.mean_over(lambda group: ((), clean(group)), groups, layout.unroll)
+        squares = jax.vmap(lambda g: jnp.square(sharpness.ascent.lp_norm(g)))(cleans[0][0])
+        shared['gate_norm'] = jnp.sqrt(gradients.mean_over_devices(jnp.mean(squares)))
+        result, kept = gradients.mean_over(step, (groups, cleans), layout.unroll)
+    else:
+        result, kept = gradients.mean_over(
+            lambda group: step((group, clean(group))), groups, layout.unroll)
     if layout.devices_per_group < len(layout.devices):
-        result = mean_over_devices(result)
+        result = gradients.mean_over_devices(result)
     grads, sharpness_state, batch_stats, report = result
     report['grad_norm'] = optax.tree.norm(grads)
 
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
+    updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)
+    memory = state.memory
+    if memory is not None:
+        memory = trajectory.memorise(memory, feed['index'], kept['logits'], epoch)
     ema = state.ema
     if ema is not None:
         ema = optimizers.ema_update(
@@ -276,7 +256,8 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
         'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
         'train/rho': rho})
     new_state = TrainState(
-        state.step + 1, params, batch_stats, opt_state, sharpness_state, ema, sums, bad_step)
+        state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums,
+        bad_step)
     return new_state, logged
 
 

@@ -29,7 +29,7 @@ from absl import app, flags
 
 from configs import cifar, digits
 from sam_jax import config as config_lib
-from sam_jax import data, replicas, train, train_step
+from sam_jax import data, gradients, replicas, train, train_step
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
@@ -99,9 +99,9 @@ def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset)
         state.step, feed, arrays, hparams, layout, dataset.train_batch))
 
     def gradient(params):
-        return train_step.replica_gradient(
+        return gradients.replica_gradient(
             params, state.batch_stats, replica, model=model, config=config,
-            weight_decay=hparams.weight_decay)
+            weight_decay=hparams.weight_decay)[0]
 
     grads, aux = gradient(state.params)
     updates, opt_state = _optax_sam(config, hparams).update(

@@ -72,6 +72,12 @@ def _key(key):
 # Whole runs.
 
 
+SAF = {'sam.method': 'saf', 'sam.lam': 0.3, 'sam.tau': 5.0, 'sam.start_epoch': 5,
+       'sam.epochs_ago': 3}
+BSAM = {'sam.method': 'bsam', 'sam.prior_precision': 40.0, 'sam.beta1': 0.9, 'sam.beta2': 0.999,
+        'sam.damping': 0.1, 'sam.init_precision': 1.0, 'optimizer.momentum': 0.0,
+        'optimizer.nesterov': False, 'optimizer.weight_decay': 0.0}
+
 BAD = [
     ({'batch_size': 60}, ['batch_size is 60', 'multiple of replica_batch_size, 64']),
     ({'batch_size': 96, 'replica_batch_size': 8}, ['12 replicas', '8 devices', 'batch_size 96']),
@@ -95,6 +101,22 @@ BAD = [
     ({'sam.method': 'multistep_sam', 'sam.steps': 2, 'sam.step_size': 1.0, 'sam.p': 3.0},
      ['p is 3.0', '2 or inf']),
     ({'sam.method': 'second_order_sam', 'sam.p': math.inf}, ['p is inf', 'use method sam']),
+    ({'sam.method': 'gnp', 'sam.alpha': 0.8, 'sam.p': math.inf}, ['sam.p is inf', 'gnp', '2.0']),
+    ({'sam.method': 'looksam', 'sam.alpha': 0.7, 'sam.k': 0, 'sam.per_leaf': False},
+     ['looksam', 'k is 0', 'at least 1']),
+    ({'sam.method': 'asam', 'sam.eta': 0.01, 'sam.adapt': 'bias'}, ['adapt is', 'kernels']),
+    ({'sam.rho_min': 0.1}, ['sam.rho_min is 0.1', 'learning_rate', "'constant'", 'set it to 0']),
+    ({'sam.rho_min': 0.9, 'sam.schedule': 'learning_rate'}, ['sam.rho_min is 0.9', 'not exceed']),
+    ({'sam.method': 'momentum_sam', 'optimizer.momentum': 0.0},
+     ['momentum_sam', 'optimizer.momentum is 0', 'such as 0.9']),
+    ({'sam.method': 'sam_on', 'model.batch_norm': False}, ['sam_on', 'no normalisation layer']),
+    ({'sam.method': 'mesa', 'sam.lam': 0.8, 'sam.tau': 5.0, 'sam.start_epoch': 5},
+     ['mesa', 'ema.decay is 0', 'such as 0.9998']),
+    ({**SAF, 'data.mixup_alpha': 0.2}, ['saf', 'data.mixup_alpha is 0.2', 'must be 0']),
+    ({**SAF, 'data.name': 'folder', 'data.image_size': 32},
+     ['saf', "data.name is 'folder'", 'digits']),
+    ({**BSAM, 'optimizer.weight_decay': 5e-4}, ['bsam', 'weight_decay is 0.0005', 'be 0.0']),
+    ({**BSAM, 'optimizer.name': 'adam'}, ['bsam', "optimizer.name is 'adam'", "be 'sgd'"]),
     ({'model.name': 'vgg16'}, ['model.name is \'vgg16\'', *models.NAMES]),
     ({'model.name': 'wrn16'}, ['model.name is \'wrn16\'', *models.NAMES]),
     ({'model.name': 'wrn11_1'}, ['depth 11', '6n + 4']),
@@ -124,7 +146,7 @@ BAD = [
     ({'optimizer.warmup_epochs': 3.0}, ['optimizer.warmup_epochs is 3.0', 'total_epochs, 2']),
     ({'optimizer.name': 'rmsprop', 'optimizer.epsilon': 0.0}, ['optimizer.epsilon is 0',
                                                                'positive']),
-    ({'optimizer.name': 'adam'}, ['optimizer.name is \'adam\'', 'sgd, rmsprop']),
+    ({'optimizer.name': 'adamw'}, ['optimizer.name is \'adamw\'', 'sgd, rmsprop, adam']),
     ({'optimizer.schedule': 'step'}, ['optimizer.schedule is \'step\'', 'cosine']),
     ({'replica_loop': 'for'}, ['replica_loop is \'for\'', 'unroll', 'scan']),
 ]

@@ -11,8 +11,8 @@ from helpers import ROOT
 FLOORS = [
     {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'figures', 'distributed',
-     'replicas'},
-    {'train_step', 'evaluate'},
+     'replicas', 'quantization'},
+    {'train_step', 'gradients', 'trajectory', 'evaluate'},
     {'config', 'reports', 'results', 'train', 'sweeps'},
     {'commands'},
     {'main', 'predict', 'preview'},
@@ -22,14 +22,15 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Imports within a floor: the loop asks for the checks, checkpoints for the number of processes.
 NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
               ('results', 'config'), ('results', 'reports'), ('sweeps', 'config'),
-              ('checkpoint', 'distributed')}
+              ('checkpoint', 'distributed'), ('train_step', 'gradients'),
+              ('train_step', 'trajectory')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'writers')}
 
 # Where each outside library may be imported, besides jax, numpy and Python's own.
 LIBRARIES = {
-    'optax': {'sharpness', 'optimizers', 'train_step', 'reports'},
+    'optax': {'sharpness', 'optimizers', 'train_step', 'reports', 'quantization'},
     'flax': {'models', 'train_step', 'reports'},
     'sklearn': {'data'},
     'tensorflow': {'data'},

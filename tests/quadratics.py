@@ -56,5 +56,54 @@ def take_steps(tx, grad_fn, params, steps):
     return np.stack(trajectory)
 
 
+def layers(dtype=np.float32, seed=0, minimum=0.0):
+    """quadratic() on the params of a small network with a normalisation layer, and its loss.
+
+    L(w) = (w - minimum)' A (w - minimum) / 2. Returns params, the loss function and A.
+    """
+    rng = np.random.RandomState(seed)
+    params = {'dense': {'kernel': rng.randn(3, 2), 'bias': rng.randn(2)},
+              'norm': {'bias': rng.randn(1), 'scale': rng.randn(2) + 1}}
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    n = ravel(params).size
+    a = rng.randn(n, n)
+    a = a @ a.T / n + np.eye(n)
+
+    def loss(tree):
+        w = ravel(tree) - minimum
+        return w @ jnp.asarray(a, w.dtype) @ w / 2
+
+    return params, loss, a
+
+
+def drive(tx, loss, params, state=None, t=0, momentum=None, learning_rate=0.1, note=None,
+          **extra_args):
+    """One update of any method, given all that a training loop gives; jax.grad of `loss`.
+
+    Args:
+      t: the step, of which the keys are.
+      momentum: default the params.
+      note: called at each gradient besides that given.
+    """
+    state = tx.init(params) if state is None else state
+
+    def grad_fn(tree, *fraction):
+        if note:
+            jax.debug.callback(note)
+        return jax.tree.map(
+            lambda g, w: g.astype(w.dtype), jax.grad(loss)(tree), params)
+
+    key = jax.random.fold_in(jax.random.key(7), t)
+    shared = dict(momentum=params if momentum is None else momentum, learning_rate=learning_rate,
+                  gate_key=jax.random.fold_in(jax.random.key(8), t), key=key)
+    point = tx.point(state, params, **shared) if getattr(tx, 'point', None) else params
+    grads = jax.tree.map(lambda g, w: g.astype(w.dtype), jax.grad(loss)(point), params)
+    return tx.update(
+        grads, state, params, **{**dict(
+            grad_fn=grad_fn, selected_grad_fn=grad_fn, previous_grad_fn=grad_fn,
+            value=loss(params), value_and_grad_fn=lambda tree: (loss(tree), grad_fn(tree))),
+            **shared, **extra_args})
+
+
 def nans(tree):
     return jax.tree.map(lambda x: jnp.full_like(x, np.nan), tree)

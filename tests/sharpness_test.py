@@ -312,7 +312,7 @@ def test_missing_arguments(tx):
 def test_extra_arguments_reach_the_ascent():
     """An ascent may ask for more; one that does not is not disturbed by it."""
     def ascend(grads, state, params, *, factor, **extra_args):
-        assert extra_args.keys() == {'grad_fn'}
+        assert extra_args.keys() == {'grad_fn', 'count'}
         return jax.tree.map(lambda g: factor * g, grads), state
 
     params, grad_fn, a = quadratic()

@@ -36,12 +36,14 @@ class Session:
 
     def start(self):
         return self.layout.replicate(train_step.create_train_state(
-            self.config, self.model, self.dataset.image_shape))
+            self.config, self.model, self.dataset.image_shape, self.dataset.num_images))
 
     def arguments(self, step, **hparams):
         values = train_step.HParams.from_config(self.config).replace(**hparams)
-        feed = self.dataset.train_feed(self.config.seed, step, self.layout)
-        return self.layout.shard(feed), self.arrays, self.layout.replicate(values)
+        feed, previous = (self.layout.shard(self.dataset.train_feed(
+            self.config.seed, i, self.layout)) for i in (step, max(step - 1, 0)))
+        feed = train_step.paired(feed, previous, train_step.needs(self.config))
+        return feed, self.arrays, self.layout.replicate(values)
 
     def run(self, steps, **hparams):
         state = self.start()

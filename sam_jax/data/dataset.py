@@ -43,6 +43,11 @@ class Dataset:
         return len(self.train)
 
     @property
+    def num_images(self):
+        """Number of training images that a resident feed's `index` may name; 0 if streamed."""
+        return 0
+
+    @property
     def image_shape(self):
         """(H, W, C) of the images that reach the network."""
         size = self.augmentation.image_size

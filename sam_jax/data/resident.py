@@ -46,6 +46,10 @@ class Split:
 class ResidentDataset(Dataset):
     """A dataset whose images lie on the devices; its splits are `Split`s."""
 
+    @property
+    def num_images(self):
+        return len(self.train.images)
+
     def original_images(self, count):
         """Returns the first training images before augmentation, uint8 (n, H, W, C)."""
         return self.train.images[self.train.index[:count]]

@@ -11,20 +11,59 @@ from w), a **combination** (clean and perturbed gradients -> gradient) and a **g
 for the perturbed gradient).
 """
 
-from sam_jax.sharpness import ascent, combine, gate
+from sam_jax.sharpness import ascent, combine, direction, gate, mask
+from sam_jax.sharpness.by_other_means import Trajectory
+from sam_jax.sharpness.combine import add_correction
 from sam_jax.sharpness.methods import (
     METHODS,
+    ae_looksam,
+    ae_sam,
+    asam,
+    bsam,
+    cr_sam,
     create,
+    det_sam,
     erm,
+    esam,
+    extrapolated,
+    fisher_sam,
+    friendly_sam,
+    frob_sam,
+    gnp,
+    gradient_constrained,
+    gsam,
+    late_phase_sam,
+    layerwise_sam,
+    look_layersam,
+    looksam,
+    mesa,
+    momentum_sam,
     multistep_sam,
     options,
+    periodic_sam,
     random_sam,
+    rst,
+    saf,
     sam,
+    sam_on,
+    sampa,
     second_order_sam,
+    sparse_sam,
+    stable_sam,
+    takes,
+    trace_sam,
+    unnormalized_sam,
+    vasso,
+    wsam,
 )
-from sam_jax.sharpness.transform import SharpnessState, fill_masked, sharpness_aware
+from sam_jax.sharpness.transform import Method, SharpnessState, fill_masked, sharpness_aware
 
 __all__ = [
-    'METHODS', 'SharpnessState', 'ascent', 'combine', 'create', 'erm', 'fill_masked', 'gate',
-    'multistep_sam', 'options', 'random_sam', 'sam', 'second_order_sam', 'sharpness_aware',
+    'METHODS', 'Method', 'SharpnessState', 'Trajectory', 'add_correction', 'ae_looksam', 'ae_sam',
+    'asam', 'ascent', 'bsam', 'combine', 'cr_sam', 'create', 'det_sam', 'direction', 'erm', 'esam',
+    'extrapolated', 'fill_masked', 'fisher_sam', 'friendly_sam', 'frob_sam', 'gate', 'gnp',
+    'gradient_constrained', 'gsam', 'late_phase_sam', 'layerwise_sam', 'look_layersam', 'looksam',
+    'mask', 'mesa', 'momentum_sam', 'multistep_sam', 'options', 'periodic_sam', 'random_sam', 'rst',
+    'saf', 'sam', 'sam_on', 'sampa', 'second_order_sam', 'sharpness_aware', 'sparse_sam',
+    'stable_sam', 'takes', 'trace_sam', 'unnormalized_sam', 'vasso', 'wsam',
 ]

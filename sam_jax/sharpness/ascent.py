@@ -1,8 +1,11 @@
 """Ascents: optax transformations from a gradient to the perturbation eps that is added to w.
 
 Their `update` may take more than gradient, state and params: `grad_fn`, params -> gradient of the
-loss that is climbed, and `key`, a JAX key of the step. What is put in front of `lp_ball` by
-`optax.chain` chooses another direction.
+loss that is climbed; `key`, a JAX key of the step; and `count`, the number of updates so far, at
+which a schedule of rho is read (without it the number of ascents is). What is put in front of a
+ball by `optax.chain` chooses another direction (`direction.py`).
+
+A ball has a norm that rho bounds; `norm(eps, grads, params)` of `sharpness_aware` measures it.
 
 Norms and perturbations are computed in at least float32: in bfloat16 a step of rho = 0.05 would
 leave more than nine coordinates of ten where they were.
@@ -12,6 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from sam_jax.sharpness import checks
+
+# Which parameters ASAM adapts to, see `adaptive_metric`.
+ADAPT = ('weights', 'kernels', 'all')
 
 
 def promote(x):
@@ -53,10 +61,11 @@ def lp_ball(rho, p=2.0, mask=None):
     """
     if not p > 1:
         raise ValueError(f'p is {p}; it must be in (1, inf].')
-    _check_radius(rho)
+    checks.radius(rho)
 
-    def update(grads, state, params=None):
-        radius = rho(state.count) if callable(rho) else rho
+    def update(grads, state, params=None, *, count=None, **extra_args):
+        del extra_args
+        radius = _radius(rho, state, count)
         if mask is not None:
             keep = mask(params) if callable(mask) else mask
             grads = jax.tree.map(
@@ -64,39 +73,142 @@ def lp_ball(rho, p=2.0, mask=None):
         eps = _ball_step(jax.tree.map(promote, grads), radius, p)
         return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformation(_count_from_zero, update)
+    def init(params):
+        if callable(mask):
+            mask(params)  # what it has to say of these params, it says before anything is compiled
+        return _count_from_zero(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_radius(rho):
-    if isinstance(rho, (int, float)) and not 0 <= rho < np.inf:
-        raise ValueError(f'rho is {rho}; it must be a finite number >= 0.')
+def metric_ball(rho, metric):
+    """The step of the linearised worst case in an ellipsoid.
+
+    eps = rho P g / sqrt(<g, P g>), the maximiser of <g, eps> under <eps, P^-1 eps> <= rho^2, with a
+    diagonal P > 0. P = 1 is `lp_ball` with p = 2. A zero gradient gives eps = 0.
+
+    Args:
+      rho: as of `lp_ball`.
+      metric: (grads, params) -> pytree of the diagonal of P, in at least float32. See
+        `adaptive_metric`, `fisher_metric`.
+
+    Raises:
+      ValueError: rho < 0.
+    """
+    checks.radius(rho)
+
+    def update(grads, state, params=None, *, count=None, **extra_args):
+        del extra_args
+        radius = _radius(rho, state, count)
+        grads = jax.tree.map(promote, grads)
+        root = jax.tree.map(jnp.sqrt, metric(grads, params))
+        inner = _ball_step(jax.tree.map(jnp.multiply, root, grads), radius, 2.0)
+        eps = jax.tree.map(jnp.multiply, root, inner)
+        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+
+
+def metric_norm(metric):
+    """Returns the norm that `metric_ball` bounds: (eps, grads, params) -> sqrt(<eps, P^-1 eps>).
+
+    Where P is 0, so is eps, and the entry does not count.
+    """
+    def norm(eps, grads, params):
+        diagonal = metric(jax.tree.map(promote, grads), params)
+        return lp_norm(jax.tree.map(
+            lambda e, d: jnp.where(d > 0, e / jnp.sqrt(jnp.where(d > 0, d, 1.0)), 0.0),
+            eps, diagonal))
+
+    return norm
+
+
+def adaptive_metric(eta, adapt):
+    """ASAM's metric P = T^2 with T = |w| + eta, and T = 1 where nothing is adapted.
+
+    Args:
+      eta: >= 0, added to |w|.
+      adapt: which parameters have T = |w| + eta: 'weights', all but those named 'bias' (as the
+        authors' code, where the scales of BatchNorm are weights); 'kernels', only those of two or
+        more axes; 'all'.
+
+    Raises:
+      ValueError: eta < 0, or another `adapt`.
+    """
+    checks.at_least(0, eta=eta)
+    if adapt not in ADAPT:
+        raise ValueError(f'adapt is {adapt!r}; it must be one of {", ".join(ADAPT)}.')
+
+    def adapted(path, w):
+        is_bias = bool(path) and getattr(path[-1], 'key', None) == 'bias'
+        return adapt == 'all' or (w.ndim > 1 if adapt == 'kernels' else not is_bias)
+
+    def metric(grads, params):
+        del grads
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: jnp.square(jnp.abs(promote(w)) + eta) if adapted(path, w)
+            else jnp.ones_like(promote(w)), params)
+
+    return metric
+
+
+
+def fisher_metric(eta):
+    """Fisher SAM's metric: P = 1 / (1 + eta g^2), entry by entry; eta >= 0.
+
+    Raises:
+      ValueError: eta < 0.
+    """
+    checks.at_least(0, eta=eta)
+    return lambda grads, params: jax.tree.map(lambda g: 1.0 / (1.0 + eta * jnp.square(g)), grads)
+
+
+def layer_ball(rho):
+    """A ball for each leaf, its radius in units of the leaf's own norm.
+
+    eps_l = rho ||w_l|| g_l / ||g_l||. A leaf of zeros stays where it is.
+
+    Raises:
+      ValueError: rho < 0.
+    """
+    checks.radius(rho)
+
+    def update(grads, state, params=None, *, count=None, **extra_args):
+        del extra_args
+        radius = _radius(rho, state, count)
+        eps = jax.tree.map(
+            lambda g, w: _ball_step(promote(g), radius * lp_norm(w), 2.0), grads, params)
+        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+
+
+def layer_norm(eps, grads, params):
+    """The norm that `layer_ball` bounds: the largest of ||eps_l|| / ||w_l||."""
+    del grads
+    ratios = jax.tree.map(lambda e, w: lp_norm(e) / jnp.where(lp_norm(w) > 0, lp_norm(w), 1.0),
+                          eps, params)
+    return jnp.max(jnp.stack(jax.tree.leaves(ratios)))
+
+
+def unnormalized(rho):
+    """eps = rho g. `rho` may be negative: a step down, as an extrapolation takes."""
+    def update(grads, state, params=None, *, count=None, **extra_args):
+        del params, extra_args
+        radius = _radius(rho, state, count)
+        eps = jax.tree.map(lambda g: jnp.asarray(radius, promote(g).dtype) * promote(g), grads)
+        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+
+
+def _radius(rho, state, count):
+    return rho(state.count if count is None else count) if callable(rho) else rho
 
 
 def _count_from_zero(params):
     del params
     return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
-
-
-def gaussian():
-    """A direction that knows nothing of the loss: z ~ N(0, I) in place of the gradient.
-
-    In front of `lp_ball` with p = 2 it gives eps = rho z / ||z||_2 (SAM paper, appendix C.5, which
-    by a slip of the pen prints the square of the norm). No state.
-
-    Raises (from update):
-      TypeError: no `key`.
-    """
-    def update(grads, state, params=None, *, key=None, **extra_args):
-        del params, extra_args
-        if key is None:
-            raise TypeError(
-                'A random ascent needs a key: tx.update(..., key=jax.random.key(step)).')
-        leaves, structure = jax.tree.flatten(jax.tree.map(promote, grads))
-        keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(structure, [
-            jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def projected_steps(rho, steps, step_size=1.0, p=2.0):
@@ -116,7 +228,7 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
     Raises:
       ValueError: rho < 0, steps < 1, step_size <= 0, or another p.
     """
-    _check_radius(rho)
+    checks.radius(rho)
     if p not in (2, np.inf):
         raise ValueError(f'p is {p}; projected steps need 2 or inf.')
     if steps < 1 or not step_size > 0:
@@ -130,9 +242,9 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
         scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1.0), 1.0)
         return jax.tree.map(lambda e: scale.astype(e.dtype) * e, eps)
 
-    def update(grads, state, params=None, *, grad_fn=None, **extra_args):
+    def update(grads, state, params=None, *, grad_fn=None, count=None, **extra_args):
         del extra_args
-        radius = rho(state.count) if callable(rho) else rho
+        radius = _radius(rho, state, count)
         eps = _ball_step(jax.tree.map(promote, grads), step_size * radius, p)
         if step_size > 1:
             eps = project(eps, radius)

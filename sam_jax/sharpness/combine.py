@@ -1,27 +1,209 @@
-"""Combinations: the clean and the perturbed gradient -> the gradient handed on."""
+"""Combinations: the clean and the perturbed gradient -> the gradient handed on.
+
+Inner products and norms are over all params together, in at least float32, unless a combination is
+asked to work leaf by leaf (`per_leaf`). g is the clean gradient and g_p the perturbed one.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax.sharpness.ascent import lp_norm, promote
+
 
 class Combine(NamedTuple):
-    """A combination of the two gradients.
+    """A combination of the gradients.
 
     Attributes:
       init: params -> state.
       combine: (grads, perturbed_grads, state, params) -> (updates, state), when the gate is open.
       skip: (grads, state, params) -> (updates, state), when it is shut.
+      signs: where gradients are taken, w + sign * eps for each sign. With several signs
+        perturbed_grads is a tuple, one a sign.
     """
 
     init: Callable[[Any], Any]
     combine: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
     skip: Callable[[Any, Any, Any], tuple[Any, Any]]
+    signs: tuple = (1.0,)
+
+
+def _stateless(function, signs=(1.0,)):
+    """A combination (g, g_p) -> updates without state; where the gate is shut, g."""
+    return Combine(
+        init=lambda params: (),
+        combine=lambda grads, perturbed_grads, state, params: (
+            function(grads, perturbed_grads), state),
+        skip=lambda grads, state, params: (grads, state),
+        signs=signs)
 
 
 def perturbed():
-    """SAM's own: the perturbed gradient; the clean one when the gate is shut. No state."""
+    """SAM's own: g_p. No state."""
+    return _stateless(lambda grads, perturbed_grads: perturbed_grads)
+
+
+def lerp(alpha):
+    """(1 - alpha) g + alpha g_p: SAM at alpha = 1; may be greater than 1. No state."""
+    return _stateless(lambda grads, perturbed_grads: jax.tree.map(
+        lambda g, g_p: ((1.0 - alpha) * promote(g) + alpha * promote(g_p)).astype(g.dtype),
+        grads, perturbed_grads))
+
+
+def surrogate_gap(alpha):
+    """GSAM's: g_p - alpha (g - <g, g_p> / <g_p, g_p> g_p), descent of the gap L(w + eps) - L(w).
+
+    The part of g orthogonal to g_p is taken away from it. No state.
+    """
+    def function(grads, perturbed_grads):
+        share = _ratio(_dot(grads, perturbed_grads), _dot(perturbed_grads, perturbed_grads))
+        return jax.tree.map(
+            lambda g, g_p: (promote(g_p) - alpha * (
+                promote(g) - share.astype(promote(g).dtype) * promote(g_p))).astype(g.dtype),
+            grads, perturbed_grads)
+
+    return _stateless(function)
+
+
+def renormalized():
+    """Stable-SAM's: (|g| / |g_p|) g_p, the perturbed direction as long as the clean one. No state.
+
+    0 where g_p is 0.
+    """
+    def function(grads, perturbed_grads):
+        scale = _ratio(lp_norm(grads), lp_norm(perturbed_grads))
+        return jax.tree.map(lambda g_p: (scale * promote(g_p)).astype(g_p.dtype), perturbed_grads)
+
+    return _stateless(function)
+
+
+def gradient_constrained(low, up, per_leaf=True):
+    """GCSCoOp's (2309.07866): which gradient goes on depends on the angle between the two.
+
+    With c = cos(g_p, g) and z = (g_p + g) / |g_p + g|:
+      c >= up          g_p
+      low < c < up     <g_p, z> z, g_p projected on the bisector
+      c <= low         g; only if low > 0, else as in the case before
+    A gradient of zero makes c = 0. No state.
+
+    Args:
+      low, up: cosines.
+      per_leaf: whether each leaf has an angle of its own (the authors' code, which trains one
+        tensor) or all have one together.
+    """
+    def of(g, g_p):
+        dot, norm, norm_p = _dot(g, g_p), lp_norm(g), lp_norm(g_p)
+        cosine = _ratio(dot, norm * norm_p)
+        share = _ratio(norm_p ** 2 + dot, norm ** 2 + 2 * dot + norm_p ** 2)  # <g_p, z> / |g_p + g|
+        far = (cosine <= low) & (low > 0)
+        return jax.tree.map(
+            lambda x, y: jnp.where(cosine >= up, y, jnp.where(
+                far, x, (share * (promote(x) + promote(y))).astype(x.dtype))), g, g_p)
+
+    return _stateless(lambda g, g_p: jax.tree.map(of, g, g_p) if per_leaf else of(g, g_p))
+
+
+def curvature(gamma, beta):
+    """CR-SAM's (2312.13555), as its code has it: g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-).
+
+    g+ and g- are the gradients at w + eps and w - eps, which do not wait for each other: three
+    gradients, two of them in sequence. The text divides the two differences by those of the losses
+    (L+ + L- - 2 L, L+ - L-); the code leaves that to the constants. No state.
+    """
+    def function(grads, both):
+        return jax.tree.map(
+            lambda g, up, down: (up + gamma * (up + down - 2.0 * g) + beta * (up - down)).astype(
+                g.dtype), grads, *both)
+
+    return _stateless(function, signs=(1.0, -1.0))
+
+
+class DecoupledState(NamedTuple):
+    """State of `decoupled`: what the last step adds to the updates, in units of -learning rate."""
+
+    correction: Any
+
+
+def decoupled(alpha):
+    """WSAM's decoupled form: g for the optimizer, and alpha (g_p - g) past it.
+
+    w <- (optimizer's step with g) - lr alpha (g_p - g). The second term is the state's
+    `correction`, which `sam_jax.sharpness.add_correction` applies. State: one pytree, of that step
+    alone.
+    """
+    def combine(grads, perturbed_grads, state, params):
+        del state, params
+        return grads, DecoupledState(jax.tree.map(
+            lambda g, g_p: (alpha * (promote(g_p) - promote(g))).astype(g.dtype),
+            grads, perturbed_grads))
+
+    def zero(params):
+        return DecoupledState(jax.tree.map(jnp.zeros_like, params))
+
+    return Combine(init=zero, combine=combine,
+                   skip=lambda grads, state, params: (grads, zero(grads)))
+
+
+def add_correction(updates, state, learning_rate):
+    """Returns the optimizer's updates with `decoupled`'s correction added, if there is one.
+
+    Args:
+      updates: of the optimizer.
+      state: of the sharpness-aware method, or of a chain that holds it.
+      learning_rate: of this step.
+    """
+    correction = optax.tree.get(state, 'correction')
+    if correction is None:
+        return updates
+    return jax.tree.map(
+        lambda u, c: u - jnp.asarray(learning_rate, u.dtype) * c, updates, correction)
+
+
+class OrthogonalState(NamedTuple):
+    """State of `reused`: the part of the last perturbed gradient orthogonal to the clean one."""
+
+    orthogonal: Any
+
+
+def reused(alpha, per_leaf=False):
+    """LookSAM's (2203.02714): what the ascent adds is kept and used until the next one.
+
+    Gate open: g_p; g_v = g_p - <g, g_p> / <g, g> g is kept.
+    Shut: g + alpha (|g| / |g_v|) g_v; g itself where g_v = 0.
+    State: one pytree.
+
+    Args:
+      alpha: weight of the part kept.
+      per_leaf: whether norms and products are those of each leaf (some ports) or of all leaves.
+    """
+    def orthogonal(g, g_p):
+        share = _ratio(_dot(g, g_p), _dot(g, g))
+        return jax.tree.map(
+            lambda x, y: promote(y) - share.astype(promote(x).dtype) * promote(x), g, g_p)
+
+    def add(g, v):
+        scale = alpha * _ratio(lp_norm(g), lp_norm(v))
+        return jax.tree.map(lambda x, y: (promote(x) + scale * promote(y)).astype(x.dtype), g, v)
+
+    def each(function, *trees):
+        return jax.tree.map(function, *trees) if per_leaf else function(*trees)
+
     return Combine(
-        init=lambda params: (),
-        combine=lambda grads, perturbed_grads, state, params: (perturbed_grads, state),
-        skip=lambda grads, state, params: (grads, state),
-    )
+        init=lambda params: OrthogonalState(
+            jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params)),
+        combine=lambda grads, perturbed_grads, state, params: (
+            perturbed_grads, OrthogonalState(each(orthogonal, grads, perturbed_grads))),
+        skip=lambda grads, state, params: (each(add, grads, state.orthogonal), state))
+
+
+def _dot(a, b):
+    return sum((jnp.sum(promote(x) * promote(y))
+                for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))), jnp.zeros(()))
+
+
+def _ratio(a, b):
+    """a / b, and 0 where b = 0."""
+    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1.0), 0.0)

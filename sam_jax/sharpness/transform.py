@@ -12,6 +12,32 @@ from sam_jax.sharpness.combine import Combine, perturbed
 from sam_jax.sharpness.gate import Gate, always
 
 
+class Method(optax.GradientTransformationExtraArgs):
+    """A method: an optax transformation that also says what its training loop must provide.
+
+    Attributes:
+      init, update: as of any transformation, so that it is a link of a chain.
+      point: None, or a function (state, params, **extra_args) -> params at which the gradient that
+        `update` takes must be computed, in place of the params; extra_args are those of `update`.
+      climbs: (state, **extra_args) -> whether the step climbs along the gradient that `update`
+        takes, a bool, traced or not. Where it does not, that gradient descends. (Shake models know
+        a gradient for each.) A gate that looks at the gradient itself counts as open.
+      needs: names of the keyword arguments without which `update` cannot do its work.
+      trajectory: None, or the `Trajectory` whose loss the training loop adds.
+    """
+
+    point: Callable | None
+    climbs: Callable
+    needs: frozenset
+    trajectory: Any
+
+    def __new__(cls, init, update, point=None, climbs=None, needs=(), trajectory=None):
+        self = super().__new__(cls, init, update)
+        self.point, self.climbs = point, climbs or (lambda state, **extra_args: False)
+        self.needs, self.trajectory = frozenset(needs), trajectory
+        return self
+
+
 class SharpnessState(NamedTuple):
     """State of a sharpness-aware method.
 
@@ -36,14 +62,17 @@ def sharpness_aware(
     ascent: optax.GradientTransformation,
     combine: Combine | None = None,
     gate: Gate | None = None,
-    norm: Callable[[Any], jax.Array] = lp_norm,
+    norm: Callable[[Any, Any, Any], jax.Array] | None = None,
     second_order: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+    fraction: float = 1.0,
+    needs=(),
+) -> Method:
     """Builds a method: gradient at w -> sharpness-aware gradient at w.
 
     If the gate is open: eps = ascent(g), g_p = grad_fn(w + eps), result = combine(g, g_p); else
     result = combine.skip(g). w + eps is at least float32 whatever the dtype of w. Where eps = 0
-    (rho = 0, zero gradient) the result is g itself, bit for bit.
+    (rho = 0, zero gradient) the result is g itself, bit for bit. Behind a shut gate the states of
+    ascent and combination stay as they are; a schedule of rho still is one of the updates.
 
     The `update` of the result takes, besides grads, state and params, the keyword arguments
       grad_fn: params -> gradient of the same loss on the same examples with the same randomness;
@@ -52,18 +81,23 @@ def sharpness_aware(
         is the aux given. For use outside of a chain;
       ascent_grad_fn: optional, params -> gradient that the ascent climbs along, where that is not
         grad_fn's;
-    and hands all others to the ascent, `key` for instance.
+      selected_grad_fn: where fraction < 1, (params, fraction) -> what grad_fn returns, the gradient
+        over only that fraction of the examples whose loss rises most from w to those params;
+    and hands all others to the ascent and the gate, `key` for instance.
 
     Args:
       ascent: transformation from the gradient to eps, see `sam_jax.sharpness.ascent`.
       combine: default `combine.perturbed()`.
       gate: default `gate.always()`.
-      norm: the norm that rho bounds, for `SharpnessState.perturbation_norm`.
+      norm: (eps, grads, params) -> the norm that rho bounds, for
+        `SharpnessState.perturbation_norm`; default that of all entries together, p = 2.
       second_order: keep the term that SAM drops (SAM paper, section 3 and appendix C.4), so that
         the perturbed gradient is that of w -> L(w + eps(w)):  g_p + (d eps / d w)' g_p. The
         derivative of eps by the gradient is the ascent's own; that of the gradient by w, the
         Hessian, is applied as a Hessian-vector product of ascent_grad_fn, forward over reverse,
         which costs about two gradients.
+      fraction: in (0, 1]; the part of the examples whose gradient is taken at w + eps.
+      needs: what `Method.needs` says; for whoever drives the method.
 
     Raises (from update):
       TypeError: no grad_fn or params; or grad_fn cannot take the tree that `optax.masked` made.
@@ -71,6 +105,7 @@ def sharpness_aware(
     ascent = optax.with_extra_args_support(ascent)
     combine = combine or perturbed()
     gate = gate or always()
+    norm = norm or (lambda eps, grads, params: lp_norm(eps))
 
     def init(params):
         return SharpnessState(
@@ -83,11 +118,16 @@ def sharpness_aware(
         )
 
     def update(grads, state, params=None, *, grad_fn=None, aux=None, ascent_grad_fn=None,
-               **extra_args):
+               selected_grad_fn=None, **extra_args):
         _check_arguments(params, grad_fn)
+        if fraction < 1 and selected_grad_fn is None:
+            raise TypeError('This method takes the gradient of some examples only: tx.update(..., '
+                            'selected_grad_fn=(params, fraction) -> gradient).')
 
         climbed = ascent_grad_fn or (
             grad_fn if aux is None else lambda params: grad_fn(params)[0])
+        descended = grad_fn if fraction == 1 else (
+            lambda params: selected_grad_fn(params, fraction))
 
         def open_gate(parts):
             taken = []  # an entry a gradient, while this is traced
@@ -97,32 +137,39 @@ def sharpness_aware(
                 return climbed(params)
 
             def perturb(grads, params):
-                return ascent.update(grads, parts[0], params, grad_fn=counted, **extra_args)
+                return ascent.update(grads, parts[0], params, grad_fn=counted, count=state.count,
+                                     **extra_args)
 
             if second_order:
                 eps, pull_back, ascent_state = jax.vjp(perturb, grads, params, has_aux=True)
             else:
                 eps, ascent_state = perturb(grads, params)
-            size = norm(eps).astype(state.perturbation_norm.dtype)
-            moved = jax.tree.map(lambda w, e: promote(w) + e, params, eps)
-            perturbed_grads = grad_fn(moved)
-            perturbed_aux = None
-            if aux is not None:
-                perturbed_grads, perturbed_aux = perturbed_grads
-            taken.append(1)
+            size = norm(eps, grads, params).astype(state.perturbation_norm.dtype)
+
+            def gradient_at(sign):
+                taken.append(1)
+                result = descended(jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps))
+                return result if aux is not None else (result, None)
+
+            def settle(perturbed_grads):
+                # A selection and not a blend: a NaN of the gradient not chosen must not leak.
+                return jax.tree.map(lambda g, g_p: jnp.where(size == 0, g, g_p.astype(g.dtype)),
+                                    grads, perturbed_grads)
+
+            perturbed_grads, perturbed_aux = gradient_at(combine.signs[0])
             if second_order:
                 by_grads, by_params = pull_back(
                     jax.tree.map(lambda e, g_p: g_p.astype(e.dtype), eps, perturbed_grads))
                 by_hessian = jax.jvp(climbed, (params,), (by_grads,))[1]
-                taken += [1, 1]
+                taken.extend([1, 1])
                 perturbed_grads = jax.tree.map(
                     lambda *terms: sum(terms), perturbed_grads, by_hessian, by_params)
-            perturbed_grads = jax.tree.map(
-                lambda g, g_p: g_p.astype(g.dtype), grads, perturbed_grads)
+            perturbed_grads = settle(perturbed_grads)
+            if combine.signs[1:]:
+                perturbed_grads = (perturbed_grads, *(
+                    settle(gradient_at(sign)[0]) for sign in combine.signs[1:]))
             updates, combine_state = combine.combine(grads, perturbed_grads, parts[1], params)
-            # A selection and not a blend: a NaN of the gradient not chosen must not leak.
-            updates = jax.tree.map(lambda g, u: jnp.where(size == 0, g, u), grads, updates)
-            return ((updates, perturbed_aux), (ascent_state, combine_state), size,
+            return ((settle(updates), perturbed_aux), (ascent_state, combine_state), size,
                     jnp.int32(len(taken)))
 
         def shut_gate(parts):
@@ -130,7 +177,7 @@ def sharpness_aware(
             return (updates, aux), (parts[0], combine_state), jnp.zeros_like(
                 state.perturbation_norm), jnp.int32(0)
 
-        decision, gate_state = gate.decide(grads, state.gate, state.count)
+        decision, gate_state = gate.decide(grads, state.gate, state.count, **extra_args)
         parts = (state.ascent, state.combine)
         if isinstance(decision, bool):
             result, parts, size, extra = (open_gate if decision else shut_gate)(parts)
@@ -141,7 +188,12 @@ def sharpness_aware(
             state.evaluations + extra)
         return (result if aux is not None else result[0]), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def climbs(state, **extra_args):
+        return gate.looks or gate.decide(None, state.gate, state.count, **extra_args)[0]
+
+    if fraction < 1:
+        needs = {*needs, 'selected_grad_fn'}
+    return Method(init, update, climbs=climbs, needs=needs)
 
 
 def _is_masked(x):

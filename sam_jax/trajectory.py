@@ -1,0 +1,53 @@
+"""SAF's memory of logits and the loss on them, and MESA's (arXiv 2205.14083)."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from sam_jax import losses
+from sam_jax.replicas import AXIS
+
+
+def create_memory(trajectory, num_images, num_classes, dtype):
+    """Returns an empty memory, or None for a method that has none.
+
+    {'logits': (epochs_ago, images, classes), 'epoch': (epochs_ago, images)}: the logits of each
+    training image in the last epochs, and the epochs (0-based; -1: none) that they are of.
+    """
+    if not trajectory or not trajectory.epochs_ago:
+        return None
+    shape = (trajectory.epochs_ago, num_images)
+    return {'logits': jnp.zeros((*shape, num_classes), dtype),
+            'epoch': jnp.full(shape, -1, jnp.int32)}
+
+
+def recall(memory, index, epoch):
+    """The logits of `index` from as many epochs ago as the memory is long, where it has them."""
+    slots = memory['epoch'].shape[0]
+    slot = epoch % slots
+    return {'logits': memory['logits'][slot, index],
+            'known': memory['epoch'][slot, index] == epoch - slots}
+
+
+def memorise(memory, index, logits, epoch):
+    """The memory with the logits of this step's global batch, in place of the oldest."""
+    index, logits = lax.all_gather((index, logits.reshape(*index.shape, -1)), AXIS)
+    slot = epoch % memory['epoch'].shape[0]
+    return {'logits': memory['logits'].at[slot, index].set(logits.astype(memory['logits'].dtype)),
+            'epoch': memory['epoch'].at[slot, index].set(epoch)}
+
+
+def trajectory_loss(trajectory, state, model, epoch):
+    """Returns SAF's or MESA's loss as a function (logits, replica) -> scalar, or None."""
+    if trajectory is None:
+        return None
+
+    def added_loss(logits, replica):
+        if trajectory.epochs_ago:
+            past, known = replica['past']['logits'], replica['past']['known']
+        else:
+            past, known = model.apply(state.ema, replica['image'], train=False), True
+        each = losses.trajectory(logits, lax.stop_gradient(past), trajectory.tau)
+        active = jnp.logical_and(known, epoch > trajectory.start_epoch)
+        return trajectory.lam * jnp.mean(jnp.where(active, each, 0.0))
+
+    return added_loss
