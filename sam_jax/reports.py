@@ -12,6 +12,7 @@ import optax
 
 import sam_jax
 from sam_jax import config as config_lib
+from sam_jax import sharpness
 from sam_jax.errors import UserError
 
 # Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
@@ -82,26 +83,31 @@ def sharpness_check(config, metrics, say):
       say: where the line goes.
 
     Returns:
-      Whether the check is done (False: rho warms up, ask again).
+      Whether the check is done (False: rho warms up, or the method has not begun; ask again).
     """
-    if config.sam.method == 'sgd':
+    method = config.sam.method
+    if method in sharpness.NO_ASCENT:
         return True
     rho, norm = metrics['train/rho'], metrics['train/perturbation_norm']
     loss, perturbed = metrics['train/loss'], metrics['train/perturbed_loss']
-    if config.sam.rho > 0 and config.sam.warmup_epochs and not norm:
+    late = method in sharpness.LATE
+    warms_up = config.sam.warmup_epochs or config.sam.schedule == 'learning_rate'
+    if config.sam.rho > 0 and not norm and (warms_up or late):
         return False
     facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
              'the perturbed weights')
-    # A random direction need not lead uphill.
-    climbs = perturbed > loss or config.sam.method == 'random_sam'
-    steady = config.sam.schedule == 'constant' and not config.sam.warmup_epochs
-    right_norm = math.isclose(norm, rho, rel_tol=1e-3) if steady else norm > 0
-    if config.sam.method == 'multistep_sam':  # short steps, or opposite ones, end within the ball
-        right_norm = not steady or norm <= rho * (1 + 1e-3)
-    if norm and right_norm and climbs:
-        say(f'{config.sam.method} is on: {facts}.')
+    climbs = perturbed > loss or method in sharpness.SIDEWAYS | sharpness.LATE
+    right_norm = norm > 0
+    if config.sam.schedule == 'constant' and not config.sam.warmup_epochs:
+        # Of a method that begins late the norm is a mean over steps with and without an ascent.
+        if method in sharpness.ON_THE_SPHERE and not late:
+            right_norm = math.isclose(norm, rho, rel_tol=1e-3)
+        elif method in sharpness.IN_THE_BALL:
+            right_norm = 0 < norm <= rho * (1 + 1e-3)
+    if right_norm and climbs:
+        say(f'{method} is on: {facts}.')
     else:
-        say(f'WARNING: {config.sam.method} is not doing its work: {facts}.')
+        say(f'WARNING: {method} is not doing its work: {facts}.')
     return True
 
 

@@ -15,7 +15,12 @@ from sam_jax.sharpness import ascent, combine, direction, gate, mask
 from sam_jax.sharpness.by_other_means import Trajectory
 from sam_jax.sharpness.combine import add_correction
 from sam_jax.sharpness.methods import (
+    IN_THE_BALL,
+    LATE,
     METHODS,
+    NO_ASCENT,
+    ON_THE_SPHERE,
+    SIDEWAYS,
     ae_looksam,
     ae_sam,
     asam,
@@ -59,7 +64,8 @@ from sam_jax.sharpness.methods import (
 from sam_jax.sharpness.transform import Method, SharpnessState, fill_masked, sharpness_aware
 
 __all__ = [
-    'METHODS', 'Method', 'SharpnessState', 'Trajectory', 'add_correction', 'ae_looksam', 'ae_sam',
+    'IN_THE_BALL', 'LATE', 'METHODS', 'Method', 'NO_ASCENT', 'ON_THE_SPHERE', 'SIDEWAYS',
+    'SharpnessState', 'Trajectory', 'add_correction', 'ae_looksam', 'ae_sam',
     'asam', 'ascent', 'bsam', 'combine', 'cr_sam', 'create', 'det_sam', 'direction', 'erm', 'esam',
     'extrapolated', 'fill_masked', 'fisher_sam', 'friendly_sam', 'frob_sam', 'gate', 'gnp',
     'gradient_constrained', 'gsam', 'late_phase_sam', 'layerwise_sam', 'look_layersam', 'looksam',

@@ -72,6 +72,20 @@ METHODS = {
     'momentum_sam': momentum_sam, 'extrapolated': extrapolated, 'sampa': sampa, 'bsam': bsam,
     'saf': saf, 'mesa': mesa, 'esam': esam}
 
+# What to expect of `perturbation_norm` and of the perturbed loss, for those who check a run.
+NO_ASCENT = frozenset({'sgd', 'saf', 'mesa'})
+# The norm is rho at every ascent, or at most rho; of the others rho is another unit.
+ON_THE_SPHERE = frozenset(METHODS) - NO_ASCENT - {
+    'unnormalized_sam', 'multistep_sam', 'sparse_sam', 'trace_sam', 'det_sam', 'frob_sam',
+    'extrapolated', 'bsam', 'esam'}
+IN_THE_BALL = ON_THE_SPHERE | {'multistep_sam', 'sparse_sam'}
+# No ascent at the first step, or none for certain.
+LATE = frozenset({'late_phase_sam', 'rst', 'momentum_sam', 'extrapolated', 'sampa'})
+# Not uphill for certain, or not to where a second loss is taken.
+SIDEWAYS = frozenset({
+    'random_sam', 'vasso', 'friendly_sam', 'trace_sam', 'det_sam', 'frob_sam', 'momentum_sam',
+    'extrapolated', 'sampa', 'bsam', 'esam'})
+
 # What a method is given by its surroundings and is not an option of its own.
 _GIVEN = ('rho', 'p', 'mask', 'total_steps', 'num_examples')
 

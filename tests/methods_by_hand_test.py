@@ -1,0 +1,233 @@
+"""Methods that ask more of the loop than a second gradient, recomputed by hand on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_trees_close, relative_distance
+from methods_in_training_test import _session
+
+from sam_jax import losses, optimizers, rngs
+from sam_jax.sharpness import ascent
+
+pytestmark = pytest.mark.usefixtures('x64')
+
+# Plain descent, so that the gradient can be read off the params; dropout stays.
+PLAIN = {'optimizer__momentum': 0.0, 'optimizer__nesterov': False, 'optimizer__clip_norm': 0.0,
+         'optimizer__schedule': 'constant', 'optimizer__learning_rate': 0.1}
+
+
+def _replicas(session, step):
+    batch = session.batch(step)
+    return [{'image': batch['image'][i], 'label': batch['label'][i],
+             'rngs': {'dropout': rngs.key(0, 'dropout', step, i)}}
+            for i in range(len(batch['label']))]
+
+
+def _logits(session, params, batch_stats, replica):
+    return session.model.apply(
+        {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
+        mutable=['batch_stats'], rngs=replica['rngs'])[0]
+
+
+def _gradient(session, params, batch_stats, replicas, added=lambda logits, i: 0.0):
+    """Mean over replicas of the gradient of cross entropy, penalty and what is added."""
+    def objective(params):
+        total = 0.0
+        for i, replica in enumerate(replicas):
+            logits = _logits(session, params, batch_stats, replica)
+            total += jnp.mean(losses.cross_entropy(logits, replica['label'])) + added(logits, i)
+        return total / len(replicas) + losses.l2_penalty(
+            params, session.config.optimizer.weight_decay)
+
+    return jax.jit(jax.grad(objective))(params)
+
+
+def _move(params, grads, scale):
+    return jax.tree.map(lambda w, g: w + scale * g, params, grads)
+
+
+def _climb(params, grads, rho=0.1):
+    return _move(params, grads, rho / optax.tree.norm(grads))
+
+
+def _mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def _host(state):
+    return jax.tree.map(jnp.asarray, jax.device_get(state))
+
+
+def _step(session, state, step):
+    """One step from a copy of the state."""
+    return _host(session.step_fn(
+        session.layout.replicate(jax.tree.map(jnp.copy, state)), *session.arguments(step))[0])
+
+
+def test_esam_descends_on_the_examples_whose_loss_rises_most():
+    """gamma = 0.3 of 8 examples: 3 of each replica, chosen by the rise from w to w + eps."""
+    session = _session('esam', sam__beta=1.0, sam__gamma=0.3, **PLAIN)
+    state = _host(session.start())
+    replicas, parts = _replicas(session, 0), []
+    for group in (replicas[:2], replicas[2:]):
+        moved = _climb(state.params, _gradient(session, state.params, state.batch_stats, group))
+        chosen = []
+        for replica in group:
+            before, after = (losses.cross_entropy(
+                _logits(session, params, state.batch_stats, replica), replica['label'])
+                for params in (state.params, moved))
+            index = np.argsort(np.asarray(before - after))[:3]
+            chosen.append({**replica, 'image': replica['image'][index],
+                           'label': replica['label'][index]})
+        parts.append(_gradient(session, moved, state.batch_stats, chosen))
+    new = _step(session, state, 0)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
+
+
+def test_sampa_s_two_gradients_are_of_two_batches():
+    """That at the perturbed point is of the batch, and the dropout, of the step before."""
+    session = _session('sampa', sam__lam=0.3, **PLAIN)
+    start = _host(session.start())
+    state = _step(session, start, 0)
+    memory = state.sharpness_state.memory
+    # At the first step both gradients are at w, of the same batch.
+    first = _gradient(session, start.params, start.batch_stats, _replicas(session, 0))
+    assert_trees_close(memory, first, rtol=1e-8, atol=1e-11)
+    assert_trees_close(state.params, _move(start.params, first, -0.1), rtol=1e-8, atol=1e-11)
+    parts = []
+    for group in (slice(0, 2), slice(2, 4)):
+        ahead = _gradient(session, _move(state.params, memory, -0.1), state.batch_stats,
+                          _replicas(session, 1)[group])
+        behind = _gradient(session, _climb(state.params, memory), state.batch_stats,
+                           _replicas(session, 0)[group])
+        parts.append(jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, ahead, behind))
+    new = _step(session, state, 1)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
+
+
+def test_momentum_sam_keeps_the_centre():
+    """The params are w, not where the gradient was taken; v is the optimizer's own."""
+    session = _session('momentum_sam', **{**PLAIN, 'optimizer__momentum': 0.9})
+    state = _host(session.start())
+    v = jax.tree.map(jnp.zeros_like, state.params)
+    for step in range(2):
+        assert_trees_close(optimizers.momentum(state.opt_state), v, rtol=1e-8, atol=1e-11)
+        point = state.params if step == 0 else _climb(state.params, v, -0.1)
+        grads = _gradient(session, point, state.batch_stats, _replicas(session, step))
+        v = jax.tree.map(lambda m, g: 0.9 * m + g, v, grads)
+        new = _step(session, state, step)
+        assert_trees_close(new.params, _move(state.params, v, -0.1), rtol=1e-8, atol=1e-11)
+        state = new
+
+
+def test_saf_remembers_each_example():
+    """Two steps an epoch; the loss is on the logits of two epochs ago, where there are some."""
+    session = _session('saf', size=160, sam__start_epoch=1, sam__epochs_ago=2, sam__lam=0.8,
+                       sam__tau=2.0, **PLAIN)
+    num_images = session.dataset.num_images
+    logits = np.full((6, num_images, 10), np.nan)
+    state = _host(session.start())
+    for step in range(6):
+        epoch = step // 2
+        feed = session.dataset.train_feed(0, step, session.layout)['index'][0]
+        replicas = _replicas(session, step)
+        past = logits[epoch - 2] if epoch >= 2 else np.full_like(logits[0], np.nan)
+        for i, replica in enumerate(replicas):
+            logits[epoch, feed[i]] = _logits(session, state.params, state.batch_stats, replica)
+
+        def added(z, i, past=past, feed=feed):
+            known = np.isfinite(past[feed[i]]).all(axis=-1)
+            y = jnp.asarray(np.nan_to_num(past[feed[i]]))
+            return 0.8 * jnp.mean(jnp.where(known, losses.trajectory(z, y, 2.0), 0.0))
+
+        grads = _gradient(session, state.params, state.batch_stats, replicas, added)
+        plain = _gradient(session, state.params, state.batch_stats, replicas)
+        assert (relative_distance(grads, plain) > 1e-4) == (epoch >= 2)
+        new = _step(session, state, step)
+        assert_trees_close(new.params, _move(state.params, grads, -0.1), rtol=1e-7, atol=1e-10)
+        state = new
+    # Of each epoch the examples of the last, smaller batch are left out: they are not known.
+    known = np.isfinite(logits[:, :, 0])
+    assert known[1].sum() == 1280 < num_images and (known[1] != known[2]).any()
+    for slot, epoch in ((0, 2), (1, 1)):
+        written = np.asarray(state.memory['epoch'][slot])
+        np.testing.assert_array_equal(written == epoch, known[epoch])
+        np.testing.assert_allclose(
+            state.memory['logits'][slot][known[epoch]], logits[epoch][known[epoch]], rtol=1e-8)
+
+
+def test_mesa_learns_from_the_moving_average():
+    session = _session('mesa', size=160, sam__start_epoch=0, sam__lam=0.8, sam__tau=2.0,
+                       ema__decay=0.9, **PLAIN)
+    state = _host(session.start())
+    for step in range(4):
+        replicas = _replicas(session, step)
+        teacher = [session.model.apply(state.ema, replica['image'], train=False)
+                   for replica in replicas]
+
+        def added(z, i, teacher=teacher, active=step >= 2):
+            return 0.8 * jnp.mean(losses.trajectory(z, teacher[i], 2.0)) * active
+
+        grads = _gradient(session, state.params, state.batch_stats, replicas, added)
+        new = _step(session, state, step)
+        assert_trees_close(new.params, _move(state.params, grads, -0.1), rtol=1e-7, atol=1e-10)
+        state = new
+
+
+def test_rho_follows_the_learning_rate():
+    """rho_min + (rho - rho_min) lr / its peak: GSAM's rule."""
+    session = _session('gsam', sam__schedule='learning_rate', sam__rho_min=0.04,
+                       optimizer__schedule='cosine', optimizer__warmup_epochs=0.1)
+    state = session.start()
+    for step in range(6):
+        state, metrics = session.step_fn(state, *session.arguments(step))
+        share = metrics['train/learning_rate'] / 0.05
+        np.testing.assert_allclose(metrics['train/rho'], 0.04 + 0.06 * share, rtol=1e-9)
+        np.testing.assert_allclose(
+            metrics['train/perturbation_norm'], metrics['train/rho'], rtol=1e-9)
+    assert 0.9 < share < 1
+
+
+def test_the_adaptive_gate_is_one_for_all_groups():
+    """It decides by the mean of the groups' squared norms, and so open or shut for all."""
+    session = _session('ae_sam', sam__lambda1=0.3, sam__lambda2=0.3, **PLAIN)
+    state = _host(session.start())
+    opened = []
+    for step in range(6):
+        replicas = _replicas(session, step)
+        groups = [_gradient(session, state.params, state.batch_stats, part)
+                  for part in (replicas[:2], replicas[2:])]
+        square = np.mean([ascent.lp_norm(g) ** 2 for g in groups])
+        new = _step(session, state, step)
+        gate = new.sharpness_state.gate
+        opened.append(int(new.sharpness_state.evaluations - state.sharpness_state.evaluations))
+        previous = state.sharpness_state.gate
+        mean = square if step == 0 else 0.9 * previous.mean + 0.1 * square
+        np.testing.assert_allclose(gate.mean, mean, rtol=1e-8)
+        assert opened[-1] == (square >= gate.mean + 0.3 * jnp.sqrt(gate.variance))
+        results = groups if not opened[-1] else [
+            _gradient(session, _climb(state.params, g), state.batch_stats, part)
+            for g, part in zip(groups, (replicas[:2], replicas[2:]))]
+        assert_trees_close(new.params, _move(state.params, _mean(results), -0.1), rtol=1e-7,
+                           atol=1e-10)
+        state = new
+    assert 0 < sum(opened) < 6
+
+
+def test_adam():
+    """m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2; w <- w - lr m' / (sqrt(v') + epsilon)."""
+    settings = _session('sgd', optimizer__name='adam', optimizer__nesterov=False,
+                        optimizer__decay=0.99, optimizer__clip_norm=0.0).config.optimizer
+    tx = optimizers.create(settings, 0.1)
+    w, m, v = np.array([1.0, -2.0]), 0.0, 0.0
+    state = tx.init(jnp.asarray(w))
+    for t in range(1, 4):
+        g = w ** 3 + t
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g ** 2
+        updates, state = tx.update(jnp.asarray(g), state, jnp.asarray(w))
+        expected = -0.1 * m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.99 ** t)) + settings.epsilon)
+        np.testing.assert_allclose(updates, expected, rtol=1e-9)
+        np.testing.assert_allclose(optimizers.momentum(state), m, rtol=1e-9)
+        w = w + np.asarray(updates)
