@@ -85,7 +85,7 @@ METHOD_OPTIONS = {
     'extrapolated': {'by': 'past'},  # or 'noise', 'gradient'
     'sampa': {'lam': 0.2},
     'bsam': {'prior_precision': 40.0, 'beta1': 0.9, 'beta2': 0.999, 'damping': 0.1,
-             'init_precision': 1.0},
+             'init_precision': 1.0, 'data_factor': 4.0},
     'saf': {'lam': 0.3, 'tau': 5.0, 'start_epoch': 5, 'epochs_ago': 3},
     'mesa': {'lam': 0.8, 'tau': 5.0, 'start_epoch': 5},
     'esam': {'beta': 0.5, 'gamma': 0.5},
@@ -95,14 +95,15 @@ METHOD_OPTIONS = {
 def set_method(c, name):
     """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
 
-    Two methods also decide on other sections: bSAM is an optimizer with a prior of its own, and
-    MESA learns from the moving average.
+    Three methods also decide on other sections: bSAM is an optimizer with a prior of its own, MESA
+    learns from the moving average, and Momentum-SAM has no second look-ahead.
     """
     c.sam.method = name
     for option, default in METHOD_OPTIONS.get(name, {}).items():
         c.sam[option] = default
     if name == 'bsam':
-        c.optimizer.momentum = c.optimizer.weight_decay = 0.0
+        c.optimizer.momentum = c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
+    if name in ('bsam', 'momentum_sam'):
         c.optimizer.nesterov = False
     if name == 'mesa':
         c.ema.decay = 0.9998
@@ -200,7 +201,7 @@ def get_config():
     c.sam.p = 2.0
     c.sam.replicas_per_group = 1  # m = replica_batch_size * replicas_per_group
     c.sam.schedule = 'constant'  # of rho; 'cosine', 'exponential', or 'learning_rate': its share
-    c.sam.rho_min = 0.0  # where rho ends with schedule 'learning_rate'
+    c.sam.rho_min = 0.0  # rho at learning rate 0, with schedule 'learning_rate'
     c.sam.warmup_epochs = 0.0  # of rho, linear
 
     c.optimizer = ml_collections.ConfigDict()

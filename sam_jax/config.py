@@ -200,7 +200,7 @@ def _check_method(flat):
         raise UserError(f'sam.p is {flat["sam.p"]}; sam.method {method!r} knows only 2.0.')
     if flat['sam.rho_min'] and flat['sam.schedule'] != 'learning_rate':
         raise UserError(
-            f"sam.rho_min is {flat['sam.rho_min']}; it is where rho ends with sam.schedule "
+            f"sam.rho_min is {flat['sam.rho_min']}; it is rho at learning rate 0 with sam.schedule "
             f"'learning_rate', and the schedule is {flat['sam.schedule']!r}: set it to 0.")
     if flat['sam.rho_min'] > flat['sam.rho']:
         raise UserError(f'sam.rho_min is {flat["sam.rho_min"]}; it must not exceed sam.rho, '
@@ -216,13 +216,24 @@ def _check_company(flat, made):
                         'greater, such as 0.9.')
     if flat['sam.method'] == 'bsam':
         wanted = {'optimizer.name': 'sgd', 'optimizer.momentum': 0.0, 'optimizer.nesterov': False,
-                  'optimizer.weight_decay': 0.0}
+                  'optimizer.weight_decay': 0.0, 'optimizer.clip_norm': 0.0}
         for key, value in wanted.items():
             if flat[key] != value:
                 raise UserError(f'{begin} is an optimizer with a momentum and a prior of its own; '
                                 f'{key} is {flat[key]!r} and must be {value!r}.')
+    if flat['sam.method'] in ('det_sam', 'frob_sam'):
+        for key, value in {'sam.schedule': 'constant', 'sam.warmup_epochs': 0.0}.items():
+            if flat[key] != value:
+                raise UserError(f'{begin} divides differences of losses by rho^2; {key} is '
+                                f'{flat[key]!r} and must be {value!r}, since a small rho leaves '
+                                'only rounding.')
     if made.trajectory is None:
         return
+    epochs = flat['total_epochs']
+    for key, last in (('sam.start_epoch', epochs - 2), ('sam.epochs_ago', epochs - 1)):
+        if flat.get(key, 0) > last:
+            raise UserError(f'{begin} then never adds its loss: {key} is {flat[key]} in a run of '
+                            f'{epochs} epochs, and must be at most {last}.')
     if not made.trajectory.epochs_ago and not flat['ema.decay']:
         raise UserError(f'{begin} learns from a moving average of the weights; ema.decay is 0 and '
                         'must be greater, such as 0.9998.')

@@ -35,10 +35,16 @@ def create(settings, learning_rate):
     return optax.chain(clipping, descent)
 
 
-def momentum(opt_state):
-    """Returns the optimizer's momentum, a pytree like the params: of adam its first moment."""
+def momentum(settings, opt_state):
+    """Returns the optimizer's momentum v, a pytree like the params; it descends along -v.
+
+    Of sgd the sum of gradients, of adam its first moment, of rmsprop (whose momentum comes after
+    the preconditioner and the learning rate) the sum of past steps with the sign turned.
+    """
+    if settings.name == 'adam':
+        return optax.tree.get(opt_state, 'mu')
     trace = optax.tree.get(opt_state, 'trace')
-    return optax.tree.get(opt_state, 'mu') if trace is None else trace
+    return jax.tree.map(jnp.negative, trace) if settings.name == 'rmsprop' else trace
 
 
 def ema_update(average, values, step, decay, warmup_steps=0):

@@ -1,6 +1,7 @@
 """The train step: a pure function of one device's part of the batch, and its pmap.
 
     per replica   gradient of (cross entropy + L2 penalty), BatchNorm statistics of the clean pass
+                  (at the params, or where the method wants its first gradient)
     per group     mean gradient -> sharpness-aware gradient, by the group's own second gradient
     all groups    mean, in one all-reduce -> clip -> optimizer -> moving average
 """
@@ -53,7 +54,8 @@ class TrainState(flax.struct.PyTreeNode):
       memory: of the training images' logits, see `trajectory.py`; None for most methods.
       ema: {'params', 'batch_stats'} averaged over steps, or None.
       sums: sums of the averaged metrics since the last report.
-      bad_step: first step (1-based) whose loss or gradient was not finite; 0 if none was.
+      bad_step: first step (1-based) whose loss or gradient was not finite, or that made the params
+        so; 0 if none was.
     """
 
     step: Any
@@ -209,7 +211,8 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
 
     select = functools.partial(
         gradients.most_risen, batch_stats=state.batch_stats, model=model, config=config)
-    shared = {'momentum': optimizers.momentum(state.opt_state), 'learning_rate': learning_rate,
+    shared = {'momentum': optimizers.momentum(config.optimizer, state.opt_state),
+              'learning_rate': learning_rate,
               'gate_key': rngs.key(hparams.seed, 'gate', state.step)}
     climbs = method.climbs(state.sharpness_state, **shared)
     # With rho = 0 the clean gradient is what descends, and nothing is climbed.
@@ -251,9 +254,13 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
         ema = optimizers.ema_update(
             ema, {'params': params, 'batch_stats': batch_stats}, state.step + 1,
             config.ema.decay, config.ema.warmup_steps)
-    sums, bad_step, logged = _report(state, report, config.log_every_steps)
+    param_norm = optax.tree.norm(params)
+    # What goes past the optimizer is seen in the params only.
+    finite = jnp.isfinite(report['loss']) & jnp.isfinite(report['grad_norm']) & jnp.isfinite(
+        param_norm)
+    sums, bad_step, logged = _report(state, report, finite, config.log_every_steps)
     logged.update({
-        'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
+        'train/param_norm': param_norm, 'train/learning_rate': learning_rate,
         'train/rho': rho})
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums,
@@ -288,12 +295,11 @@ def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
             'group_key': group_key}
 
 
-def _report(state, report, log_every_steps):
+def _report(state, report, finite, log_every_steps):
     """Adds a step's metrics to the sums, which live in the state so that a restart loses none."""
     position = state.step % log_every_steps
     sums = {name: jnp.where(position == 0, 0.0, state.sums[name]) + report[name].astype(float)
             for name in _AVERAGED}
-    finite = jnp.isfinite(report['loss']) & jnp.isfinite(report['grad_norm'])
     bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
     logged = {f'train/{name}': sums[name] / (position + 1) for name in _AVERAGED}
     logged['bad_step'] = bad_step

@@ -6,18 +6,21 @@ from jax import lax
 from sam_jax import losses
 from sam_jax.replicas import AXIS
 
+# No epoch is this one, and none lies so far back.
+_NEVER = -2 ** 30
+
 
 def create_memory(trajectory, num_images, num_classes, dtype):
     """Returns an empty memory, or None for a method that has none.
 
     {'logits': (epochs_ago, images, classes), 'epoch': (epochs_ago, images)}: the logits of each
-    training image in the last epochs, and the epochs (0-based; -1: none) that they are of.
+    training image in the last epochs, and the epochs (0-based) that they are of.
     """
     if not trajectory or not trajectory.epochs_ago:
         return None
     shape = (trajectory.epochs_ago, num_images)
     return {'logits': jnp.zeros((*shape, num_classes), dtype),
-            'epoch': jnp.full(shape, -1, jnp.int32)}
+            'epoch': jnp.full(shape, _NEVER, jnp.int32)}
 
 
 def recall(memory, index, epoch):

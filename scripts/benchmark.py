@@ -5,8 +5,11 @@
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
 
-  step      median time of one compiled step, the three kinds taking turns: SGD, SAM, and the same
-            model stepped with optax.contrib.sam in opaque mode;
+  step      median time of one compiled step, the kinds taking turns: SGD, SAM, SAM with two ascent
+            steps of rho / 2, the same model with optax.contrib.sam in opaque mode for either, and
+            SAM behind a gate that is shut;
+  distance  ||a - b|| / ||b|| of the params after two steps from the same weights on the same
+            batches, ours (a) against optax's (b);
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
             the bare step being on one batch that already lies on the device, not augmented;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
@@ -118,8 +121,9 @@ def _optax_sam(config, hparams):
     descent = optax.chain(
         optax.clip_by_global_norm(config.optimizer.clip_norm),
         optax.sgd(hparams.learning_rate, config.optimizer.momentum, config.optimizer.nesterov))
-    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(hparams.rho))
-    return optax.contrib.sam(descent, ascent, sync_period=2, opaque_mode=True)
+    steps, size = (config.sam.steps, config.sam.step_size) if 'steps' in config.sam else (1, 1.0)
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(size * hparams.rho))
+    return optax.contrib.sam(descent, ascent, sync_period=steps + 1, opaque_mode=True)
 
 
 def _make_optax_step(model, config, layout, dataset):
@@ -131,14 +135,29 @@ def _make_optax_step(model, config, layout, dataset):
 
 
 def _steppers(config):
-    sgd = config.copy_and_resolve_references()
-    sgd.sam.method = 'sgd'
-    steppers = {'sgd': Stepper(sgd, train_step.make_train_step),
+    def using(method, **options):
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.sam.method = method
+            changed.sam.update(options)
+        return changed
+
+    two = using('multistep_sam', steps=2, step_size=0.5)
+    steppers = {'sgd': Stepper(using('sgd'), train_step.make_train_step),
                 'sam': Stepper(config, train_step.make_train_step),
-                'optax': Stepper(config, _make_optax_step, own_state=_optax_sam)}
+                'optax': Stepper(config, _make_optax_step, own_state=_optax_sam),
+                'two': Stepper(two, train_step.make_train_step),
+                'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
+                # Open at step 0 alone, which the first call below takes.
+                'shut': Stepper(using('periodic_sam', k=10 ** 6), train_step.make_train_step)}
     for stepper in steppers.values():
         stepper.time(2)
     return steppers
+
+
+def _distance(ours, theirs):
+    difference = jax.tree.map(lambda a, b: a - b, ours.state.params, theirs.state.params)
+    return float(optax.tree.norm(difference) / optax.tree.norm(theirs.state.params))
 
 
 def _step_times(steppers, rounds):
@@ -174,12 +193,16 @@ def measure(case, rounds):
     config = _config(case)
     device = jax.devices()[0]
     steppers = _steppers(config)
+    distances = {'sam_optax_distance': _distance(steppers['sam'], steppers['optax']),
+                 'two_steps_optax_distance': _distance(steppers['two'], steppers['optax_two'])}
     times = _step_times(steppers, rounds)
     figures = {
         'case': case, 'device': device.device_kind, 'dtype': config.model.dtype,
         'batch_size': config.batch_size, 'sgd_step_ms': 1e3 * times['sgd'],
         'sam_step_ms': 1e3 * times['sam'], 'sam_over_sgd': times['sam'] / times['sgd'],
         'sam_over_optax': times['sam'] / times['optax'],
+        'two_steps_over_optax': times['two'] / times['optax_two'],
+        'shut_gate_over_sgd': times['shut'] / times['sgd'], **distances,
         'sam_images_per_second': config.batch_size / times['sam'],
     }
     if device.device_kind in PEAK_FLOPS:

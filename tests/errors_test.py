@@ -72,11 +72,12 @@ def _key(key):
 # Whole runs.
 
 
-SAF = {'sam.method': 'saf', 'sam.lam': 0.3, 'sam.tau': 5.0, 'sam.start_epoch': 5,
-       'sam.epochs_ago': 3}
+SAF = {'sam.method': 'saf', 'sam.lam': 0.3, 'sam.tau': 5.0, 'sam.start_epoch': 0,
+       'sam.epochs_ago': 1}
 BSAM = {'sam.method': 'bsam', 'sam.prior_precision': 40.0, 'sam.beta1': 0.9, 'sam.beta2': 0.999,
         'sam.damping': 0.1, 'sam.init_precision': 1.0, 'optimizer.momentum': 0.0,
-        'optimizer.nesterov': False, 'optimizer.weight_decay': 0.0}
+        'optimizer.nesterov': False, 'optimizer.weight_decay': 0.0, 'optimizer.clip_norm': 0.0,
+        'sam.data_factor': 4.0}
 
 BAD = [
     ({'batch_size': 60}, ['batch_size is 60', 'multiple of replica_batch_size, 64']),
@@ -110,8 +111,12 @@ BAD = [
     ({'sam.method': 'momentum_sam', 'optimizer.momentum': 0.0},
      ['momentum_sam', 'optimizer.momentum is 0', 'such as 0.9']),
     ({'sam.method': 'sam_on', 'model.batch_norm': False}, ['sam_on', 'no normalisation layer']),
-    ({'sam.method': 'mesa', 'sam.lam': 0.8, 'sam.tau': 5.0, 'sam.start_epoch': 5},
+    ({'sam.method': 'mesa', 'sam.lam': 0.8, 'sam.tau': 5.0, 'sam.start_epoch': 0},
      ['mesa', 'ema.decay is 0', 'such as 0.9998']),
+    ({**SAF, 'sam.start_epoch': 1}, ['never adds its loss', 'sam.start_epoch is 1', 'most 0']),
+    ({**SAF, 'sam.epochs_ago': 2}, ['never adds its loss', 'sam.epochs_ago is 2', 'most 1']),
+    ({'sam.method': 'frob_sam', 'sam.lam': 0.1, 'sam.n': 2, 'sam.warmup_epochs': 1.0},
+     ['frob_sam', 'sam.warmup_epochs is 1.0', 'rounding']),
     ({**SAF, 'data.mixup_alpha': 0.2}, ['saf', 'data.mixup_alpha is 0.2', 'must be 0']),
     ({**SAF, 'data.name': 'folder', 'data.image_size': 32},
      ['saf', "data.name is 'folder'", 'digits']),

@@ -1,5 +1,8 @@
 """Methods that ask more of the loop than a second gradient, recomputed by hand on one device."""
 
+import contextlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from helpers import assert_trees_close, relative_distance
 from methods_in_training_test import _session
 
-from sam_jax import losses, optimizers, rngs
+from sam_jax import losses, optimizers, rngs, sharpness, train
 from sam_jax.sharpness import ascent
 
 pytestmark = pytest.mark.usefixtures('x64')
@@ -66,6 +69,13 @@ def _step(session, state, step):
         session.layout.replicate(jax.tree.map(jnp.copy, state)), *session.arguments(step))[0])
 
 
+def _rate(session, step):
+    """The cosine schedule of the learning rate, from 0.1; the step's own is of float32."""
+    total = session.config.total_epochs * (
+        session.dataset.num_train_examples // session.config.batch_size)
+    return 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
+
+
 def test_esam_descends_on_the_examples_whose_loss_rises_most():
     """gamma = 0.3 of 8 examples: 3 of each replica, chosen by the rise from w to w + eps."""
     session = _session('esam', sam__beta=1.0, sam__gamma=0.3, **PLAIN)
@@ -88,7 +98,8 @@ def test_esam_descends_on_the_examples_whose_loss_rises_most():
 
 def test_sampa_s_two_gradients_are_of_two_batches():
     """That at the perturbed point is of the batch, and the dropout, of the step before."""
-    session = _session('sampa', sam__lam=0.3, **PLAIN)
+    session = _session('sampa', sam__lam=0.3, **{**PLAIN, 'optimizer__schedule': 'cosine'},
+                       total_epochs=1)
     start = _host(session.start())
     state = _step(session, start, 0)
     memory = state.sharpness_state.memory
@@ -98,12 +109,77 @@ def test_sampa_s_two_gradients_are_of_two_batches():
     assert_trees_close(state.params, _move(start.params, first, -0.1), rtol=1e-8, atol=1e-11)
     parts = []
     for group in (slice(0, 2), slice(2, 4)):
-        ahead = _gradient(session, _move(state.params, memory, -0.1), state.batch_stats,
-                          _replicas(session, 1)[group])
+        ahead = _gradient(session, _move(state.params, memory, -_rate(session, 1)),
+                          state.batch_stats, _replicas(session, 1)[group])
         behind = _gradient(session, _climb(state.params, memory), state.batch_stats,
                            _replicas(session, 0)[group])
         parts.append(jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, ahead, behind))
     new = _step(session, state, 1)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -_rate(session, 1)), rtol=1e-6)
+
+
+def test_wsam_s_sharpness_goes_past_the_optimizer():
+    """w - lr (momentum of g, clipped) - lr a (g_p - g), lr that of the step."""
+    session = _session('wsam', sam__gamma=0.6, total_epochs=1, **{
+        **PLAIN, 'optimizer__momentum': 0.9, 'optimizer__schedule': 'cosine'})
+    state = _host(session.start())
+    v = jax.tree.map(jnp.zeros_like, state.params)
+    for step in range(2):
+        replicas = _replicas(session, step)
+        groups = [replicas[:2], replicas[2:]]
+        clean = [_gradient(session, state.params, state.batch_stats, part) for part in groups]
+        climbed = [_gradient(session, _climb(state.params, g), state.batch_stats, part)
+                   for g, part in zip(clean, groups)]
+        g, g_p = _mean(clean), _mean(climbed)
+        v = jax.tree.map(lambda m, x: 0.9 * m + x, v, g)
+        lr = _rate(session, step)
+        expected = jax.tree.map(lambda w, m, x, y, lr=lr: w - lr * m - lr * 1.5 * (y - x),
+                                state.params, v, g, g_p)
+        new = _step(session, state, step)
+        assert_trees_close(new.params, expected, rtol=1e-6)
+        state = new
+
+
+def test_bsam_knows_the_number_of_examples():
+    """One step: the draw of each group, of variance 1 / (N s), and the prior's weight 40 / N."""
+    session = _session('bsam', **{**PLAIN, 'optimizer__weight_decay': 0.0})
+    state = _host(session.start())
+    replicas, parts = _replicas(session, 0), []
+    examples = session.dataset.num_train_examples // 32 * 32
+    tx = sharpness.bsam(0.1, num_examples=examples)
+    for i, group in enumerate((replicas[:2], replicas[2:])):
+        start = tx.init(state.params)
+        key = rngs.key(0, 'ascent', 0, i)
+
+        def gradient(params, group=group):
+            return _gradient(session, params, state.batch_stats, group)
+
+        grads = gradient(tx.point(start, state.params, key=key))
+        parts.append(tx.update(grads, start, state.params, grad_fn=gradient)[0])
+    new = _step(session, state, 0)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
+
+
+def test_probes_are_of_the_whole_objective():
+    """Losses with the penalty, whose gradients they go with; a key a group."""
+    session = _session('frob_sam', sam__lam=0.5, sam__n=3, **{
+        **PLAIN, 'optimizer__weight_decay': 0.1})
+    state = _host(session.start())
+    replicas, parts = _replicas(session, 0), []
+    for i, group in enumerate((replicas[:2], replicas[2:])):
+        def objective(params, group=group):
+            total = sum(jnp.mean(losses.cross_entropy(
+                _logits(session, params, state.batch_stats, replica), replica['label']))
+                        for replica in group)
+            return total / 2 + losses.l2_penalty(params, 0.1)
+
+        value, grads = jax.value_and_grad(objective)(state.params)
+        tx = sharpness.frob_sam(0.1, 0.5, 3)
+        parts.append(tx.update(
+            grads, tx.init(state.params), state.params, value=value,
+            value_and_grad_fn=jax.jit(jax.value_and_grad(objective)),
+            key=rngs.key(0, 'ascent', 0, i))[0])
+    new = _step(session, state, 0)
     assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
 
 
@@ -113,7 +189,8 @@ def test_momentum_sam_keeps_the_centre():
     state = _host(session.start())
     v = jax.tree.map(jnp.zeros_like, state.params)
     for step in range(2):
-        assert_trees_close(optimizers.momentum(state.opt_state), v, rtol=1e-8, atol=1e-11)
+        kept = optimizers.momentum(session.config.optimizer, state.opt_state)
+        assert_trees_close(kept, v, rtol=1e-8, atol=1e-11)
         point = state.params if step == 0 else _climb(state.params, v, -0.1)
         grads = _gradient(session, point, state.batch_stats, _replicas(session, step))
         v = jax.tree.map(lambda m, g: 0.9 * m + g, v, grads)
@@ -124,8 +201,8 @@ def test_momentum_sam_keeps_the_centre():
 
 def test_saf_remembers_each_example():
     """Two steps an epoch; the loss is on the logits of two epochs ago, where there are some."""
-    session = _session('saf', size=160, sam__start_epoch=1, sam__epochs_ago=2, sam__lam=0.8,
-                       sam__tau=2.0, **PLAIN)
+    session = _session('saf', size=160, total_epochs=3, sam__start_epoch=0, sam__epochs_ago=2,
+                       sam__lam=0.8, sam__tau=2.0, **PLAIN)
     num_images = session.dataset.num_images
     logits = np.full((6, num_images, 10), np.nan)
     state = _host(session.start())
@@ -229,5 +306,32 @@ def test_adam():
         updates, state = tx.update(jnp.asarray(g), state, jnp.asarray(w))
         expected = -0.1 * m / (1 - 0.9 ** t) / (np.sqrt(v / (1 - 0.99 ** t)) + settings.epsilon)
         np.testing.assert_allclose(updates, expected, rtol=1e-9)
-        np.testing.assert_allclose(optimizers.momentum(state), m, rtol=1e-9)
+        np.testing.assert_allclose(optimizers.momentum(settings, state), m, rtol=1e-9)
         w = w + np.asarray(updates)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'rmsprop', 'adam'])
+def test_momentum_points_against_the_next_step(name):
+    """Of every optimizer -v is where it goes, so that one sign serves all."""
+    settings = _session('sgd', optimizer__name=name).config.optimizer
+    tx = optimizers.create(settings, 0.1)
+    w = jnp.array([1.0, -2.0])
+    updates, state = tx.update(w, tx.init(w), w)
+    v = optimizers.momentum(settings, state)
+    assert (v * w > 0).all() and (updates * v < 0).all()
+
+
+def test_feeds_come_with_the_one_before():
+    """And do after a restart, so that SAMPa goes on exactly."""
+    session = _session('sampa')
+    plan = types.SimpleNamespace(config=session.config, dataset=session.dataset,
+                                 layout=session.layout, total_steps=6)
+    progress = types.SimpleNamespace(waiting=contextlib.nullcontext)
+    whole, resumed = (list(jax.device_get(list(train._feeds(plan, first, progress))))
+                      for first in (0, 3))
+    assert len(whole) == 6 and len(resumed) == 3
+    for feed, again in zip(whole[3:], resumed):
+        jax.tree.map(np.testing.assert_array_equal, feed, again)
+    previous = [{k: x for k, x in feed.items() if k != 'previous'} for feed in whole]
+    for i, feed in enumerate(whole):
+        jax.tree.map(np.testing.assert_array_equal, feed['previous'], previous[max(i - 1, 0)])

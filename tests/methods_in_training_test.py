@@ -24,7 +24,7 @@ SETTINGS = {
     'looksam': {'k': 2}, 'look_layersam': {'k': 2}, 'periodic_sam': {'k': 2},
     'late_phase_sam': {'start': 2 / 80, 'end': 3 / 80}, 'sparse_sam': {'period': 2},
     'saf': {'start_epoch': 0, 'epochs_ago': 1}, 'mesa': {'start_epoch': 0},
-    'extrapolated': {'by': 'noise'}, 'rst': {'probability': 0.7}}
+    'rst': {'probability': 0.7}}
 # Of these an epoch has two steps.
 TRAJECTORY = ('saf', 'mesa')
 NO_RHO = ('sgd', 'saf', 'mesa')
@@ -113,7 +113,8 @@ def test_devices_restarts_and_values(method, x64, tmp_path):
         # Half of the steps; of the window's four, one.
         assert end.sharpness_state.evaluations == (1 if method == 'late_phase_sam' else 2)
     assert np.isfinite(metrics['train/loss']) and np.isfinite(metrics['train/perturbed_loss'])
-    sgd = _run_sgd(session.config.replica_batch_size, session.config.optimizer.momentum)
+    optimizer = session.config.optimizer
+    sgd = _run_sgd(session.config.replica_batch_size, optimizer.momentum, optimizer.nesterov)
     assert relative_distance(end.params, sgd.params) > 1e-6 or method == 'sgd'
     if method not in (*NO_RHO, 'bsam', 'sampa'):
         del compilations[:]
@@ -123,10 +124,11 @@ def test_devices_restarts_and_values(method, x64, tmp_path):
 
 
 @functools.cache
-def _run_sgd(size, momentum):
+def _run_sgd(size, momentum, nesterov):
     """A run of SGD with what a method's config says besides `sam`; bSAM's has no momentum."""
-    company = {} if momentum else {
-        'optimizer__momentum': 0.0, 'optimizer__nesterov': False, 'optimizer__weight_decay': 0.0}
+    company = {'optimizer__nesterov': nesterov} if momentum else {
+        'optimizer__momentum': 0.0, 'optimizer__nesterov': False, 'optimizer__weight_decay': 0.0,
+        'optimizer__clip_norm': 0.0}
     return jax.device_get(_session('sgd', 4, size=size, **company).run(STEPS)[0])
 
 
@@ -164,6 +166,17 @@ def test_random_directions_are_of_the_seed_the_step_and_the_group():
         session.run(1, seed=np.uint32(1))
     jax.effects_barrier()
     assert len(keys) == len(set(keys)) == 2 * (2 + 1), 'two groups in each of three steps'
+
+
+def test_the_coin_is_thrown_anew_at_each_step():
+    """And is that of the seed."""
+    session = _session('rst', dtype='float32', sam__probability=0.5, sam__final_probability=0.5)
+    state, taken = session.start(), []
+    for step in range(12):
+        state, metrics = session.step_fn(state, *session.arguments(step))
+        taken.append(bool(metrics['train/perturbation_norm']))
+    assert 1 < sum(taken) < 11
+    assert state.sharpness_state.evaluations == sum(taken)
 
 
 class _Noting(nn.Module):

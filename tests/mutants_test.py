@@ -8,17 +8,23 @@ import sys
 import pytest
 from helpers import ROOT
 
-STEP, TRANSFORM, ASCENT = (
-    f'sam_jax/{name}.py' for name in ('train_step', 'sharpness/transform', 'sharpness/ascent'))
+STEP, GRADIENTS = 'sam_jax/train_step.py', 'sam_jax/gradients.py'
+TRANSFORM, ASCENT, COMBINE, GATE, SHIFTED, UNIVERSAL, DIRECTION, MASK = (
+    f'sam_jax/sharpness/{name}.py' for name in (
+        'transform', 'ascent', 'combine', 'gate', 'shifted', 'universal', 'direction', 'mask'))
+BY_ASCENT, BY_OTHER_MEANS, TRAJECTORY = (
+    f'sam_jax/{name}.py' for name in (
+        'sharpness/by_ascent', 'sharpness/by_other_means', 'trajectory'))
+FORMS, BY_HAND = 'tests/closed_forms_test.py', 'tests/methods_by_hand_test.py'
 STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'
 STEP_TEST = 'tests/train_step_test.py'
 ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask'
 
 MUTANTS = {
     'sign of the perturbation': (
-        TRANSFORM, 'promote(w) + e', 'promote(w) - e', ALGORITHM_1),
+        TRANSFORM, 'promote(w) + sign * e', 'promote(w) - sign * e', ALGORITHM_1),
     'no perturbation': (
-        TRANSFORM, 'promote(w) + e', 'promote(w) + 0 * e', ALGORITHM_1),
+        TRANSFORM, 'promote(w) + sign * e', 'promote(w) + 0 * e', ALGORITHM_1),
     'perturbation of half the length': (
         ASCENT, 'rho / jnp.where(norm > 0, norm, 1.0), 0.0)', '0.5 * rho / norm, 0.0)',
         ALGORITHM_1),
@@ -26,28 +32,29 @@ MUTANTS = {
         ASCENT, 'jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)', 'rho / norm',
         'tests/sharpness_test.py'),
     'perturbed weights in the dtype of the params': (
-        TRANSFORM, 'promote(w) + e', '(promote(w) + e).astype(w.dtype)',
+        TRANSFORM, 'promote(w) + sign * e', '(promote(w) + sign * e).astype(w.dtype)',
         f'{STEP_TEST}::test_bfloat16_params_are_perturbed_in_float32'),
     'no mean over devices': (
         STEP, '    if layout.devices_per_group < len(layout.devices):\n'
-              '        result = mean_over_devices(result)\n', '', ALGORITHM_1),
+              '        result = gradients.mean_over_devices(result)\n', '', ALGORITHM_1),
     'gradient averaged before the ascent': (
         STEP, '        if layout.devices_per_group > 1:\n'
               '            result = mean_over_devices(result, layout.axis_index_groups)',
         '        result = mean_over_devices(result)', ALGORITHM_1),
     'statistics of the second pass': (
-        STEP, "    return updates, sharpness_state, aux['batch_stats'], report",
-        '    moved = jax.tree.map(lambda w, g: w + 0.5 * g / optax.tree.norm(grads),\n'
+        GRADIENTS, "    return (updates, sharpness_state, aux['batch_stats'], report), kept",
+        '    moved = jax.tree.map(lambda w, g: w + 0.5 * g / sharpness.ascent.lp_norm(grads),\n'
         '                         state.params, grads)\n'
-        "    return updates, sharpness_state, group_gradient(moved)[1]['batch_stats'], report",
+        "    return (updates, sharpness_state, at(moved)[1]['batch_stats'], report), kept",
         ALGORITHM_1),
     'the same dropout in all replicas': (
         STEP, 'fold_in, key))(replica)', 'fold_in, key))(0 * replica)', ALGORITHM_1),
-    'replicas summed': (STEP, 't / n if', 't if', ALGORITHM_1),
+    'replicas summed': (GRADIENTS, 't / n if', 't if', ALGORITHM_1),
     'augmentation by device': (
         STEP, '(\n        replica[0] * layout.replica_batch_size)', '0', 'tests/topology_test.py'),
-    'no weight decay in the second gradient': (
-        STEP, 'return loss + penalty, aux', 'return loss, aux', ALGORITHM_1),
+    'no weight decay in the gradients': (
+        GRADIENTS, 'total = loss + losses.l2_penalty(', 'total = loss + 0 * losses.l2_penalty(',
+        ALGORITHM_1),
     'rho as a constant of the program': (
         STEP, 'config.sam, hparams.rho,', 'config.sam, config.sam.rho,',
         f'{STEP_TEST}::test_swept_values_are_not_constants_of_the_program'),
@@ -82,6 +89,129 @@ MUTANTS = {
         'sam_jax/data/labels.py', 'draws[index]', 'draws[:len(index)]', 'tests/labels_test.py'),
     'noise for all but the drawn': (
         'sam_jax/data/labels.py', 'np.where(hit', 'np.where(~hit', 'tests/labels_test.py'),
+    # A method each, or more.
+    'second_order: no Hessian': (
+        TRANSFORM, 'jax.jvp(climbed, (params,), (by_grads,))[1]', 'by_grads',
+        'tests/methods_test.py -k second_order_sam_of_a_quadratic'),
+    'multistep: out of the ball': (
+        ASCENT, 'project(jax.tree.map(jnp.add, eps, step), radius)',
+        'jax.tree.map(jnp.add, eps, step)', 'tests/methods_test.py -k test_multistep'),
+    'look_layersam: one radius for all': (
+        'sam_jax/sharpness/by_combination.py', 'ascent.layer_ball(rho), combine.reused',
+        'ascent.lp_ball(rho), combine.reused', f'{FORMS} -k looksam'),
+    'ae_looksam: nothing reused': (
+        'sam_jax/sharpness/by_gate.py', 'combine.reused(alpha)', 'combine.perturbed()',
+        f'{FORMS} -k ae_looksam'),
+    'a resumed SAMPa without its last batch': (
+        'sam_jax/train.py', 'max(first_step - 1, 0) if', 'first_step if',
+        f'{BY_HAND} -k feeds'),
+    'bsam: another number of examples': (
+        STEP, 'num_examples=steps_per_epoch * config.batch_size', 'num_examples=config.batch_size',
+        f'{BY_HAND} -k bsam'),
+    'wsam: the learning rate of the start': (
+        STEP, 'add_correction(updates, sharpness_state, learning_rate)',
+        'add_correction(updates, sharpness_state, hparams.learning_rate)', f'{BY_HAND} -k wsam'),
+    'rmsprop: the momentum of the wrong sign': (
+        'sam_jax/optimizers.py', 'jax.tree.map(jnp.negative, trace)', 'trace',
+        f'{BY_HAND} -k points_against'),
+    'unnormalized: downhill': (
+        ASCENT, 'dtype) * promote(g), grads)', 'dtype) * -promote(g), grads)',
+        f'{FORMS} -k unnormalized'),
+    'asam: T in place of its square': (
+        ASCENT, 'eps = jax.tree.map(jnp.multiply, root, inner)', 'eps = inner', f'{FORMS} -k asam'),
+    'fisher: the metric itself': (
+        ASCENT, '1.0 / (1.0 + eta', '1.0 * (1.0 + eta', f'{FORMS} -k fisher'),
+    'layerwise: one radius for all': (
+        ASCENT, 'radius * lp_norm(w), 2.0)', 'radius, 2.0)', f'{FORMS} -k layerwise'),
+    'sam_on: everything': (
+        BY_ASCENT, 'rho, p, masks.normalization)', 'rho, p)', f'{FORMS} -k sam_on'),
+    'sparse: nothing left out': (
+        MASK, 'jnp.where(m, e, 0.0)', 'jnp.where(m, e, e)', f'{FORMS} -k sparse'),
+    'sparse: the least sensitive': (MASK, 'x >= threshold', 'x < threshold', f'{FORMS} -k sparse'),
+    'random_sam: along the gradient': (
+        DIRECTION, 'return random_like(key, grads), state', 'return grads, state',
+        'tests/methods_test.py -k test_random_sam'),
+    'vasso: weights exchanged': (
+        DIRECTION, '(1 - theta) * d + theta * g)', 'theta * d + (1 - theta) * g)',
+        f'{FORMS} -k vasso'),
+    'friendly: towards the average': (
+        DIRECTION, 'g - sigma * m)', 'g + sigma * m)', f'{FORMS} -k friendly'),
+    'a schedule counts ascents': (
+        ASCENT, 'state.count if count is None else count', 'state.count',
+        f'{FORMS} -k counts_updates'),
+    'gsam: the sign of the gap': (
+        COMBINE, '(promote(g_p) - alpha * (', '(promote(g_p) + alpha * (', f'{FORMS} -k gsam'),
+    'wsam: the sign of the correction': (
+        COMBINE, 'alpha * (promote(g_p) - promote(g))', 'alpha * (promote(g) - promote(g_p))',
+        f'{FORMS} -k wsam'),
+    'wsam: no correction': (
+        STEP, '    updates = sharpness.add_correction(updates, sharpness_state, learning_rate)\n',
+        '', 'tests/methods_in_training_test.py::test_devices_restarts_and_values[wsam]'),
+    'gnp: weights that do not add up': (
+        COMBINE, '(1.0 - alpha) * promote(g)', '1.0 * promote(g)', f'{FORMS} -k gnp'),
+    'gradient_constrained: low ignored': (
+        COMBINE, '(cosine <= low) & (low > 0)', '(cosine <= low)',
+        f'{FORMS} -k gradient_constrained'),
+    'cr_sam: the second difference': (
+        COMBINE, 'up + down - 2.0 * g', 'up + down - g', f'{FORMS} -k cr_sam'),
+    'stable_sam: the ratio upside down': (
+        COMBINE, '_ratio(lp_norm(grads), lp_norm(perturbed_grads))',
+        '_ratio(lp_norm(perturbed_grads), lp_norm(grads))', f'{FORMS} -k stable'),
+    'looksam: not orthogonal': (
+        COMBINE, 'promote(y) - share.astype', 'promote(y) + share.astype', f'{FORMS} -k looksam'),
+    'looksam: nothing reused': (
+        COMBINE, '(each(add, grads, state.orthogonal), state)', '(grads, state)',
+        f'{FORMS} -k looksam'),
+    'periodic: a step late': (GATE, 'count % k == 0', 'count % k == 1', f'{FORMS} -k periods'),
+    'late_phase: a step more': (GATE, '(count < end)', '(count <= end)', f'{FORMS} -k windows'),
+    'rst: the other side of the coin': (
+        GATE, 'bernoulli(gate_key, p)', 'bernoulli(gate_key, 1 - p)', f'{FORMS} -k coin'),
+    'rst: one coin for all steps': (
+        STEP, "'gate', state.step)", "'gate', 0)",
+        'tests/methods_in_training_test.py -k coin_is_thrown'),
+    'ae_sam: end and start exchanged': (
+        GATE, 'progress * lambda1 + (1 - progress) * lambda2',
+        'progress * lambda2 + (1 - progress) * lambda1', f'{FORMS} -k adaptive'),
+    'ae_sam: each group for itself': (
+        GRADIENTS, "key=group['group_key'][0], **shared)",
+        "key=group['group_key'][0], **{**shared, 'gate_norm': None})", f'{BY_HAND} -k adaptive'),
+    'trace: the sum of the probes': (
+        UNIVERSAL, 'lam / losses.size), jnp', 'lam), jnp', f'{FORMS} -k trace'),
+    'det: another power': (UNIVERSAL, 'half - 3 * log_mean', 'half - 2 * log_mean',
+                           f'{FORMS} -k det'),
+    'frob: the biased variance': (
+        UNIVERSAL, '/ (losses.size - 1)', '/ losses.size', f'{FORMS} -k frob'),
+    'losses without the penalty': (
+        GRADIENTS, "'objective': total.astype(float)", "'objective': loss.astype(float)",
+        f'{BY_HAND} -k whole_objective'),
+    'momentum_sam: along the momentum': (
+        SHIFTED, 'jax.tree.map(jnp.negative, eps)', 'eps', f'{FORMS} -k momentum'),
+    'extrapolated: uphill': (
+        BY_OTHER_MEANS, '_times(rho, -1.0)', '_times(rho, 1.0)', f'{FORMS} -k extrapolated'),
+    'sampa: weights exchanged': (
+        SHIFTED, '(1.0 - lam) * promote(g_p) + lam * promote(g)',
+        '(1.0 - lam) * promote(g) + lam * promote(g_p)', f'{FORMS} -k sampa'),
+    'sampa: both on this batch': (
+        STEP, 'previous, arrays, hparams', 'feed, arrays, hparams', f'{BY_HAND} -k sampa'),
+    'bsam: the precision': (
+        SHIFTED, 'jnp.sqrt(s) * jnp.abs(g)', 'jnp.abs(g)', f'{FORMS} -k bsam'),
+    'bsam: the variance for the deviation': (
+        SHIFTED, 'lambda z, s: z / jnp.sqrt(num_examples * s)',
+        'lambda z, s: z / (num_examples * s)', f'{FORMS} -k bsam_draws'),
+    'saf: another epoch': (TRAJECTORY, '== epoch - slots', '== epoch - slots + 1',
+                           f'{BY_HAND} -k saf'),
+    'mesa: its own teacher': (
+        TRAJECTORY, 'model.apply(state.ema,',
+        "model.apply({'params': state.params, 'batch_stats': state.batch_stats},",
+        f'{BY_HAND} -k mesa'),
+    'a loss with the divergence the other way': (
+        'sam_jax/losses.py', 'jnp.exp(old) * (old - new)', 'jnp.exp(new) * (new - old)',
+        f'{FORMS} -k trajectory_loss'),
+    'esam: those that fall most': (
+        GRADIENTS, 'lax.top_k(new - old_losses,', 'lax.top_k(old_losses - new,',
+        f'{BY_HAND} -k esam'),
+    'esam: not as far as 1 / beta': (
+        BY_OTHER_MEANS, '_times(rho, 1.0 / beta)', 'rho', f'{FORMS} -k esam'),
 }
 
 

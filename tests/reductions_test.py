@@ -50,7 +50,7 @@ TO_SAM = [
     ('fisher_sam', {'eta': 0.0}), ('sparse_sam', {'sparsity': 0.0, 'period': 2}),
     ('multistep_sam', {'steps': 1}), ('vasso', {'theta': 1.0}), ('friendly_sam', {'sigma': 0.0}),
     ('gsam', {'alpha': 0.0}), ('wsam', {'gamma': 0.5, 'decoupled': False}), ('gnp', {'alpha': 1.0}),
-    ('gradient_constrained', {'up': -1.0}),
+    ('gradient_constrained', {'up': -1.0, 'low': 0.0}),
     ('gradient_constrained', {'up': -1.0, 'low': 0.0, 'per_leaf': False}),
     ('cr_sam', {'gamma': 0.0, 'beta': 0.0}), ('looksam', {'k': 1}), ('periodic_sam', {'k': 1}),
     ('late_phase_sam', {'start': 0.0, 'total_steps': STEPS}),
@@ -63,7 +63,7 @@ TO_BASE = [
     ('wsam', {'gamma': 0.0}), ('wsam', {'gamma': 0.0, 'decoupled': False}), ('gnp', {'alpha': 0.0}),
     ('gradient_constrained', {'low': 1.01, 'up': 1.02}),
     ('gradient_constrained', {'low': 1.01, 'up': 1.02, 'per_leaf': False}),
-    ('late_phase_sam', {'start': 1.0, 'total_steps': STEPS}),
+    ('late_phase_sam', {'start': 0.999, 'total_steps': STEPS}),
     ('rst', {'probability': 0.0, 'final_probability': 0.0}), ('trace_sam', {'lam': 0.0}),
     ('det_sam', {'lam': 0.0}), ('frob_sam', {'lam': 0.0}), ('saf', {}), ('mesa', {})]
 

@@ -231,9 +231,8 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
     checks.radius(rho)
     if p not in (2, np.inf):
         raise ValueError(f'p is {p}; projected steps need 2 or inf.')
-    if steps < 1 or not step_size > 0:
-        raise ValueError(f'steps is {steps} and step_size is {step_size}; steps must be at least 1 '
-                         'and step_size greater than 0.')
+    checks.at_least(1, steps=steps)
+    checks.positive(step_size=step_size)
 
     def project(eps, radius):
         if p == np.inf:

@@ -63,7 +63,8 @@ def gnp(rho, alpha=0.8):
 def gradient_constrained(rho, low=0.5, up=0.8, per_leaf=True):
     """GCSCoOp's SAM (2309.07866): g, g_p or a projection, by the angle between the two.
 
-    See `combine.gradient_constrained`. up <= -1 is `sam`, low > 1 the base optimizer.
+    See `combine.gradient_constrained`. up <= -1 (and so low <= 0) is `sam`, low > 1 the base
+    optimizer.
 
     Args:
       rho: as of `sam`; 0.1 in the paper, which tunes the prompts of CLIP.
@@ -71,6 +72,8 @@ def gradient_constrained(rho, low=0.5, up=0.8, per_leaf=True):
       per_leaf: whether each leaf of the params has an angle of its own.
     """
     checks.finite(low=low, up=up)
+    if low > 0:
+        checks.ordered(low=low, up=up)
     return sharpness_aware(
         ascent.lp_ball(rho), combine.gradient_constrained(low, up, per_leaf))
 
@@ -90,7 +93,13 @@ def cr_sam(rho, gamma=0.1, beta=0.01):
 
 
 def stable_sam(rho):
-    """Stable SAM: (|g| / |g_p|) g_p, the direction of SAM with the length of the clean gradient."""
+    """Stable SAM: (|g| / |g_p|) g_p, the direction of SAM with the length of the clean gradient.
+
+    The rule is from a secondary source (the method zoo of the zij library).
+
+    Args:
+      rho: as of `sam`.
+    """
     return sharpness_aware(ascent.lp_ball(rho), combine.renormalized())
 
 

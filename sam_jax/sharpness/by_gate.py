@@ -1,7 +1,8 @@
 """Methods that ascend at some steps only: the base optimizer's gradient at the others.
 
 The gradient of a step without ascent is the only one that it takes. Momentum and all other state of
-the optimizer go on through both kinds of step.
+the optimizer go on through both kinds of step. Of shake models, which know a gradient to climb and
+another to descend, `ae_sam` and `ae_looksam` take the first at all steps: their gate looks at it.
 """
 
 from sam_jax.sharpness import ascent, checks, combine, gate
@@ -26,15 +27,14 @@ def late_phase_sam(rho, start=0.9, end=1.0, total_steps=1):
 
     Args:
       rho: as of `sam`.
-      start, end: of the window, as fractions of the training, 0 <= start <= end <= 1.
+      start, end: of the window, as fractions of the training, 0 <= start < end <= 1.
       total_steps: number of updates in the training.
 
     Raises:
       ValueError: the fractions are not in order.
     """
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f'start is {start} and end is {end}; they must be fractions of the '
-                         'training, 0 <= start <= end <= 1.')
+    checks.fraction(start=start, end=end)
+    checks.ordered(start=start, end=end)
     return sharpness_aware(
         ascent.lp_ball(rho), gate=gate.window(start * total_steps, end * total_steps))
 

@@ -72,7 +72,9 @@ def momentum_sam(rho):
     result = grad L(w - rho v / ||v||) with v the optimizer's momentum before the step (Adam's first
     moment). The sign is the paper's: along +v the last step has gone already. The params stay w,
     so evaluation and checkpoints are those of the centre. rho ||v||^-1 = lr mu would be Nesterov's
-    momentum. One gradient evaluation; no state but counters. `point` and `update` need `momentum`.
+    momentum; with an optimizer that is Nesterov's already, which the paper does not have, the two
+    look-aheads add up. One gradient evaluation; no state but counters. `point` and `update` need
+    `momentum`.
 
     Args:
       rho: as of `sam`, but about ten times as large: 3 in the paper's CIFAR and ImageNet runs. ViTs
@@ -124,18 +126,19 @@ def sampa(rho, lam=0.2):
 
 
 def bsam(rho, prior_precision=40.0, beta1=0.9, beta2=0.999, damping=0.1, init_precision=1.0,
-         num_examples=1):
+         data_factor=4.0, num_examples=1):
     """bSAM (2210.01620): SAM as variational Bayes; an optimizer of its own, `shifted.bayesian`.
 
     Two gradient evaluations; state: two pytrees.
 
     Args:
       rho: factor of the ascent g / s; 0.01 in the authors' CIFAR runs (learning rate 0.5).
-      num_examples: of the training set.
-      The others: the authors' CIFAR settings are the defaults.
+      num_examples: of the training set; N of the paper is data_factor times as many.
+      The others: the authors' CIFAR settings are the defaults; data_factor is for augmentation.
     """
+    checks.positive(data_factor=data_factor)
     return shifted.bayesian(
-        rho, num_examples, prior_precision, beta1, beta2, damping, init_precision)
+        rho, data_factor * num_examples, prior_precision, beta1, beta2, damping, init_precision)
 
 
 class Trajectory(NamedTuple):
@@ -184,8 +187,9 @@ def saf(lam=0.3, tau=5.0, start_epoch=5, epochs_ago=3):
 def mesa(lam=0.8, tau=5.0, start_epoch=5):
     """MESA (2205.14083): SAF with a moving average of the weights in place of the memory.
 
-    The teacher is `config.ema`'s average of params and statistics, in evaluation mode. One gradient
-    evaluation and a forward pass; no state besides that average.
+    The teacher is `config.ema`'s average of params and statistics, in evaluation mode; it follows
+    the weights faster at the start than the authors' v <- decay v + (1 - decay) w (see
+    `optimizers.ema_update`). One gradient evaluation and a forward pass; no state besides it.
 
     Args:
       lam, tau, start_epoch: as of `saf`; lam 0.8 in the authors' ImageNet run.
@@ -205,8 +209,9 @@ def esam(rho, beta=0.5, gamma=0.5):
     is that of the share gamma of each replica's examples whose loss rises most from w to w + eps;
     of R examples max(1, ceil(gamma R)), a number known when compiling, so the gradient really is
     cheaper. (The authors' code keeps those strictly above the threshold, one fewer and perhaps
-    none.) beta = gamma = 1 is `sam`. One gradient, one forward pass and gamma of a gradient; no
-    state but counters. `update` needs `key` and `selected_grad_fn`.
+    none.) The dropout of the chosen is that of their places among the chosen, as everywhere that a
+    batch is cut. beta = gamma = 1 is `sam`. One gradient, one forward pass and gamma of a gradient;
+    no state but counters. `update` needs `key` and `selected_grad_fn`.
 
     Args:
       rho: as of `sam`.

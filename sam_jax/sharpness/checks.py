@@ -30,6 +30,13 @@ def positive(**values):
             raise ValueError(f'{name} is {value}; it must be finite and greater than 0.')
 
 
+def ordered(**values):
+    """The first must be smaller than the second."""
+    (low, a), (high, b) = values.items()
+    if not a < b:
+        raise ValueError(f'{low} is {a} and {high} is {b}; {low} must be smaller than {high}.')
+
+
 def fraction(**values):
     """All must be in [0, 1]."""
     for name, value in values.items():

@@ -84,9 +84,9 @@ def gradient_constrained(low, up, per_leaf=True):
     """GCSCoOp's (2309.07866): which gradient goes on depends on the angle between the two.
 
     With c = cos(g_p, g) and z = (g_p + g) / |g_p + g|:
+      c <= low         g; only if low > 0
       c >= up          g_p
-      low < c < up     <g_p, z> z, g_p projected on the bisector
-      c <= low         g; only if low > 0, else as in the case before
+      otherwise        <g_p, z> z, g_p projected on the bisector
     A gradient of zero makes c = 0. No state.
 
     Args:
@@ -100,8 +100,8 @@ def gradient_constrained(low, up, per_leaf=True):
         share = _ratio(norm_p ** 2 + dot, norm ** 2 + 2 * dot + norm_p ** 2)  # <g_p, z> / |g_p + g|
         far = (cosine <= low) & (low > 0)
         return jax.tree.map(
-            lambda x, y: jnp.where(cosine >= up, y, jnp.where(
-                far, x, (share * (promote(x) + promote(y))).astype(x.dtype))), g, g_p)
+            lambda x, y: jnp.where(far, x, jnp.where(
+                cosine >= up, y, (share * (promote(x) + promote(y))).astype(x.dtype))), g, g_p)
 
     return _stateless(lambda g, g_p: jax.tree.map(of, g, g_p) if per_leaf else of(g, g_p))
 
@@ -131,17 +131,16 @@ def decoupled(alpha):
     """WSAM's decoupled form: g for the optimizer, and alpha (g_p - g) past it.
 
     w <- (optimizer's step with g) - lr alpha (g_p - g). The second term is the state's
-    `correction`, which `sam_jax.sharpness.add_correction` applies. State: one pytree, of that step
-    alone.
+    `correction`, which `sam_jax.sharpness.add_correction` applies; clipping, which comes before the
+    optimizer, does not see it. State: one pytree, of that step alone.
     """
     def combine(grads, perturbed_grads, state, params):
         del state, params
         return grads, DecoupledState(jax.tree.map(
-            lambda g, g_p: (alpha * (promote(g_p) - promote(g))).astype(g.dtype),
-            grads, perturbed_grads))
+            lambda g, g_p: alpha * (promote(g_p) - promote(g)), grads, perturbed_grads))
 
     def zero(params):
-        return DecoupledState(jax.tree.map(jnp.zeros_like, params))
+        return DecoupledState(jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params))
 
     return Combine(init=zero, combine=combine,
                    skip=lambda grads, state, params: (grads, zero(grads)))
@@ -159,7 +158,7 @@ def add_correction(updates, state, learning_rate):
     if correction is None:
         return updates
     return jax.tree.map(
-        lambda u, c: u - jnp.asarray(learning_rate, u.dtype) * c, updates, correction)
+        lambda u, c: u - (learning_rate * c).astype(u.dtype), updates, correction)
 
 
 class OrthogonalState(NamedTuple):
@@ -181,8 +180,12 @@ def reused(alpha, per_leaf=False):
     """
     def orthogonal(g, g_p):
         share = _ratio(_dot(g, g_p), _dot(g, g))
-        return jax.tree.map(
+        rest = jax.tree.map(
             lambda x, y: promote(y) - share.astype(promote(x).dtype) * promote(x), g, g_p)
+        # Of parallel gradients (a leaf of one entry) only rounding is left, and no direction.
+        dtype = jnp.result_type(*jax.tree.leaves(rest))
+        real = lp_norm(rest) > 16 * jnp.finfo(dtype).eps * lp_norm(g_p)
+        return jax.tree.map(lambda x: jnp.where(real, x, jnp.zeros_like(x)), rest)
 
     def add(g, v):
         scale = alpha * _ratio(lp_norm(g), lp_norm(v))

@@ -93,7 +93,8 @@ def without_average(sigma, lam):
         direction = jax.tree.map(
             lambda m, g: jnp.where(first, g, g - sigma * m), state.average, grads)
         average = jax.tree.map(
-            lambda m, g: jnp.where(first, g, lam * m + (1 - lam) * g), state.average, grads)
+            # In this form a gradient that stays leaves m = g, without rounding.
+            lambda m, g: jnp.where(first, g, m + (1 - lam) * (g - m)), state.average, grads)
         return direction, AverageState(optax.safe_increment(state.count), average)
 
     return optax.GradientTransformation(_start, update)

@@ -135,7 +135,9 @@ def parallel(ball, lam):
       perturbed gradient     at w + ball(gy), on the batch that gy is of (`previous_grad_fn`);
       result                 (1 - lam) perturbed + lam grads;   gy <- grads.
     At the first step gy = 0, so both are at w. The loop gives the first batch twice there. State:
-    one pytree. The authors' step w - lr gy includes their optimizer's momentum and weight decay.
+    one pytree. The authors' step w - lr gy includes their optimizer's momentum and weight decay;
+    here it is that of plain SGD, whatever the optimizer. In a training loop that averages states
+    over groups gy is that of all of them, so they climb together.
 
     `update` takes `previous_grad_fn` (params -> gradient, or (gradient, aux) where `aux` is given)
     and `learning_rate`.
@@ -250,4 +252,4 @@ def bayesian(rho, num_examples, prior_precision, beta1, beta2, damping, init_pre
         return (updates if aux is None else (updates, aux)), advance(
             state, BayesState(average, precision), lp_norm(eps), evaluations=1)
 
-    return Method(init, update, point, needs={'key'})
+    return Method(init, update, point, climbs=lambda state, **extra_args: True, needs={'key'})

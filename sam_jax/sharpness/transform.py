@@ -129,6 +129,9 @@ def sharpness_aware(
         descended = grad_fn if fraction == 1 else (
             lambda params: selected_grad_fn(params, fraction))
 
+        def like_grads(updates):
+            return jax.tree.map(lambda g, u: u.astype(g.dtype), grads, updates)
+
         def open_gate(parts):
             taken = []  # an entry a gradient, while this is traced
 
@@ -151,10 +154,12 @@ def sharpness_aware(
                 result = descended(jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps))
                 return result if aux is not None else (result, None)
 
+            wide = jax.tree.map(promote, grads)
+
             def settle(perturbed_grads):
                 # A selection and not a blend: a NaN of the gradient not chosen must not leak.
                 return jax.tree.map(lambda g, g_p: jnp.where(size == 0, g, g_p.astype(g.dtype)),
-                                    grads, perturbed_grads)
+                                    wide, perturbed_grads)
 
             perturbed_grads, perturbed_aux = gradient_at(combine.signs[0])
             if second_order:
@@ -168,13 +173,13 @@ def sharpness_aware(
             if combine.signs[1:]:
                 perturbed_grads = (perturbed_grads, *(
                     settle(gradient_at(sign)[0]) for sign in combine.signs[1:]))
-            updates, combine_state = combine.combine(grads, perturbed_grads, parts[1], params)
-            return ((settle(updates), perturbed_aux), (ascent_state, combine_state), size,
-                    jnp.int32(len(taken)))
+            updates, combine_state = combine.combine(wide, perturbed_grads, parts[1], params)
+            return ((like_grads(settle(updates)), perturbed_aux), (ascent_state, combine_state),
+                    size, jnp.int32(len(taken)))
 
         def shut_gate(parts):
             updates, combine_state = combine.skip(grads, parts[1], params)
-            return (updates, aux), (parts[0], combine_state), jnp.zeros_like(
+            return (like_grads(updates), aux), (parts[0], combine_state), jnp.zeros_like(
                 state.perturbation_norm), jnp.int32(0)
 
         decision, gate_state = gate.decide(grads, state.gate, state.count, **extra_args)

@@ -1,7 +1,7 @@
 """The universal class of sharpness measures (2406.03682): Trace-, Det- and Frob-SAM.
 
-S(w) = phi(mean_i psi(D_i)) with D_i = (L(w + rho z_i) - L(w)) / rho^2 at n random probes z_i; what
-descends is the exact gradient of L + lam S (for Trace and Det; lam rho^2 S in the paper's units).
+S(w) = phi(mean_i psi(D_i)) with D_i = (L(w + rho z_i) - L(w)) / rho^2 at n random probes z_i; of
+Trace and Det the exact gradient of L + lam rho^2 S descends, of Frob that of a variance.
 Losses are differences of near-equal numbers: they are taken in at least float32.
 """
 
