@@ -30,7 +30,8 @@ def x64():
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
 LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
         'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
-        'methods_in_training_test.py', 'layers_test.py')
+        'methods_in_training_test.py', 'methods_test.py', 'methods_by_hand_test.py',
+        'layers_test.py')
 
 
 def pytest_collection_modifyitems(items):

@@ -169,6 +169,8 @@ def test_files_that_do_not_fit(tmp_path):
         assert words in str(e.value) and 'data.labels_from' in str(e.value), str(e.value)
 
 
+# Its parts are other tests' as well.
+@pytest.mark.slow
 def test_bootstrap(tmp_path):
     """A run's predictions are those of its model, in the order of the training set; from the
     command line, and used by a run that trains on them."""

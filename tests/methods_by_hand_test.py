@@ -115,7 +115,8 @@ def test_sampa_s_two_gradients_are_of_two_batches():
                            _replicas(session, 0)[group])
         parts.append(jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, ahead, behind))
     new = _step(session, state, 1)
-    assert_trees_close(new.params, _move(state.params, _mean(parts), -_rate(session, 1)), rtol=1e-6)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -_rate(session, 1)),
+                       rtol=1e-6, atol=1e-9)
 
 
 def test_wsam_s_sharpness_goes_past_the_optimizer():
@@ -136,7 +137,7 @@ def test_wsam_s_sharpness_goes_past_the_optimizer():
         expected = jax.tree.map(lambda w, m, x, y, lr=lr: w - lr * m - lr * 1.5 * (y - x),
                                 state.params, v, g, g_p)
         new = _step(session, state, step)
-        assert_trees_close(new.params, expected, rtol=1e-6)
+        assert_trees_close(new.params, expected, rtol=1e-6, atol=1e-9)
         state = new
 
 

@@ -76,9 +76,8 @@ def _continue(session, state, first, last, **hparams):
 
 # One of each kind by default, all of them with `-m slow`: the others go through the same lines.
 KINDS = {
-    'random_sam', 'multistep_sam', 'second_order_sam', 'sparse_sam', 'vasso', 'wsam', 'cr_sam',
-    'looksam', 'rst', 'ae_looksam', 'frob_sam', 'momentum_sam', 'extrapolated', 'sampa', 'bsam',
-    'saf', 'mesa', 'esam'}
+    'random_sam', 'second_order_sam', 'sparse_sam', 'wsam', 'looksam', 'rst', 'ae_looksam',
+    'frob_sam', 'extrapolated', 'sampa', 'bsam', 'saf', 'mesa', 'esam'}
 
 
 @pytest.mark.parametrize('method', [

@@ -207,6 +207,12 @@ MUTANTS = {
     'a loss with the divergence the other way': (
         'sam_jax/losses.py', 'jnp.exp(old) * (old - new)', 'jnp.exp(new) * (new - old)',
         f'{FORMS} -k trajectory_loss'),
+    'quantization: the generator descends': (
+        'sam_jax/quantization.py', 'lambda y: -f(x, y)', 'lambda y: f(x, y)',
+        'tests/quantization_test.py -x'),
+    'quantization: no gradient through the rounding': (
+        'sam_jax/quantization.py', '(w - lax.stop_gradient(w))', '0.0 * w',
+        'tests/quantization_test.py -x'),
     'esam: those that fall most': (
         GRADIENTS, 'lax.top_k(new - old_losses,', 'lax.top_k(old_losses - new,',
         f'{BY_HAND} -k esam'),
@@ -216,7 +222,7 @@ MUTANTS = {
 
 
 def _copy(tmp_path):
-    for name in ('sam_jax', 'configs', 'tests', 'pyproject.toml'):
+    for name in ('sam_jax', 'configs', 'scripts', 'tests', 'pyproject.toml'):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))

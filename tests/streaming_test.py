@@ -276,6 +276,8 @@ def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
     assert 'test/error_rate' in lines
 
 
+# By default test_each_process_reads_its_share_alone looks at the parts.
+@pytest.mark.slow
 def test_two_processes_stream_the_same(folder, tmp_path):
     """2 processes x 2 devices against one with 4; pairs to be mixed lie on both processes."""
     settings = dict(replica_batch_size=2, data__mixup_alpha=1.0, data__threads=2,

@@ -429,6 +429,8 @@ def test_sam_lowers_the_loss_on_two_devices(name):
     assert np.mean(losses[-3:]) < 0.9 * losses[0], losses
 
 
+# By default methods_in_training_test.py looks at which gradient a model is asked for.
+@pytest.mark.slow
 def test_ascent_alone_is_along_the_true_gradient():
     """The step perturbs by the true gradient and descends by the shaken one, with one set of rngs.
 
