@@ -254,13 +254,12 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
         ema = optimizers.ema_update(
             ema, {'params': params, 'batch_stats': batch_stats}, state.step + 1,
             config.ema.decay, config.ema.warmup_steps)
-    param_norm = optax.tree.norm(params)
-    # What goes past the optimizer is seen in the params only.
+    # What goes past the optimizer is seen in the params only. (Their 2-norm may overflow before.)
     finite = jnp.isfinite(report['loss']) & jnp.isfinite(report['grad_norm']) & jnp.isfinite(
-        param_norm)
+        sharpness.ascent.lp_norm(params, float('inf')))
     sums, bad_step, logged = _report(state, report, finite, config.log_every_steps)
     logged.update({
-        'train/param_norm': param_norm, 'train/learning_rate': learning_rate,
+        'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
         'train/rho': rho})
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums,
