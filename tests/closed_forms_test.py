@@ -237,16 +237,16 @@ def _constrain(g_p, g, low, up):
 
 
 @pytest.mark.parametrize('low', [0.5, 0.0])
-@pytest.mark.parametrize('angle', [0.3, 0.9, 1.5])
-def test_gradient_constrained_at_three_angles(angle, low):
+@pytest.mark.parametrize('angle', [0.3, 0.9, 1.5, 2.5])
+def test_gradient_constrained_at_several_angles(angle, low):
     """Unit vectors g_p at an angle to g with |g| = 2: g_p; the projection (0.672, 0.469); g."""
     g_p, g = np.array([1.0, 0.0]), 2 * np.array([np.cos(angle), np.sin(angle)])
     made = combine.gradient_constrained(low, 0.8)
     result, _ = made.combine({'w': jnp.array(g)}, {'w': jnp.array(g_p)}, (), None)
     expected = _constrain(g_p, g, low, 0.8)
     np.testing.assert_allclose(result['w'], expected, rtol=1e-10)
-    if low and angle != 1.5:
-        known = {0.3: g_p, 0.9: [0.672, 0.469]}[angle]
+    if low:
+        known = {0.3: g_p, 0.9: [0.672, 0.469], 1.5: g, 2.5: g}[angle]
         np.testing.assert_allclose(result['w'], known, atol=1e-3)
 
 
