@@ -27,6 +27,21 @@ def promote(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def wide_zeros(tree):
+    """Returns zeros of the shapes of a pytree, in at least float32."""
+    return jax.tree.map(lambda x: jnp.zeros_like(promote(x)), tree)
+
+
+def move(params, eps, sign=1.0):
+    """Returns w + sign eps, in at least float32."""
+    return jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps)
+
+
+def radius_at(rho, count):
+    """Returns rho, or its value at `count` where it is a schedule."""
+    return rho(count) if callable(rho) else rho
+
+
 def lp_norm(tree, p=2.0):
     """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
     leaves = [jnp.abs(promote(x)) for x in jax.tree.leaves(tree)]
@@ -63,22 +78,18 @@ def lp_ball(rho, p=2.0, mask=None):
         raise ValueError(f'p is {p}; it must be in (1, inf].')
     checks.radius(rho)
 
-    def update(grads, state, params=None, *, count=None, **extra_args):
-        del extra_args
-        radius = _radius(rho, state, count)
+    def kept(params):
+        return mask(params) if callable(mask) else mask
+
+    def step(radius, grads, params, grad_fn):
+        del grad_fn
         if mask is not None:
-            keep = mask(params) if callable(mask) else mask
             grads = jax.tree.map(
-                lambda m, g: g if m else jax.tree.map(jnp.zeros_like, g), keep, grads)
-        eps = _ball_step(jax.tree.map(promote, grads), radius, p)
-        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+                lambda m, g: g if m else jax.tree.map(jnp.zeros_like, g), kept(params), grads)
+        return _ball_step(grads, radius, p)
 
-    def init(params):
-        if callable(mask):
-            mask(params)  # what it has to say of these params, it says before anything is compiled
-        return _count_from_zero(params)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    # What the mask has to say of these params, it says before anything is compiled.
+    return _ascent(rho, step, check=kept)
 
 
 def metric_ball(rho, metric):
@@ -97,16 +108,13 @@ def metric_ball(rho, metric):
     """
     checks.radius(rho)
 
-    def update(grads, state, params=None, *, count=None, **extra_args):
-        del extra_args
-        radius = _radius(rho, state, count)
-        grads = jax.tree.map(promote, grads)
+    def step(radius, grads, params, grad_fn):
+        del grad_fn
         root = jax.tree.map(jnp.sqrt, metric(grads, params))
         inner = _ball_step(jax.tree.map(jnp.multiply, root, grads), radius, 2.0)
-        eps = jax.tree.map(jnp.multiply, root, inner)
-        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+        return jax.tree.map(jnp.multiply, root, inner)
 
-    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+    return _ascent(rho, step)
 
 
 def metric_norm(metric):
@@ -152,7 +160,6 @@ def adaptive_metric(eta, adapt):
     return metric
 
 
-
 def fisher_metric(eta):
     """Fisher SAM's metric: P = 1 / (1 + eta g^2), entry by entry; eta >= 0.
 
@@ -173,14 +180,12 @@ def layer_ball(rho):
     """
     checks.radius(rho)
 
-    def update(grads, state, params=None, *, count=None, **extra_args):
-        del extra_args
-        radius = _radius(rho, state, count)
-        eps = jax.tree.map(
-            lambda g, w: _ball_step(promote(g), radius * lp_norm(w), 2.0), grads, params)
-        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+    def step(radius, grads, params, grad_fn):
+        del grad_fn
+        return jax.tree.map(
+            lambda g, w: _ball_step(g, radius * lp_norm(w), 2.0), grads, params)
 
-    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+    return _ascent(rho, step)
 
 
 def layer_norm(eps, grads, params):
@@ -193,22 +198,30 @@ def layer_norm(eps, grads, params):
 
 def unnormalized(rho):
     """eps = rho g. `rho` may be negative: a step down, as an extrapolation takes."""
-    def update(grads, state, params=None, *, count=None, **extra_args):
-        del params, extra_args
-        radius = _radius(rho, state, count)
-        eps = jax.tree.map(lambda g: jnp.asarray(radius, promote(g).dtype) * promote(g), grads)
+    def step(radius, grads, params, grad_fn):
+        del params, grad_fn
+        return jax.tree.map(lambda g: jnp.asarray(radius, g.dtype) * g, grads)
+
+    return _ascent(rho, step)
+
+
+def _ascent(rho, step, check=lambda params: None):
+    """The transformation of step(radius, grads in at least float32, params, grad_fn) -> eps.
+
+    Its state is the number of its updates, at which a schedule of rho is read where nobody gives
+    another `count`; `check` looks at the params beforehand.
+    """
+    def init(params):
+        check(params)
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params=None, *, grad_fn=None, count=None, **extra_args):
+        del extra_args
+        radius = radius_at(rho, state.count if count is None else count)
+        eps = step(radius, jax.tree.map(promote, grads), params, grad_fn)
         return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
-    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
-
-
-def _radius(rho, state, count):
-    return rho(state.count if count is None else count) if callable(rho) else rho
-
-
-def _count_from_zero(params):
-    del params
-    return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def projected_steps(rho, steps, step_size=1.0, p=2.0):
@@ -241,19 +254,17 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
         scale = jnp.where(norm > radius, radius / jnp.where(norm > 0, norm, 1.0), 1.0)
         return jax.tree.map(lambda e: scale.astype(e.dtype) * e, eps)
 
-    def update(grads, state, params=None, *, grad_fn=None, count=None, **extra_args):
-        del extra_args
-        radius = _radius(rho, state, count)
-        eps = _ball_step(jax.tree.map(promote, grads), step_size * radius, p)
+    def step(radius, grads, params, grad_fn):
+        eps = _ball_step(grads, step_size * radius, p)
         if step_size > 1:
             eps = project(eps, radius)
         for _ in range(steps - 1):
-            grads = grad_fn(jax.tree.map(lambda w, e: promote(w) + e, params, eps))
-            step = _ball_step(jax.tree.map(promote, grads), step_size * radius, p)
-            eps = project(jax.tree.map(jnp.add, eps, step), radius)
-        return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+            grads = jax.tree.map(promote, grad_fn(move(params, eps)))
+            further = _ball_step(grads, step_size * radius, p)
+            eps = project(jax.tree.map(jnp.add, eps, further), radius)
+        return eps
 
-    return optax.GradientTransformationExtraArgs(_count_from_zero, update)
+    return _ascent(rho, step)
 
 
 def _ball_step(grads, rho, p):

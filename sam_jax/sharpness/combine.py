@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax.sharpness.ascent import lp_norm, promote
+from sam_jax.sharpness.ascent import lp_norm, promote, wide_zeros
 
 
 class Combine(NamedTuple):
@@ -140,7 +140,7 @@ def decoupled(alpha):
             lambda g, g_p: alpha * (promote(g_p) - promote(g)), grads, perturbed_grads))
 
     def zero(params):
-        return DecoupledState(jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params))
+        return DecoupledState(wide_zeros(params))
 
     return Combine(init=zero, combine=combine,
                    skip=lambda grads, state, params: (grads, zero(grads)))
@@ -195,8 +195,7 @@ def reused(alpha, per_leaf=False):
         return jax.tree.map(function, *trees) if per_leaf else function(*trees)
 
     return Combine(
-        init=lambda params: OrthogonalState(
-            jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params)),
+        init=lambda params: OrthogonalState(wide_zeros(params)),
         combine=lambda grads, perturbed_grads, state, params: (
             perturbed_grads, OrthogonalState(each(orthogonal, grads, perturbed_grads))),
         skip=lambda grads, state, params: (each(add, grads, state.orthogonal), state))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import promote
+from sam_jax.sharpness.ascent import promote, wide_zeros
 
 
 def gaussian():
@@ -49,8 +49,7 @@ class AverageState(NamedTuple):
 
 
 def _start(params):
-    return AverageState(jnp.zeros((), jnp.int32), jax.tree.map(
-        lambda w: jnp.zeros_like(promote(w)), params))
+    return AverageState(jnp.zeros((), jnp.int32), wide_zeros(params))
 
 
 def averaged(theta):

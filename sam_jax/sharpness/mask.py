@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import promote
+from sam_jax.sharpness.ascent import promote, wide_zeros
 
 
 def normalization(params):
@@ -60,7 +60,7 @@ def sparse(ball, sparsity, period):
 
     def init(params):
         return SparseState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params),
+            jnp.zeros((), jnp.int32), wide_zeros(params),
             jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params), ball.init(params))
 
     def top(squares):

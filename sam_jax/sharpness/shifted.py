@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import lp_norm, promote
+from sam_jax.sharpness.ascent import lp_norm, move, promote, radius_at, wide_zeros
 from sam_jax.sharpness.direction import random_like
 from sam_jax.sharpness.transform import Method
 
 
 class ShiftedState(NamedTuple):
-    """State of a method that takes its gradient elsewhere.
+    """State of a method that takes its gradient elsewhere, or gradients at random probes.
 
     Attributes:
       count: number of updates so far, int32.
       memory: what the method remembers from step to step.
-      perturbation_norm: 2-norm of the way from the params to the last gradient's place.
+      perturbation_norm: 2-norm of the way from the params to that place, or to the first probe.
       evaluations: gradients taken so far besides those given, int32.
     """
 
@@ -45,9 +45,9 @@ def advance(state, memory, size, evaluations=0):
         state.evaluations + jnp.int32(evaluations))
 
 
-def move(params, eps):
-    """Returns w + eps in at least float32."""
-    return jax.tree.map(lambda w, e: promote(w) + e, params, eps)
+def _taken(ball, direction, params, count):
+    """The step of an ascent that has no state but a counter."""
+    return ball.update(direction, ball.init(params), params, count=count)[0]
 
 
 def shifted(shift, remember=None, needs=()):
@@ -63,8 +63,7 @@ def shifted(shift, remember=None, needs=()):
       needs: as of `Method`.
     """
     def init(params):
-        return start(jax.tree.map(
-            lambda w: jnp.zeros_like(promote(w)), params) if remember else ())
+        return start(wide_zeros(params) if remember else ())
 
     def eps(state, params, extra_args):
         return shift(state.memory, params, state.count, **extra_args)
@@ -97,8 +96,7 @@ def along_momentum(ball):
         if momentum is None:
             raise TypeError("This method needs the optimizer's momentum, before the step: "
                             'tx.update(..., momentum=optax.tree.get(opt_state, "trace")).')
-        eps, _ = ball.update(momentum, ball.init(params), params, count=count)
-        return jax.tree.map(jnp.negative, eps)
+        return jax.tree.map(jnp.negative, _taken(ball, momentum, params, count))
 
     return shift
 
@@ -107,7 +105,7 @@ def along_memory(step):
     """A shift by step(what is remembered), for `shifted`; as `along_momentum` otherwise."""
     def shift(memory, params, count, **extra):
         del extra
-        return step.update(memory, step.init(params), params, count=count)[0]
+        return _taken(step, memory, params, count)
 
     return shift
 
@@ -122,7 +120,7 @@ def along_noise(step):
         del memory, extra
         if key is None:
             raise TypeError('A random shift needs a key: tx.update(..., key=jax.random.key(step)).')
-        return step.update(random_like(key, params), step.init(params), params, count=count)[0]
+        return _taken(step, random_like(key, params), params, count)
 
     return shift
 
@@ -152,7 +150,7 @@ def parallel(ball, lam):
     checks.fraction(lam=lam)
 
     def init(params):
-        return start(jax.tree.map(lambda w: jnp.zeros_like(promote(w)), params))
+        return start(wide_zeros(params))
 
     def point(state, params, *, learning_rate=None, **extra_args):
         del extra_args
@@ -166,7 +164,7 @@ def parallel(ball, lam):
         if previous_grad_fn is None or params is None:
             raise TypeError('SAMPa needs the params and a gradient function of the previous batch: '
                             'tx.update(grads, state, params, previous_grad_fn=...).')
-        eps, _ = ball.update(state.memory, ball.init(params), params, count=state.count)
+        eps = _taken(ball, state.memory, params, state.count)
         perturbed = previous_grad_fn(move(params, eps))
         if aux is not None:
             perturbed, aux = perturbed
@@ -234,7 +232,7 @@ def bayesian(rho, num_examples, prior_precision, beta1, beta2, damping, init_pre
             raise TypeError('bSAM needs the params and a gradient function: '
                             'tx.update(grads, state, params, grad_fn=grad_fn).')
         average, precision = state.memory
-        radius = rho(state.count) if callable(rho) else rho
+        radius = radius_at(rho, state.count)
         grads = jax.tree.map(promote, grads)
         eps = jax.tree.map(
             lambda g, s: jnp.asarray(radius, g.dtype) * g / s, grads, precision)

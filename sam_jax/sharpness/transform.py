@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax.sharpness.ascent import lp_norm, promote
+from sam_jax.sharpness.ascent import lp_norm, move, promote
 from sam_jax.sharpness.combine import Combine, perturbed
 from sam_jax.sharpness.gate import Gate, always
 
@@ -151,7 +151,7 @@ def sharpness_aware(
 
             def gradient_at(sign):
                 taken.append(1)
-                result = descended(jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps))
+                result = descended(move(params, eps, sign))
                 return result if aux is not None else (result, None)
 
             wide = jax.tree.map(promote, grads)

@@ -7,12 +7,12 @@ Losses are differences of near-equal numbers: they are taken in at least float32
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import lp_norm, promote
+from sam_jax.sharpness.ascent import lp_norm, move, promote, radius_at
 from sam_jax.sharpness.direction import random_like
-from sam_jax.sharpness.transform import Method, SharpnessState
+from sam_jax.sharpness.shifted import advance, start
+from sam_jax.sharpness.transform import Method
 
 # Det's weight exp(D) is cut here: e^30 leaves room for a gradient's square in float32.
 LARGEST_EXPONENT = 30.0
@@ -41,8 +41,7 @@ def probing(rho, n, draw, weigh):
 
     def init(params):
         del params
-        return SharpnessState(
-            jnp.zeros((), jnp.int32), (), (), (), jnp.zeros((), float), jnp.zeros((), jnp.int32))
+        return start(())
 
     def update(grads, state, params=None, *, value=None, value_and_grad_fn=None, key=None,
                aux=None, **extra_args):
@@ -51,13 +50,12 @@ def probing(rho, n, draw, weigh):
             raise TypeError(
                 'This method needs the params, losses and a key: tx.update(grads, state, params, '
                 'value=loss, value_and_grad_fn=jax.value_and_grad(loss_fn), key=key).')
-        radius = jnp.asarray(rho(state.count) if callable(rho) else rho, float)
+        radius = jnp.asarray(radius_at(rho, state.count), float)
         losses, probes, first_aux, size = [], [], None, None
         for i in range(n):
             z = draw(jax.random.fold_in(key, i), params)
             eps = jax.tree.map(lambda x: radius.astype(x.dtype) * x, z)
-            loss, probe = value_and_grad_fn(
-                jax.tree.map(lambda w, e: promote(w) + e, params, eps))
+            loss, probe = value_and_grad_fn(move(params, eps))
             if aux is not None:
                 loss, probe_aux = loss
                 first_aux = probe_aux if first_aux is None else first_aux
@@ -75,11 +73,8 @@ def probing(rho, n, draw, weigh):
             return jnp.where(radius > 0, total.astype(g.dtype), g)
 
         updates = jax.tree.map(combined, grads, *probes)
-        new_state = state._replace(
-            count=optax.safe_increment(state.count),
-            perturbation_norm=size.astype(state.perturbation_norm.dtype),
-            evaluations=state.evaluations + jnp.int32(n))
-        return (updates if aux is None else (updates, first_aux)), new_state
+        return (updates if aux is None else (updates, first_aux)), advance(
+            state, (), size, evaluations=n)
 
     return Method(init, update, needs={'value', 'value_and_grad_fn', 'key'})
 
