@@ -27,6 +27,17 @@ def x64():
         yield
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+    """Frees what a file has compiled.
+
+    Each program takes memory maps, of which Linux gives a process 65,530: past them LLVM dies of a
+    segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
 LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
         'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
