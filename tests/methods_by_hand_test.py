@@ -119,6 +119,7 @@ def test_sampa_s_two_gradients_are_of_two_batches():
                        rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_wsam_s_sharpness_goes_past_the_optimizer():
     """w - lr (momentum of g, clipped) - lr a (g_p - g), lr that of the step."""
     session = _session('wsam', sam__gamma=0.6, total_epochs=1, **{
@@ -141,6 +142,7 @@ def test_wsam_s_sharpness_goes_past_the_optimizer():
         state = new
 
 
+@pytest.mark.slow
 def test_bsam_knows_the_number_of_examples():
     """One step: the draw of each group, of variance 1 / (N s), and the prior's weight 40 / N."""
     session = _session('bsam', **{**PLAIN, 'optimizer__weight_decay': 0.0})

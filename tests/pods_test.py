@@ -183,11 +183,29 @@ def _arrays(workdir):
     return {name: x for name, x in state.items() if name.startswith(('params.', 'batch_stats.'))}
 
 
+def test_processes_end_and_others_go_on(tmp_path):
+    """2 processes asked to stop, then 1 that finishes: as 1 alone."""
+    _Launched(1, tmp_path / 'alone').ends(0, 'Finished.')
+    workdir = tmp_path / 'many'
+    two = _Launched(2, workdir)
+    two.wait_for('step 24/64')
+    two.process.send_signal(signal.SIGTERM)
+    two.ends(143, 'Stopped by SIGTERM at step', 60)
+    _Launched(1, workdir).ends(0, 'Resuming at step')
+    _assert_same(workdir, tmp_path / 'alone')
+
+
+def _assert_same(workdir, alone):
+    assert relative_distance(_arrays(workdir), _arrays(alone)) < 1e-9
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    steps = [json.loads(line)['step'] for line in lines]
+    assert steps == sorted(steps) and steps.count(64) == 2 and len(set(steps)) == 8
+
+
+@pytest.mark.slow
 def test_processes_end_and_die_and_others_go_on(tmp_path):
     """2 processes asked to stop, then 1, then 4 of which one is killed, then 1: as 1 alone."""
-    alone = _Launched(1, tmp_path / 'alone')
-    alone.ends(0, 'Finished.')
-
+    _Launched(1, tmp_path / 'alone').ends(0, 'Finished.')
     workdir = tmp_path / 'many'
     for n, step in ((2, 8), (1, 24)):
         some = _Launched(n, workdir)
@@ -203,7 +221,4 @@ def test_processes_end_and_die_and_others_go_on(tmp_path):
     assert 'another task died' in four.log.read_text()
     assert four.worker(0) is None
     _Launched(1, workdir).ends(0, 'Resuming at step 32 of 64')
-    assert relative_distance(_arrays(workdir), _arrays(tmp_path / 'alone')) < 1e-9
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    steps = [json.loads(line)['step'] for line in lines]
-    assert steps == sorted(steps) and steps.count(64) == 2 and len(set(steps)) == 8
+    _assert_same(workdir, tmp_path / 'alone')

@@ -19,20 +19,20 @@ from sam_jax.data.resident import Split
 ROWS = [
     ('cifar', ''),
     ('fashion_mnist', 'augment=cutout'),
-    ('imagenet', ''),
-    ('finetune', 'dataset=aircraft,model=efficientnet-l2-475'),
     ('label_noise', 'noise=0.4,mixup=8,validation'),
     ('ablations', 'figure=landscape,method=sgd'),
-    ('ablations', 'figure=spectrum'),
     ('ablations', 'figure=m,m=1'),
     ('ablations', 'figure=order'),
-    ('ablations', 'figure=steps,steps=2,dataset=cifar100'),
 ]
 # Longer to compile, of parts that other tests have as well.
 SLOW_ROWS = [
     ('cifar', 'model=shake_shake_26_2x96d,augment=autoaugment,dataset=cifar100'),
     ('cifar', 'model=pyramidnet272,augment=cutout'),
     ('cifar', 'model=pyramidnet272_shakedrop,method=sgd,doubled'),
+    ('imagenet', ''),
+    ('finetune', 'dataset=aircraft,model=efficientnet-l2-475'),
+    ('ablations', 'figure=spectrum'),
+    ('ablations', 'figure=steps,steps=2,dataset=cifar100'),
     ('ablations', 'figure=random'),
     ('ablations', 'figure=p_norm'),
     ('ablations', 'figure=sync'),

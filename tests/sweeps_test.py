@@ -228,6 +228,7 @@ def test_a_run_in_use_is_not_started_twice(tmp_path):
     assert done.returncode == 1 and 'in use by another process' in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_compiles_once(tmp_path):
     """rho, learning rate, weight decay and seed are arguments of one compiled program."""
     environment = {**_environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),

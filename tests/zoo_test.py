@@ -97,7 +97,8 @@ def test_logits_are_the_original_s(name):
 
 
 @pytest.mark.parametrize('name', [
-    'shake_shake_14_2x16d', 'pyramidnet11_shakedrop', 'efficientnet-b0',
+    'shake_shake_14_2x16d', 'pyramidnet11_shakedrop',
+    pytest.param('efficientnet-b0', marks=pytest.mark.slow),
     pytest.param('resnet50', marks=pytest.mark.slow)])
 def test_initial_values_are_distributed_as_the_original_s(name):
     """Deviation and end of each tensor's distribution; 5 standard errors of two samples apart."""
@@ -246,7 +247,8 @@ def test_distributions_of_the_coefficients():
     assert abs((kept > 0).mean() - 0.8) < 0.03
 
 
-@pytest.mark.parametrize('name', ['shake_shake_8_2x4d', 'pyramidnet11_shakedrop'])
+@pytest.mark.parametrize('name', [
+    pytest.param('shake_shake_8_2x4d', marks=pytest.mark.slow), 'pyramidnet11_shakedrop'])
 def test_true_gradient_is_that_of_the_loss(name, x64):
     """Along a direction it is the difference quotient; the shaken one is not."""
     model = tiny(name, dtype='float64', param_dtype='float64')
@@ -337,7 +339,9 @@ def _activations(model, variables, x):
     return size(jax.eval_shape(backward, variables)) - size(variables['params'])
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', [
+    name if name in ('resnet8', 'pyramidnet11_shakedrop')
+    else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
 def test_remat_keeps_less_and_changes_no_number(name):
     x, results, kept = images(1, (4, 8, 8, 3)), [], []
     for remat in (False, True):
@@ -405,8 +409,8 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
 
 # Those that another one has all the parts of, or that other tests train.
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow) if name in ('wrn10_1', 'pyramidnet11', 'resnet10')
-    else name for name in TINY])
+    name if name in ('resnet8', 'shake_shake_8_2x4d', 'pyramidnet11_shakedrop')
+    else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
 def test_sam_lowers_the_loss_on_two_devices(name):
     """Ten steps on one batch of digits, two replicas that ascend each on its own."""
     config = small_config(
