@@ -231,6 +231,12 @@ def get_config():
     c.checkpoint.every_minutes = 10.0  # 0 for never
     c.checkpoint.every_epochs = 0  # 0 for never
     c.checkpoint.keep_epochs = ()  # checkpoints after these epochs are never deleted
+
+    c.analysis = ml_collections.ConfigDict()
+    c.analysis.every_epochs = 0  # how flat the minimum is, during training; 0 for never
+    c.analysis.examples = 1000  # of the training set, on which it is measured
+    c.analysis.steps = 20  # products of Lanczos, at most
+    c.analysis.rho = 0.05  # of the ball whose sharpness is measured, whatever sam.rho is
     return c
 
 

@@ -100,6 +100,22 @@ class Checkpoints:
                 'workdir to start anew.')
         return None
 
+    def restore(self, step, target):
+        """Returns (step, state, meta) of one checkpoint.
+
+        Raises:
+          UserError: there is none of that step, it is damaged, or it is of another model.
+        """
+        if step not in self.steps():
+            raise UserError(f'There is no checkpoint of step {step} in {self._directory}; there '
+                            f'are those of {", ".join(map(str, self.steps()))}.')
+        try:
+            arrays, meta = self._read(step)
+        except Exception as e:  # whatever orbax or the file system raise at damaged files
+            raise UserError(f'Checkpoint {step} in {self._directory} is damaged: '
+                            f'{first_line(e)}.') from e
+        return step, _unflatten(arrays, target, step), meta
+
     def read_meta(self, step):
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
         try:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -38,6 +39,8 @@ KEYS = {
     'eval.every_epochs': int, 'eval.batch_size': int, 'eval.top5': bool, 'eval.train_set': bool,
     'checkpoint.every_minutes': float, 'checkpoint.every_epochs': int,
     'checkpoint.keep_epochs': tuple,
+    'analysis.every_epochs': int, 'analysis.examples': int, 'analysis.steps': int,
+    'analysis.rho': float,
 }
 
 DTYPES = ('float32', 'bfloat16', 'float64')
@@ -72,10 +75,13 @@ _RANGES = {
     'eval.every_epochs': (0, math.inf, False), 'eval.batch_size': (1, math.inf, False),
     'checkpoint.every_minutes': (0, math.inf, False),
     'checkpoint.every_epochs': (0, math.inf, False),
+    'analysis.every_epochs': (0, math.inf, False), 'analysis.examples': (1, math.inf, False),
+    'analysis.steps': (5, math.inf, False), 'analysis.rho': (0, math.inf, False),
 }
 
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.')
+FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.',
+                  'analysis.')
 
 
 def flatten(config):
@@ -101,6 +107,22 @@ def unflatten(flat):
             section = section[part]
         section[name] = tuple(value) if isinstance(value, list) else value
     return config.lock()
+
+
+def of_run(workdir):
+    """Returns the config of the run in a folder.
+
+    Raises:
+      UserError: it is no folder of a run.
+    """
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path) as file:
+            settings = json.load(file)['config']
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f'{workdir!r} must be the folder of a run, but {path} cannot be read: '
+                        f'{e}.') from e
+    return unflatten(settings)
 
 
 def override(config, key, value):

@@ -3,7 +3,8 @@
 import math
 from typing import NamedTuple
 
-from matplotlib import colormaps, rc_context, ticker
+import numpy as np
+from matplotlib import colormaps, colors, rc_context, ticker
 from matplotlib import figure as mpl_figure
 
 STYLE = {
@@ -135,4 +136,91 @@ def reductions(rows):
         if any(x is not None for dots in rows.values() for _, x in dots):
             handles, labels = ax.get_legend_handles_labels()
             ax.legend(handles[:2], labels[:2])
+        return figure
+
+
+class Surface(NamedTuple):
+    """The loss on a plane through a run.
+
+    Attributes:
+      title: as it stands there.
+      ticks: places along both axes.
+      loss: (places, places), the first axis along the first direction.
+    """
+
+    title: str
+    ticks: list
+    loss: list
+
+
+def surfaces(described, xlabel='direction 1', ylabel='direction 2'):
+    """Draws Surfaces side by side: contours above, the same as hills below (paper, Figure 1).
+
+    All share one logarithmic scale of the loss, so that colors and heights compare.
+    """
+    values = [np.maximum(np.asarray(s.loss, float), 1e-6) for s in described]
+    known = np.concatenate([v[np.isfinite(v)] for v in values])
+    low, high = (known.min(), known.max()) if known.size else (1.0, 1.0)
+    # A loss that is not finite is as high as the picture goes.
+    values = [np.where(np.isfinite(v), v, high) for v in values]
+    levels = np.geomspace(low, max(high, 1.01 * low), 25)
+    norm = colors.LogNorm(levels[0], levels[-1])
+    with rc_context(STYLE):
+        figure = mpl_figure.Figure(figsize=(4.2 * len(described), 7.0))
+        flats = [figure.add_subplot(2, len(described), 1 + i) for i in range(len(described))]
+        for i, (surface, loss) in enumerate(zip(described, values)):
+            ax = flats[i]
+            drawn = ax.contourf(surface.ticks, surface.ticks, loss.T, levels, norm=norm,
+                                cmap='viridis', extend='both')
+            ax.contour(surface.ticks, surface.ticks, loss.T, levels[::4], colors='k',
+                       linewidths=0.4, alpha=0.6)
+            ax.plot(0, 0, 'r+', markersize=8)
+            ax.set(title=surface.title, xlabel=xlabel, ylabel=ylabel, aspect='equal')
+            ax.grid(False)
+            hill = figure.add_subplot(2, len(described), 1 + len(described) + i, projection='3d')
+            x, y = np.meshgrid(surface.ticks, surface.ticks, indexing='ij')
+            hill.plot_surface(x, y, np.log10(loss), cmap='viridis', vmin=np.log10(levels[0]),
+                              vmax=np.log10(levels[-1]), linewidth=0, rcount=80, ccount=80)
+            hill.set(xlabel=xlabel, ylabel=ylabel, zlabel='log10 loss',
+                     zlim=(np.log10(levels[0]), np.log10(levels[-1])))
+            hill.tick_params(labelsize=7)
+        bar = figure.colorbar(drawn, ax=flats, label='loss', shrink=0.8)
+        ticks = [t for t in 10.0 ** np.arange(-6, 7) if levels[0] <= t <= levels[-1]]
+        bar.set_ticks(ticks, labels=[f'{t:g}' for t in ticks])
+        bar.ax.minorticks_off()
+        return figure
+
+
+class Spectrum(NamedTuple):
+    """A run's spectral density.
+
+    Attributes:
+      title: as it stands there.
+      grid, density: eigenvalues and their density.
+      top: the largest eigenvalues themselves.
+    """
+
+    title: str
+    grid: list
+    density: list
+    top: list
+
+
+def spectra(described):
+    """Draws Spectra one below the other on the same axes (paper, Figure 3)."""
+    with rc_context(STYLE):
+        figure, axes = _axes(len(described), 1, width=6.0, height=2.2)
+        low = min(min(s.grid) for s in described)
+        high = max(max(s.grid) for s in described)
+        peak = max(max(s.density) for s in described)
+        for i, (ax, spectrum) in enumerate(zip(axes, described)):
+            ax.fill_between(spectrum.grid, spectrum.density, 1e-12, color=f'C{i}', alpha=0.4)
+            ax.plot(spectrum.grid, spectrum.density, color=f'C{i}')
+            ax.plot(spectrum.top, [3e-6 * peak] * len(spectrum.top), '|', color='k', markersize=10,
+                    label='largest eigenvalues')
+            ax.set_yscale('log')
+            ax.set(title=spectrum.title, ylabel='density', xlim=(low, high),
+                   ylim=(1e-6 * peak, 2 * peak))
+            ax.legend()
+        axes[-1].set_xlabel('eigenvalue')
         return figure

@@ -7,7 +7,6 @@ This is the SAM paper's bootstrap (its section 3.3): a model is "first trained a
 retrained from scratch on the labels predicted by the initially trained model".
 """
 
-import json
 import logging
 import os
 
@@ -64,14 +63,7 @@ def main():
     """Writes the file that the flags name."""
     if jax.process_count() > 1:
         raise UserError(f'There are {jax.process_count()} processes; predictions are made by one.')
-    path = os.path.join(_WORKDIR.value, 'config.json')
-    try:
-        with open(path) as file:
-            settings = json.load(file)['config']
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f'--workdir is {_WORKDIR.value!r}; it must be the folder of a run, but '
-                        f'{path} cannot be read: {e}.') from e
-    config = config_lib.unflatten(settings)
+    config = config_lib.of_run(_WORKDIR.value)
     if _DATA_DIR.value:
         config.data.dir = _DATA_DIR.value
     result = predictions(config, _WORKDIR.value)

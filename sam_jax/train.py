@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sam_jax import config as config_lib
 from sam_jax import (
+    analysis,
     data,
     distributed,
     evaluate,
@@ -20,6 +20,7 @@ from sam_jax import (
     train_step,
     writers,
 )
+from sam_jax import config as config_lib
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
@@ -174,8 +175,8 @@ def _make_plan(config, workdir, devices):
                  config.total_epochs * steps_per_epoch)
 
 
-def _restore(plan, checkpoints):
-    """Returns (state on the devices, steps made, wall time so far)."""
+def _restore(plan, checkpoints, step=None):
+    """Returns (state on the devices, steps made, wall time so far), of a step or of the newest."""
     # The settings are compared first: of another model they say more than shapes do.
     metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
     meta = next(filter(None, metas), None)
@@ -184,7 +185,8 @@ def _restore(plan, checkpoints):
     state = train_step.create_train_state(
         plan.config, plan.model, plan.dataset.image_shape, plan.dataset.num_images)
     first_step, wall_time = 0, 0.0
-    restored = checkpoints.restore_newest(state)
+    restored = (checkpoints.restore_newest(state) if step is None
+                else checkpoints.restore(step, state))
     if restored:
         first_step, state, meta = restored
         wall_time = meta['wall_time']
@@ -193,27 +195,29 @@ def _restore(plan, checkpoints):
     return plan.layout.replicate(jax.device_get(state)), first_step, wall_time
 
 
-def restore(config, workdir, devices=None):
+def restore(config, workdir, devices=None, epoch=None):
     """Opens a run without training it on.
 
     Args:
       config: the run's config.
       workdir: its folder.
       devices: default all devices.
+      epoch: after which epoch; default that of the newest checkpoint.
 
     Returns:
       (plan, state, step): plan.dataset, plan.model and plan.layout as the run uses them, the
-      TrainState of the newest checkpoint on the devices, and its number of steps.
+      TrainState of the checkpoint on the devices, and its number of steps.
 
     Raises:
-      UserError: there is no checkpoint, or something in config or workdir is wrong.
+      UserError: there is no such checkpoint, or something in config or workdir is wrong.
     """
     plan = _make_plan(config, workdir, devices)
     with contextlib.closing(_checkpoints(plan)) as checkpoints:
         if not checkpoints.steps():
             raise UserError(f'workdir {workdir!r} holds no checkpoint; the run has to be trained '
                             'first.')
-        state, step, _ = _restore(plan, checkpoints)
+        wanted = None if epoch is None else epoch * plan.steps_per_epoch
+        state, step, _ = _restore(plan, checkpoints, wanted)
     return plan, state, step
 
 
@@ -250,6 +254,9 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
     hparams = layout.replicate(train_step.HParams.from_config(config))
     step_fn = train_step.make_train_step(plan.model, config, layout, dataset)
     evaluator = _Evaluator(config, plan.model, dataset, layout, place)
+    monitor, flatness = None, {}
+    if config.analysis.every_epochs:
+        monitor = analysis.during.Monitor(config, plan.model, dataset, layout, arrays, state)
     outbox = reports.Reports(config, writer, progress, plan.steps_per_epoch, first_step)
     saved_at = time.time()
     results = None
@@ -267,6 +274,13 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
                 writer.scalars(done, results)
                 progress.say(f'step {done}: ' + ', '.join(
                     f'{name} {value:.4f}' for name, value in results.items()))
+                progress.start_clock(done)
+            if monitor and (last or _epoch_due(plan, done, config.analysis.every_epochs)):
+                outbox.flush(refuse_bad=True)
+                flatness = monitor(state)
+                writer.scalars(done, flatness)
+                progress.say(f'step {done}: ' + ', '.join(
+                    f'{name} {value:.4g}' for name, value in flatness.items()))
                 progress.start_clock(done)
             stopping = stop.received(done)
             if last or stopping or _checkpoint_due(plan, done, saved_at):
@@ -291,6 +305,8 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
               'gradient_evaluations': evaluations,
               'epochs': config.total_epochs, 'wall_time': wall_time(),
               'perf/images_per_second': progress.overall_speed(), 'seed': config.seed}
+    if monitor:
+        result.update(flatness or monitor(state), **{'analysis/share': monitor.share()})
     if distributed.is_main():
         writers.write_json(plan.result_path, result)
         progress.say(reports.summary(result, plan.workdir))

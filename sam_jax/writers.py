@@ -204,3 +204,29 @@ class Progress:
     def close(self):
         if self._bar is not None:
             self._bar.close()
+
+
+class Bars:
+    """How far a long work is: a bar for each part on a terminal, else a line every ten seconds."""
+
+    def __init__(self):
+        self._what, self._bar = None, None
+        self._said_at = time.perf_counter()
+
+    def __call__(self, what, done, total):
+        if sys.stderr.isatty():
+            self._draw(what, done, total)
+        elif time.perf_counter() - self._said_at > 10:
+            _log.info('%s: %d of %d', what, done, total)
+            self._said_at = time.perf_counter()
+
+    def _draw(self, what, done, total):
+        import tqdm
+        if what != self._what:
+            self.close()
+            self._what, self._bar = what, tqdm.tqdm(total=total, desc=what)
+        self._bar.update(done - self._bar.n)
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()

@@ -124,7 +124,7 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def run_processes(flags, workdir, num_processes=2, devices_each=2):
+def run_processes(flags, workdir, num_processes=2, devices_each=2, config='configs/digits.py'):
     """Runs sam_jax.main in several real processes over gloo; returns their outputs."""
     environment = {
         **os.environ, 'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu',
@@ -132,7 +132,7 @@ def run_processes(flags, workdir, num_processes=2, devices_each=2):
     address = f'localhost:{_free_port()}'
     processes = [
         subprocess.Popen(
-            [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
+            [sys.executable, '-m', 'sam_jax.main', f'--config={config}',
              f'--workdir={workdir}', f'--coordinator_address={address}',
              f'--num_processes={num_processes}', f'--process_id={i}', *flags],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

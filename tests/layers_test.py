@@ -12,10 +12,10 @@ FLOORS = [
     {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'figures', 'distributed',
      'replicas', 'quantization'},
-    {'train_step', 'gradients', 'trajectory', 'evaluate'},
-    {'config', 'reports', 'results', 'train', 'sweeps'},
+    {'train_step', 'gradients', 'trajectory', 'evaluate', 'analysis'},
+    {'config', 'reports', 'results', 'train', 'sweeps', 'flatness'},
     {'commands'},
-    {'main', 'predict', 'preview'},
+    {'main', 'predict', 'preview', 'analyze'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -23,7 +23,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {('train', 'config'), ('train', 'reports'), ('reports', 'config'),
               ('results', 'config'), ('results', 'reports'), ('sweeps', 'config'),
               ('checkpoint', 'distributed'), ('train_step', 'gradients'),
-              ('train_step', 'trajectory')}
+              ('train_step', 'trajectory'), ('flatness', 'config'), ('flatness', 'train')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'writers')}
@@ -41,8 +41,8 @@ LIBRARIES = {
     'clu': {'writers'},
     'tqdm': {'writers'},
     'matplotlib': {'figures'},
-    'scipy': {'results'},
-    'absl': {'commands', 'main', 'predict', 'preview'},
+    'scipy': {'results', 'analysis'},
+    'absl': {'commands', 'main', 'predict', 'preview', 'analyze'},
     'ml_collections': {'config', 'main', 'preview', 'sweeps'},
     'pytest': {'main'},
     'h5py': {'models'},

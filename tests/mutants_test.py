@@ -16,6 +16,8 @@ BY_ASCENT, BY_OTHER_MEANS, TRAJECTORY = (
     f'sam_jax/{name}.py' for name in (
         'sharpness/by_ascent', 'sharpness/by_other_means', 'trajectory'))
 FORMS, BY_HAND = 'tests/closed_forms_test.py', 'tests/methods_by_hand_test.py'
+OBJECTIVE, HESSIAN, SHARPNESS, LANDSCAPE = (
+    f'sam_jax/analysis/{name}.py' for name in ('objective', 'hessian', 'sharpness', 'landscape'))
 STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'
 STEP_TEST = 'tests/train_step_test.py'
 ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask'
@@ -219,6 +221,41 @@ MUTANTS = {
         f'{BY_HAND} -k esam'),
     'esam: not as far as 1 / beta': (
         BY_OTHER_MEANS, '_times(rho, 1.0 / beta)', 'rho', f'{FORMS} -k esam'),
+    'objective: of the first device alone': (
+        OBJECTIVE, 'lax.psum(part(params, batch_stats, batch, *vectors), AXIS)',
+        'part(params, batch_stats, batch, *vectors)', 'tests/hessian_test.py -k dense'),
+    'objective: what fills the last batch counts': (
+        OBJECTIVE, "jnp.sum(jnp.where(batch['mask'] > 0, each, 0.0))", 'jnp.sum(each)',
+        'tests/hessian_test.py -k dense'),
+    'objective: the penalty is not in the Hessian': (
+        OBJECTIVE, 'jax.jvp(gradient, (params,), (v,))[1]', 'jax.jvp(gradient, (params,), (v,))[0]',
+        'tests/hessian_test.py -k dense'),
+    'objective: no curvature of the loss': (
+        OBJECTIVE, 'back(curved)[0]', 'back(moved)[0]', 'tests/hessian_test.py -k gauss'),
+    'objective: bfloat16 products': (
+        OBJECTIVE, 'Objective(model.clone(dtype=dtype),', 'Objective(model,',
+        'tests/hessian_test.py -k top_eigenpairs_of'),
+    'lanczos: orthogonal to the last two only': (
+        HESSIAN, 'known = basis[:j + 1]', 'known = basis[max(j - 1, 0):j + 1]',
+        'tests/hessian_test.py -k orthogonal'),
+    'density: weights not squared': (
+        HESSIAN, 'vectors[0] ** 2', 'abs(vectors[0])', 'tests/hessian_test.py -k wigner'),
+    'trace: normal probes': (
+        HESSIAN, 'jax.random.rademacher', 'jax.random.normal', 'tests/hessian_test.py -k trace'),
+    'sharpness: of the other side': (
+        SHARPNESS, 'move(params, eps), params)', 'move(params, eps, -1.0), params)',
+        'tests/analysis_sharpness_test.py -k quadratic'),
+    'sharpness: groups by the sum of their losses': (
+        SHARPNESS, "sums['loss'] / m", "sums['loss']",
+        'tests/analysis_sharpness_test.py -k mean_over_groups'),
+    'sharpness: unfinished groups count': (
+        SHARPNESS, "whole = jnp.all(batch['mask'] > 0)", 'whole = True',
+        'tests/analysis_sharpness_test.py -k mean_over_groups'),
+    'landscape: whole layers for filters': (
+        LANDSCAPE, 'd.reshape(-1, w.shape[-1]), axis=0)', 'd)', 'tests/landscape_test.py'),
+    'landscape: statistics stay behind': (
+        LANDSCAPE, "moved['params'], moved['batch_stats'], batch)",
+        "moved['params'], origin['batch_stats'], batch)", 'tests/landscape_test.py'),
 }
 
 
@@ -240,6 +277,7 @@ def test_a_test_notices(name, tmp_path):
     assert text.count(old) == 1, f'{file} has {text.count(old)} times {old!r}'
     (tmp_path / file).write_text(text.replace(old, new))
     run = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-x', *test.split()], cwd=tmp_path, capture_output=True,
-        text=True, env={**os.environ, 'PYTHONPATH': ''}, check=False)
+        [sys.executable, '-m', 'pytest', '-x', '-m', 'not slurm and not browser', *test.split()],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''},
+        check=False)
     assert run.returncode == 1 and 'failed' in run.stdout, run.stdout[-2000:]

@@ -38,7 +38,7 @@ def _run(replicas_per_group, num_devices, dtype, model='tiny', **overrides):
             return jax.device_get((state.params, state.batch_stats)), json.load(f)
 
 
-@pytest.mark.parametrize('num_devices', [2, 4, 8])
+@pytest.mark.parametrize('num_devices', [2, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize('replicas_per_group', [1, 2, 8])
 def test_devices_float64(replicas_per_group, num_devices, x64):
     reference, expected = _run(replicas_per_group, 1, 'float64')
@@ -52,6 +52,7 @@ def test_groups_matter(x64):
     assert min(relative_distance(runs[0], runs[1]), relative_distance(runs[1], runs[2])) > 1e-3
 
 
+@pytest.mark.slow
 def test_devices_float32():
     """To rounding: float32 keeps 7 digits, and 32 steps at ReLU's kinks lose some of them."""
     reference, _ = _run(1, 1, 'float32')
@@ -61,17 +62,24 @@ def test_devices_float32():
 
 # By default, pods_test.py compares 4 processes, 2 and 1, with all replicas in one group.
 @pytest.mark.slow
-@pytest.mark.parametrize('replicas_per_group', [1, 2, 4])
-def test_two_processes(replicas_per_group, tmp_path):
+@pytest.mark.parametrize(['replicas_per_group', 'method'], [
+    (1, 'sam'), (2, 'sam'), (4, 'sam'), (1, 'ae_looksam'), (2, 'sampa'), (1, 'saf')])
+def test_two_processes(replicas_per_group, method, tmp_path):
     """2 processes x 2 devices against one process with 4; only process 0 writes."""
-    settings = {**SETTINGS, 'replica_batch_size': 10}
+    epochs = 2 if method == 'saf' else 1
+    settings = {**SETTINGS, 'replica_batch_size': 10, 'total_epochs': epochs}
     flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in settings.items()]
     flags += [f'--config.sam.replicas_per_group={replicas_per_group}',
-              '--config.model.dtype=float64', '--config.eval.every_epochs=1']
+              '--config.model.dtype=float64', '--config.eval.every_epochs=1',
+              '--config.analysis.every_epochs=1', '--config.analysis.examples=100',
+              '--config.analysis.steps=5']
+    if method == 'saf':
+        flags += ['--config.sam.start_epoch=0', '--config.sam.epochs_ago=1']
     states, results = [], []
     for num_processes in (1, 2):
         workdir = tmp_path / str(num_processes)
-        outputs = run_processes(flags, workdir, num_processes, devices_each=4 // num_processes)
+        outputs = run_processes(flags, workdir, num_processes, 4 // num_processes,
+                                f'configs/digits.py:method={method}')
         assert ['Finished.' in output for output in outputs] == [True, False][:num_processes]
         with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
             arrays = manager.restore(manager.latest_step(), args=ocp.args.Composite(
@@ -80,9 +88,13 @@ def test_two_processes(replicas_per_group, tmp_path):
                        if name.startswith(('params.', 'batch_stats.'))})
         results.append(json.loads((workdir / 'result.json').read_text()))
         lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-        assert [json.loads(line)['step'] for line in lines] == [8, 16, 24, 32, 32]
+        steps = [json.loads(line)['step'] for line in lines]
+        assert steps == sorted(steps) and {*steps} == {*range(8, 32 * epochs + 1, 8)}
         written = json.loads((workdir / 'config.json').read_text())
         assert (written['process_count'], written['device_count']) == (num_processes, 4)
     assert len(states[0]) > 20 and states[0].keys() == states[1].keys()
     assert relative_distance(*states) < 1e-9
     assert results[0]['test/error_rate'] == results[1]['test/error_rate']
+    for name in ('lambda_max', 'sharpness', 'gap'):
+        assert results[0][f'analysis/{name}'] == pytest.approx(
+            results[1][f'analysis/{name}'], rel=1e-6)

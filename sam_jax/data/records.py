@@ -44,6 +44,9 @@ class Records:
     def part(self, chosen):
         return dataclasses.replace(self, index=self.index[chosen])
 
+    # Images that are read one by one belong to no split.
+    subset = part
+
     def relabelled(self, relabel):
         return dataclasses.replace(self, relabel=relabel)
 

@@ -1,0 +1,76 @@
+"""How flat the minimum is, measured between epochs of a training run."""
+
+import dataclasses
+import time
+
+from sam_jax import rngs
+from sam_jax.analysis import hessian, sharpness
+from sam_jax.analysis import objective as objectives
+from sam_jax.sharpness.ascent import lp_ball
+
+# lambda_max over this one is the ratio of the SAM paper's Figure 3.
+RATIO_TO = 5
+
+
+def lambda_ratio(values):
+    """Returns lambda_max / lambda_5 of eigenvalues in descending order.
+
+    NaN where it means nothing: there are fewer than five, or the fifth is not positive.
+    """
+    if len(values) < RATIO_TO or values[RATIO_TO - 1] <= 0:
+        return float('nan')
+    return float(values[0] / values[RATIO_TO - 1])
+
+
+def chosen_examples(split, count, seed):
+    """Returns that many examples of a split (all if it has no more), the same for every run."""
+    return split.subset(rngs.permutation(seed, 'analysis', len(split))[:count])
+
+
+class Monitor:
+    """Measures a run's states as `config.analysis` says; changes nothing of them."""
+
+    def __init__(self, config, model, dataset, layout, arrays, state):
+        """Compiles nothing yet.
+
+        Args:
+          config: the run's config.
+          model, dataset, layout: as the run uses them.
+          arrays: the training split's arrays, on the devices.
+          state: a TrainState on the devices.
+        """
+        settings = config.analysis
+        self._settings, self._layout = settings, layout
+        split = chosen_examples(dataset.train, settings.examples, 0)
+        self._objective, _ = objectives.create(
+            model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split,
+            layout, config.eval.batch_size, arrays=arrays,
+            label_smoothing=config.label_smoothing)
+        m = min(config.replica_batch_size * config.sam.replicas_per_group, len(split))
+        self._ascent = lp_ball(settings.rho)
+        self._gap = sharpness.make_m_sharpness(self._objective, m, self._ascent)
+        self._seconds, self._began = 0.0, time.perf_counter()
+
+    def __call__(self, state):
+        """Returns {'analysis/...': value} of a TrainState.
+
+        lambda_max and lambda_ratio of the Hessian, sharpness: the rise of the loss of all examples
+        over the ball of radius rho, gap: that of groups of the run's own m, seconds: it took. The
+        loss is without penalty, BatchNorm in evaluation mode.
+        """
+        began = time.perf_counter()
+        objective = dataclasses.replace(self._objective, batch_stats=state.batch_stats)
+        flat = hessian.flat(objective.hessian_product, state.params, self._layout)
+        top = hessian.top_eigenpairs(
+            flat.product, flat.size, k=min(RATIO_TO, flat.size), steps=self._settings.steps)
+        results = {
+            'lambda_max': float(top.values[0]), 'lambda_ratio': lambda_ratio(top.values),
+            'sharpness': sharpness.of_ball(objective, state.params, self._ascent).sharpness,
+            'gap': self._gap(state.params, state.batch_stats).sharpness}
+        results['seconds'] = time.perf_counter() - began
+        self._seconds += results['seconds']
+        return {f'analysis/{name}': x for name, x in results.items()}
+
+    def share(self):
+        """Returns the part of the time since this was made that the measuring took."""
+        return self._seconds / (time.perf_counter() - self._began)

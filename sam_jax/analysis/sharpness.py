@@ -1,0 +1,185 @@
+"""Sharpness: how far the loss rises in a ball around the params.
+
+    max over the ball of L(w + eps) - L(w)
+
+by the ascents of `sam_jax.sharpness.ascent`: the SAM step (`lp_ball`), projected steps
+(`projected_steps`, SAM paper appendix C.6), ASAM's ellipsoid (`metric_ball`). An ascent finds a
+point of the ball and not always the highest: what is reported is a lower bound of the maximum.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sam_jax import rngs
+from sam_jax.analysis import objective as objectives
+from sam_jax.replicas import AXIS
+from sam_jax.sharpness.ascent import move
+from sam_jax.sharpness.direction import random_like
+
+# Entries of params that may be copied at once for groups that ascend side by side: 1 GiB. On CPU
+# XLA runs a convolution with kernels of several groups much slower than one after the other.
+_COPIED = {'cpu': 0}
+_COPIED_ELSEWHERE = 2 ** 28
+
+
+class Rise(NamedTuple):
+    """Loss and error rate at w and above it.
+
+    Attributes:
+      loss, error_rate: at w.
+      perturbed_loss, perturbed_error_rate: at w + eps; means over groups or draws.
+      standard_error: of the rise, over groups or draws; NaN where there is one only.
+      count: number of groups or draws.
+    """
+
+    loss: float
+    error_rate: float
+    perturbed_loss: float
+    perturbed_error_rate: float
+    standard_error: float
+    count: int
+
+    @property
+    def sharpness(self):
+        """The rise of the loss."""
+        return self.perturbed_loss - self.loss
+
+    @property
+    def error_rise(self):
+        """The rise of the error rate."""
+        return self.perturbed_error_rate - self.error_rate
+
+
+def of_ball(objective, params, ascent):
+    """The rise at the point of the ball that an ascent finds, on the whole split (m = its size).
+
+    Args:
+      objective: objective.Objective.
+      params: on the devices.
+      ascent: optax transformation of `sharpness.ascent`, such as lp_ball(rho=0.05).
+    """
+    grads = objective.gradient(params)
+    eps, _ = ascent.update(grads, ascent.init(params), params, grad_fn=objective.gradient)
+    return _rises(objective.value(params), [objective.value(_moved(params, eps))])
+
+
+def of_average_direction(objective, params, rho, draws=10, seed=0):
+    """The mean rise at distance rho in directions drawn uniformly from the sphere."""
+    def at(i):
+        z = random_like(rngs.key(seed, 'average_direction', i), params)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(z)))
+        return objective.value(_moved(params, jax.tree.map(lambda x: rho * x / norm, z)))
+
+    return _rises(objective.value(params), [at(i) for i in range(draws)])
+
+
+def _moved(params, eps):
+    return jax.tree.map(lambda x, w: x.astype(w.dtype), move(params, eps), params)
+
+
+def _rises(clean, perturbed):
+    found = {name: np.array([p[name] for p in perturbed]) for name in clean}
+    return Rise(clean['loss'], clean['error_rate'], float(found['loss'].mean()),
+                float(found['error_rate'].mean()), _standard_error(found['loss']), len(perturbed))
+
+
+def _standard_error(x):
+    return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float('nan')
+
+
+def make_m_sharpness(objective, m, ascent):
+    """Returns (params, batch_stats) -> Rise of m-sharpness (SAM paper, section 4.1).
+
+    The split is cut into consecutive groups of m examples, each of which ascends by its own
+    gradient: the mean over groups of max L_group(w + eps) - L_group(w). Examples that fill no group
+    are left out, also of the loss at w.
+
+    Args:
+      objective: objective.Objective.
+      m: examples of a group, up to all of the split.
+      ascent: optax transformation of `sharpness.ascent`.
+
+    Raises:
+      ValueError: no such groups.
+    """
+    if not 1 <= m <= len(objective):
+        raise ValueError(f'm is {m}; it must be at least 1 and at most the {len(objective)} '
+                         'examples.')
+    if len(objective.layout.devices) * m > min(objective.batch_size, len(objective)):
+        return functools.partial(_each_group, objective, m, ascent)
+    return _make_groups_at_once(objective, m, ascent)
+
+
+def _each_group(objective, m, ascent, params, batch_stats):
+    """Groups too large or too few for a device each: one after the other, over all devices."""
+    rises = []
+    for start in range(0, len(objective) - m + 1, m):
+        group = objective.split.subset(np.arange(start, start + m))
+        rises.append(of_ball(dataclasses.replace(
+            objective, split=group, batch_stats=batch_stats), params, ascent))
+    loss, error_rate, perturbed, perturbed_error = (
+        np.array([r[i] for r in rises]) for i in range(4))
+    return Rise(float(loss.mean()), float(error_rate.mean()), float(perturbed.mean()),
+                float(perturbed_error.mean()), _standard_error(perturbed - loss), len(rises))
+
+
+def _make_groups_at_once(objective, m, ascent):
+    """Groups within devices, several at once: each has its own perturbed copy of the params."""
+    layout, devices = objective.layout, len(objective.layout.devices)
+
+    def of_group(params, batch_stats, batch):
+        def loss(p):
+            sums = objective.sums(p, batch_stats, batch)
+            return sums['loss'] / m + objective.penalty(p), sums['error_rate'] / m
+
+        def gradient(p):
+            return jax.grad(lambda p: loss(p)[0])(p)
+
+        eps, _ = ascent.update(gradient(params), ascent.init(params), params, grad_fn=gradient)
+        (before, error), (after, perturbed_error) = loss(params), loss(_moved(params, eps))
+        whole = jnp.all(batch['mask'] > 0)
+        return jax.tree.map(lambda x: jnp.where(whole, x, 0.0), {
+            'loss': before, 'error_rate': error, 'perturbed_loss': after,
+            'perturbed_error_rate': perturbed_error, 'squared_rise': (after - before) ** 2,
+            'count': jnp.ones(())})
+
+    def step(params, batch_stats, arrays, feed):
+        batch = objective.dataset.eval_batch(arrays, feed)
+        groups = jax.tree.map(lambda x: x.reshape(-1, m, *x.shape[1:]), batch)
+        measure = functools.partial(of_group, params, batch_stats)
+        if len(groups['mask']) == 1:
+            sums = measure(batch)
+        else:
+            sums = jax.tree.map(jnp.sum, jax.vmap(measure)(groups))
+        return lax.psum(sums, AXIS)
+
+    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
+                    devices=layout.devices)
+
+    @functools.cache
+    def feeds(size):
+        at_once = max(1, min(
+            objective.batch_size // (devices * m), len(objective) // (devices * m),
+            _COPIED.get(layout.devices[0].platform, _COPIED_ELSEWHERE) // size))
+        return objectives.place_feeds(
+            objective.dataset, objective.split, devices * at_once * m, layout, layout.shard)
+
+    def measure(params, batch_stats):
+        size = sum(x.size for x in jax.tree.leaves(params))
+        parts = [step(params, batch_stats, objective.arrays, feed) for feed in feeds(size)]
+        sums = {name: sum(float(p[name]) for p in jax.device_get(parts)) for name in parts[0]}
+        n = sums.pop('count')
+        loss, error_rate, perturbed, perturbed_error, square = (
+            sums[name] / n for name in (
+                'loss', 'error_rate', 'perturbed_loss', 'perturbed_error_rate', 'squared_rise'))
+        variance = max(square - (perturbed - loss) ** 2, 0.0)
+        error = (variance / (n - 1)) ** 0.5 if n > 1 else float('nan')
+        return Rise(loss, error_rate, perturbed, perturbed_error, error, int(n))
+
+    return measure

@@ -1,0 +1,338 @@
+"""A run's flatness, measured and written down: its spectrum, its sharpness, its landscape."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sam_jax import config as config_lib
+from sam_jax import figures, train, writers
+from sam_jax.analysis import during, hessian, landscape, sharpness
+from sam_jax.analysis import objective as objectives
+from sam_jax.errors import UserError
+from sam_jax.sharpness import ascent
+
+WHAT = ('spectrum', 'sharpness', 'landscape')
+SPLIT, EXAMPLES = 'train', 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured, and how finely.
+
+    Attributes:
+      what: some of WHAT.
+      steps: products of Lanczos, at most.
+      probes: starts of the density; the trace takes five times as many.
+      rho: radius of the ball.
+      adaptive_rho: radius of ASAM's ellipsoid, in its own units.
+      m: group sizes of m-sharpness; those above the number of examples are left out.
+      points: places along each axis of the landscape.
+      extent: how far it goes along each axis, in units of the direction.
+      directions: its axes, 'random' (filter-normalised) or 'eigenvectors'.
+      seed: of the probes and directions.
+    """
+
+    what: tuple = WHAT
+    steps: int = 80
+    probes: int = 4
+    rho: float = 0.05
+    adaptive_rho: float = 0.5
+    m: tuple = (1, 16, 64)
+    points: int = 25
+    extent: float = 1.0
+    directions: str = 'random'
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in self.what:
+            if name not in WHAT:
+                raise UserError(f'what has {name!r}; it must be some of {", ".join(WHAT)}.')
+        for name, low in (('steps', during.RATIO_TO), ('probes', 1), ('points', 3), ('seed', 0)):
+            if getattr(self, name) < low:
+                raise UserError(f'{name} is {getattr(self, name)}; it must be at least {low}.')
+        for name in ('rho', 'adaptive_rho', 'extent'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f'{name} is {getattr(self, name)}; it must be greater than 0.')
+        if not self.points % 2:
+            raise UserError(f'points is {self.points}; it must be odd, so that the run itself is '
+                            'one of the places.')
+        if min(self.m, default=1) < 1:
+            raise UserError(f'm is {self.m}; it must hold numbers of examples, such as 1,16,64.')
+
+
+def _quiet(what, done, total):
+    """Tells nobody how far it is."""
+
+
+class Run(NamedTuple):
+    """A run opened for analysis.
+
+    Attributes:
+      name: of its folder and method.
+      step: of the checkpoint.
+      objective: objective.Objective.
+      params: on the devices.
+    """
+
+    name: str
+    step: int
+    objective: Any
+    params: Any
+
+
+def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, data_dir='',
+             epoch=None, batch_size=0):
+    """Opens a checkpoint of a run on some examples; its moving average where it keeps one.
+
+    Args:
+      workdir: the folder of the run.
+      split: 'train', with the labels trained on, or one that the run evaluates on.
+      examples: how many of it; 0 for all.
+      penalty: whether the run's L2 penalty is part of the loss.
+      seed: of the choice of examples.
+      data_dir: where the datasets lie; '' for the run's own.
+      epoch: after which epoch; default the newest checkpoint.
+      batch_size: examples computed at once; 0 for the run's eval.batch_size.
+
+    Raises:
+      UserError: no run, no such checkpoint, no such split.
+    """
+    config = config_lib.of_run(workdir)
+    if data_dir:
+        config.data.dir = data_dir
+    plan, state, step = train.restore(config, workdir, epoch=epoch)
+    dataset = plan.dataset
+    splits = {**dataset.evals, 'train': dataset.train}
+    if split not in splits:
+        raise UserError(f'split is {split!r}; it must be one of {", ".join(splits)}.')
+    chosen = during.chosen_examples(splits[split], examples or len(splits[split]), seed)
+    variables = state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
+    objective, params = objectives.create(
+        plan.model, variables, dataset, chosen, plan.layout, batch_size or config.eval.batch_size,
+        label_smoothing=config.label_smoothing,
+        weight_decay=config.optimizer.weight_decay if penalty else 0.0,
+        decay_norm_and_bias=config.optimizer.decay_norm_and_bias)
+    name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'
+    return Run(name, step, objective, params)
+
+
+def measure_spectrum(run, settings, tell=_quiet):
+    """Returns (what analysis.json says of the spectrum, arrays for the picture)."""
+    layout, product = run.objective.layout, run.objective.hessian_product
+    flat = hessian.flat(product, run.params, layout)
+    steps, probes, seed = settings.steps, settings.probes, settings.seed
+    began = time.perf_counter()
+    top = hessian.top_eigenpairs(
+        flat.product, flat.size, k=min(during.RATIO_TO, flat.size), steps=steps, seed=seed,
+        on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
+    seconds = time.perf_counter() - began
+    density = hessian.density(flat.product, flat.size, probes, steps, seed,
+                              on_step=lambda i: tell(f'{run.name}: density', i, probes * steps))
+    trace = hessian.trace(product, run.params, layout, 5 * probes, seed,
+                          on_step=lambda i: tell(f'{run.name}: trace', i, 5 * probes))
+    low, high = min(density.nodes.min(), 0.0), max(top.values[0], density.nodes.max())
+    margin = 0.05 * (high - low)
+    grid = np.linspace(low - margin, high + margin, 1000)
+    said = {
+        'lambda_max': float(top.values[0]), 'lambda_ratio': during.lambda_ratio(top.values),
+        'eigenvalues': top.values.tolist(), 'residuals': top.residuals.tolist(),
+        'lowest': min(top.lowest, float(density.nodes.min())), 'products': top.steps,
+        'seconds': seconds, 'trace': trace.mean, 'trace_standard_error': trace.standard_error,
+        'layers': {name: {'trace': mean, 'standard_error': error}
+                   for name, (mean, error) in trace.layers.items()}}
+    return said, {'grid': grid, 'density': density.on(grid, 0.01 * (high - low)),
+                  'nodes': density.nodes, 'weights': density.weights, 'eigenvalues': top.values}
+
+
+def measure_sharpness(run, settings, tell=_quiet):
+    """Returns what analysis.json says of the sharpness: {measure: Rise as a dict}."""
+    objective, params, rho = run.objective, run.params, settings.rho
+    metric = ascent.adaptive_metric(0.01, 'weights')
+    ascents = {'SAM step': ascent.lp_ball(rho),
+               '5 projected steps': ascent.projected_steps(rho, 5, step_size=0.5),
+               f'adaptive, rho {settings.adaptive_rho:g}':
+                   ascent.metric_ball(settings.adaptive_rho, metric)}
+    measures = {name: lambda a=a: sharpness.of_ball(objective, params, a)
+                for name, a in ascents.items()}
+    measures['average direction'] = lambda: sharpness.of_average_direction(
+        objective, params, rho, seed=settings.seed)
+    for m in settings.m:
+        if m <= len(objective):
+            measures[f'm = {m}'] = lambda m=m: sharpness.make_m_sharpness(
+                objective, m, ascent.lp_ball(rho))(params, objective.batch_stats)
+    said = {}
+    for i, (name, measure) in enumerate(measures.items()):
+        rise = measure()
+        said[name] = {**rise._asdict(), 'sharpness': rise.sharpness,
+                      'error_rise': rise.error_rise}
+        tell(f'{run.name}: sharpness', i + 1, len(measures))
+    return said
+
+
+def measure_surface(run, directions, places, path, key, tell=_quiet):
+    """Returns {'loss', 'error_rate'} at the places; what is measured is kept in a file.
+
+    Args:
+      run: Run.
+      directions: of `landscape.make_surface`.
+      places: float (n, dimensions).
+      path: of the file, .npz, whose content is used if it is of the same key.
+      key: what the surface depends on, as text.
+      tell: takes (what, done, total) of the progress.
+    """
+    n = len(places)
+    known = {name: np.full(n, np.nan) for name in ('loss', 'error_rate')}
+    done = 0
+    if os.path.exists(path):
+        with np.load(path) as file:
+            if str(file['key']) == key:
+                known = {name: file[name] for name in known}
+                done = int(file['done'])
+    surface = landscape.make_surface(run.objective, run.params, directions) if done < n else None
+    saved_at = time.perf_counter()
+    at_once = len(run.objective.layout.devices)
+    while done < n:
+        part = slice(done, min(done + at_once, n))
+        for name, values in surface(places[part]).items():
+            known[name][part] = values
+        done = part.stop
+        if done == n or time.perf_counter() - saved_at > 10:
+            _save(path, key=key, done=done, places=places, **known)
+            saved_at = time.perf_counter()
+        tell(f'{run.name}: places', done, n)
+    return known
+
+
+def _save(path, **arrays):
+    partial = path.removesuffix('.npz') + '.part.npz'
+    np.savez(partial, **arrays)
+    os.replace(partial, path)
+
+
+def _axes_of(run, directions, seed):
+    if directions == 'random':
+        return [landscape.random_direction(run.params, seed, i) for i in range(2)]
+    flat = hessian.flat(run.objective.hessian_product, run.params, run.objective.layout)
+    top = hessian.top_eigenpairs(flat.product, flat.size, k=2, steps=60, seed=seed)
+    # Of the length of a random axis, so that the extent means the same.
+    length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(
+        landscape.random_direction(run.params, seed))))
+    return [flat.unflatten(length * v) for v in top.vectors]
+
+
+def analyze(runs, out, settings=Settings(), tell=_quiet):
+    """Measures one run or two and writes everything into a folder.
+
+    Args:
+      runs: Runs of `open_run`.
+      out: the folder.
+      settings: Settings.
+      tell: takes (what, done, total) of the progress.
+
+    Returns:
+      The content of analysis.json.
+    """
+    os.makedirs(out, exist_ok=True)
+    objective = runs[0].objective
+    said = {'examples': len(objective), 'weight_decay': objective.weight_decay,
+            'label_smoothing': objective.label_smoothing,
+            'settings': dataclasses.asdict(settings),
+            'runs': [{'name': r.name, 'step': r.step, **r.objective.value(r.params)}
+                     for r in runs]}
+    drawn = []
+    for i, (run, of_run) in enumerate(zip(runs, said['runs'])):
+        if 'spectrum' in settings.what:
+            of_run['spectrum'], arrays = measure_spectrum(run, settings, tell)
+            _save(os.path.join(out, f'spectrum_{i + 1}.npz'), **arrays)
+            drawn.append(figures.Spectrum(
+                run.name, arrays['grid'], arrays['density'], arrays['eigenvalues']))
+        if 'sharpness' in settings.what:
+            of_run['sharpness'] = measure_sharpness(run, settings, tell)
+    if drawn:
+        figures.save(figures.spectra(drawn), os.path.join(out, 'spectrum.png'))
+    if 'landscape' in settings.what:
+        _landscapes(runs, out, settings, tell)
+        # Between networks of different shapes there is no line.
+        said['path'] = len({str(jax.tree.map(np.shape, r.params)) for r in runs}) < len(runs)
+        if said['path']:
+            _path_between(runs, out, settings.points, tell)
+    writers.write_json(os.path.join(out, 'analysis.json'), said)
+    with open(os.path.join(out, 'report.md'), 'w') as file:
+        file.write(report(said))
+    return said
+
+
+def _identity(run):
+    return [run.name, run.step, len(run.objective), run.objective.weight_decay]
+
+
+def _landscapes(runs, out, settings, tell):
+    ticks, places = landscape.grid(settings.extent, settings.points, 2)
+    drawn = []
+    for i, run in enumerate(runs):
+        key = json.dumps([_identity(run), settings.points, settings.extent, settings.directions,
+                          settings.seed])
+        found = measure_surface(run, _axes_of(run, settings.directions, settings.seed), places,
+                                os.path.join(out, f'landscape_{i + 1}.npz'), key, tell)
+        drawn.append(figures.Surface(
+            run.name, ticks, found['loss'].reshape(len(ticks), len(ticks))))
+    figures.save(figures.surfaces(drawn), os.path.join(out, 'landscape.png'))
+
+
+def _path_between(runs, out, points, tell):
+    variables = [{'params': r.params, 'batch_stats': r.objective.batch_stats} for r in runs]
+    places = np.linspace(-0.5, 1.5, 2 * points - 1)
+    way = landscape.difference(*variables)
+    key = json.dumps([*map(_identity, runs), points])
+    found = measure_surface(runs[0], [way], places[:, None], os.path.join(out, 'path.npz'), key,
+                            tell)
+    no_interval = [math.nan] * len(places)
+    figures.save(figures.panels([
+        figures.Panel(f'from {runs[0].name} (0) to {runs[1].name} (1)', 'share of the way', label,
+                      [figures.Curve(label, places, list(values), no_interval)], log_y=log_y)
+        for label, values, log_y in (('loss', found['loss'], True),
+                                     ('error rate (%)', 100 * found['error_rate'], False))]),
+        os.path.join(out, 'path.png'))
+
+
+def report(said):
+    """Returns the Markdown report of what analysis.json says: a column for each run."""
+    runs, what = said['runs'], said['settings']['what']
+    penalty = ('without penalty' if not said['weight_decay'] else
+               f'with the L2 penalty of weight decay {said["weight_decay"]:g}')
+    lines = ['# How flat it is', '',
+             f'Loss of {said["examples"]} examples, {penalty}, BatchNorm in evaluation mode.', '',
+             '| | ' + ' | '.join(f'{r["name"]} (step {r["step"]})' for r in runs) + ' |',
+             '|---|' + '---|' * len(runs)]
+
+    def row(name, values):
+        lines.append(f'| {name} | ' + ' | '.join(values) + ' |')
+
+    row('loss', [f'{r["loss"]:.4g}' for r in runs])
+    row('error rate (%)', [f'{100 * r["error_rate"]:.2f}' for r in runs])
+    if 'spectrum' in what:
+        spectra = [r['spectrum'] for r in runs]
+        row('lambda_max', [f'{s["lambda_max"]:.4g}' for s in spectra])
+        row('lambda_max / lambda_5', [f'{s["lambda_ratio"]:.3g}' for s in spectra])
+        row('least eigenvalue at most', [f'{s["lowest"]:.3g}' for s in spectra])
+        row('trace (standard error)', [
+            f'{s["trace"]:.4g} ({s["trace_standard_error"]:.2g})' for s in spectra])
+    if 'sharpness' in what:
+        for name in runs[0]['sharpness']:
+            row(f'rise of the loss: {name}', [
+                f'{r["sharpness"][name]["sharpness"]:.4g}' for r in runs])
+            row(f'rise of the error rate: {name} (points of %)', [
+                f'{100 * r["sharpness"][name]["error_rise"]:.2f}' for r in runs])
+        lines += ['', f'The balls have radius {said["settings"]["rho"]:g}, unless named otherwise.']
+    if 'spectrum' in what:
+        lines += ['', '![spectrum](spectrum.png)']
+    if 'landscape' in what:
+        lines += ['', '![landscape](landscape.png)']
+        lines += ['', '![path](path.png)'] if said['path'] else []
+    return '\n'.join(lines) + '\n'

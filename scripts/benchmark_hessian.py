@@ -1,0 +1,220 @@
+"""What Hessian-vector products and Lanczos cost, side by side in one run.
+
+    python scripts/benchmark_hessian.py [--model=wrn16_4] [--examples=1000] [--steps=20]
+    python scripts/benchmark_hessian.py --peers=pyhessian,matfree   # those that are installed
+
+Prints the median time of a product of all examples over that of a gradient of the same (rounds in
+turns), the time of so many Lanczos steps, and with --peers
+
+  pyhessian  as many products of its power iteration on the same network, in PyTorch with the same
+             weights, images and batches (its own Lanczos does not run on today's PyTorch), and both
+             values of v'Hv / v'v for one vector v;
+  matfree    as many steps of its Lanczos with full re-orthogonalisation on the same product (of the
+             first batch alone, since it wants a traced one), against ours, and both largest values.
+
+Images are random (fake_cifar10), or the digits for --data=digits.
+"""
+
+import dataclasses
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.flatten_util import ravel_pytree
+
+from configs import cifar, digits
+from sam_jax import config as config_lib
+from sam_jax import data, replicas, train_step
+from sam_jax.analysis import during, hessian, objective
+
+_MODEL = flags.DEFINE_string('model', 'wrn16_4', 'A WideResNet.')
+_DATA = flags.DEFINE_string('data', 'fake_cifar10', 'Data set that needs no download.')
+_EXAMPLES = flags.DEFINE_integer('examples', 1000, 'How many.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 250, 'Examples computed at once.')
+_STEPS = flags.DEFINE_integer('steps', 20, 'Of Lanczos.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of gradients and products.')
+_PEERS = flags.DEFINE_list('peers', [], 'Of pyhessian, matfree.')
+
+
+def open_network():
+    """Returns (Objective, params): random weights, which is all that matters for time."""
+    source = digits if _DATA.value == 'digits' else cifar
+    config = source.get_config(f'model={_MODEL.value}')
+    config.data.name = _DATA.value
+    layout, _ = replicas.make_layout(1, 1, 1, devices=jax.devices()[:1])
+    dataset = data.load_dataset(config.data)
+    model = config_lib.create_model(config, dataset.num_classes)
+    state = train_step.create_train_state(config, model, dataset.image_shape)
+    split = during.chosen_examples(dataset.train, _EXAMPLES.value, 0)
+    return objective.create(
+        model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split, layout,
+        _BATCH_SIZE.value)
+
+
+def seconds(function):
+    then = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - then
+
+
+def batches(loss):
+    """The images, normalised, and labels of the batches, as NumPy arrays."""
+    for feed in loss.feeds:
+        batch = jax.device_get(jax.jit(loss.dataset.eval_batch)(
+            loss.arrays, jax.tree.map(lambda x: x[0], feed)))
+        real = batch['mask'] > 0
+        yield batch['image'][real], batch['label'][real]
+
+
+def torch_network(loss, params):
+    """The same WideResNet in PyTorch, in evaluation mode, and its parameters by our names."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    named = {'/'.join(k.key for k in path): np.asarray(x)
+             for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(
+                 {'p': params, 's': loss.batch_stats}))[0]}
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.names = [n for n in named if n.startswith('p/')]
+            self.p = nn.ParameterList([nn.Parameter(torch.tensor(_to_torch(named[n])))
+                                       for n in self.names])
+            self.s = {n: torch.tensor(x) for n, x in named.items() if n.startswith('s/')}
+
+        def get(self, name):
+            return self.p[self.names.index(f'p/{name}')]
+
+        def conv(self, x, name, stride):
+            # As TensorFlow pads: what is odd comes last.
+            return functional.conv2d(functional.pad(x, (0, 1, 0, 1) if stride == 2 else (1,) * 4),
+                                     self.get(f'{name}/kernel'), stride=stride)
+
+        def activate(self, x, name):
+            return functional.relu(functional.batch_norm(
+                x, self.s[f's/{name}/mean'], self.s[f's/{name}/var'], self.get(f'{name}/scale'),
+                self.get(f'{name}/bias'), eps=loss.model.batch_norm_epsilon))
+
+        def forward(self, x):
+            x = self.conv(x, 'conv_init', 1)
+            for group, stride in enumerate((1, 2, 2)):
+                for block in range((loss.model.depth - 4) // 6):
+                    name = f'group{group}_block{block}'
+                    active = self.activate(x, f'{name}_bn1')
+                    shortcut = active if group == block == 0 else x
+                    step = stride if block == 0 else 1
+                    y = self.conv(active, f'{name}_conv1', step)
+                    y = self.conv(self.activate(y, f'{name}_bn2'), f'{name}_conv2', 1)
+                    if step == 2:
+                        shortcut = functional.avg_pool2d(shortcut, 2)
+                    more = y.shape[1] - shortcut.shape[1]
+                    x = y + functional.pad(shortcut, (0, 0, 0, 0, 0, more))
+            x = self.activate(x, 'bn_final').mean(dim=(2, 3))
+            return functional.linear(x, self.get('head/kernel'), self.get('head/bias'))
+
+    return Net()
+
+
+def _to_torch(x):
+    return np.ascontiguousarray({4: lambda: x.transpose(3, 2, 0, 1), 2: lambda: x.T,
+                                 1: lambda: x}[x.ndim]())
+
+
+def against_pyhessian(loss, params):
+    """Prints the time of as many products of PyHessian, and one product of both."""
+    import torch
+    from pyhessian import hessian as pyhessian
+
+    net = torch_network(loss, params)
+    loader = [(torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2))),
+               torch.tensor(y.astype(np.int64))) for x, y in batches(loss)]
+    peer = pyhessian(net, torch.nn.CrossEntropyLoss(), dataloader=_warm(net, loader), cuda=False)
+    v = jax.tree.map(lambda x: np.random.RandomState(0).randn(*x.shape).astype(x.dtype),
+                     jax.device_get(params))
+    flat = ravel_pytree(v)[0]
+    ours = float(flat @ ravel_pytree(loss.hessian_product(params, loss.layout.replicate(v)))[0])
+    theirs, _ = peer.dataloader_hv_product(
+        [torch.tensor(_to_torch(x)) for x in jax.tree.leaves(v)])
+    print(f"v'Hv / v'v: ours {ours / float(flat @ flat):.8g}, "
+          f'PyHessian {theirs / float(flat @ flat):.8g}')
+    then = time.perf_counter()
+    values, _ = peer.eigenvalues(maxIter=_STEPS.value, tol=0.0)
+    print(f'PyHessian: {_STEPS.value} products in {time.perf_counter() - then:.1f} s, power '
+          f'iteration finds {values[0]:.6g}')
+
+
+def _warm(net, loader):
+    """PyHessian reads the gradients of its network before it has computed any."""
+    from torch.nn import functional
+    functional.cross_entropy(net(loader[0][0]), loader[0][1]).backward()
+    return loader
+
+
+def against_matfree(loss, params):
+    """Prints the times of both Lanczos on the first batch, compiled, and what they find."""
+    from matfree import decomp, eig
+
+    one = dataclasses.replace(loss, split=loss.split.subset(np.arange(_BATCH_SIZE.value)))
+    (images, labels), = batches(one)
+    batch = {'image': images, 'label': labels, 'mask': np.ones(len(labels), np.float32)}
+    start, unravel = ravel_pytree(jax.device_get(params))
+    arguments = jax.device_put((start, jax.device_get(one.batch_stats), batch))
+
+    def product(v, start, stats, batch):
+        def value(w):
+            return one.of_logits(one.logits(unravel(w), stats, batch), batch) / len(labels)
+
+        return jax.jvp(jax.grad(value), (start,), (v,))[1]
+
+    vector = jax.numpy.asarray(hessian.random_start(start.size, 0))
+    largest = jax.jit(lambda v, *arguments: eig.eigh_partial(decomp.tridiag_sym(
+        _STEPS.value, reortho='full'))(product, v, *arguments)[0].max())
+    one_product = jax.jit(product)
+    theirs = float(largest(vector, *arguments))
+    one_product(vector, *arguments)
+    times = [seconds(lambda: largest(vector, *arguments))]
+    then = time.perf_counter()
+    found = hessian.lanczos(
+        lambda v: np.asarray(one_product(v, *arguments)), np.asarray(vector), _STEPS.value)
+    times.append(time.perf_counter() - then)
+    print(f'{_STEPS.value} steps on {len(labels)} examples: matfree {times[0]:.2f} s, largest '
+          f'{theirs:.8g}; ours {times[1]:.2f} s, largest {found.eigen()[0][-1]:.8g}')
+
+
+def main(argv):
+    del argv
+    loss, params = open_network()
+    flat = hessian.flat(loss.hessian_product, params, loss.layout)
+    vector = loss.layout.replicate(flat.unflatten(hessian.random_start(flat.size, 0)))
+    steps = {'gradient': lambda: loss.gradient(params),
+             'Hessian': lambda: loss.hessian_product(params, vector),
+             'Gauss-Newton': lambda: loss.gauss_newton_product(params, vector)}
+    for step in steps.values():
+        seconds(step)
+    times = {name: [] for name in steps}
+    for _ in range(_ROUNDS.value):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    print(f'{_MODEL.value}, {flat.size:,} params, {len(loss)} examples of {_DATA.value}, '
+          f'{jax.devices()[0].device_kind}: gradient {medians["gradient"]:.3g} s; over it: ' + ', '
+          .join(f'{name} product {t / medians["gradient"]:.2f}' for name, t in medians.items()
+                if name != 'gradient'), flush=True)
+    then = time.perf_counter()
+    found = hessian.lanczos(flat.product, hessian.random_start(flat.size, 0), _STEPS.value)
+    print(f'{_STEPS.value} Lanczos steps in {time.perf_counter() - then:.1f} s, largest value '
+          f'{found.eigen()[0][-1]:.6g}', flush=True)
+    for peer in _PEERS.value:
+        {'pyhessian': against_pyhessian, 'matfree': against_matfree}[peer](loss, params)
+
+
+if __name__ == '__main__':
+    app.run(main)

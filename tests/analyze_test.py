@@ -1,0 +1,208 @@
+"""Analysis during training and of a finished run, as users start it, on real digits."""
+
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, Net, assert_trees_equal, lean_environment, small_config
+
+from sam_jax import config as config_lib
+from sam_jax import flatness, train
+from sam_jax.analysis import landscape
+from sam_jax.errors import UserError
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tiny():
+    """A network that compiles soon, in the place of the config's."""
+    def build(config, num_classes):
+        return Net(config.model.dtype)
+
+    with mock.patch.object(config_lib, 'create_model', build):
+        yield
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory, tiny):
+    """Two finished runs; the first one was analysed after each of its epochs."""
+    names = {'sgd': dict(analysis__every_epochs=1, analysis__examples=100, analysis__steps=30),
+             'sam': dict(sam__rho=0.2)}
+    folder = tmp_path_factory.mktemp('runs')
+    for method, settings in names.items():
+        train.train_and_evaluate(
+            small_config(sam__method=method, checkpoint__every_epochs=1, **settings),
+            str(folder / method), devices=jax.devices()[:1])
+    return folder
+
+
+def logged(workdir):
+    with open(workdir / 'metrics.jsonl') as file:
+        return [json.loads(line) for line in file]
+
+
+def test_training_is_the_same_with_and_without_analysis_bit_for_bit(folders, tmp_path):
+    config = small_config(sam__method='sgd')
+    without = train.train_and_evaluate(config, str(tmp_path / 'w'), devices=jax.devices()[:1])
+    _, analysed, _ = train.restore(
+        small_config(sam__method='sgd'), str(folders / 'sgd'), jax.devices()[:1])
+    for name in ('params', 'batch_stats', 'opt_state', 'sums'):
+        assert_trees_equal(getattr(analysed, name), getattr(without, name))
+    assert not any('analysis/lambda_max' in line for line in logged(tmp_path / 'w'))
+
+
+def test_what_training_logs_is_what_the_command_finds(folders):
+    lines = [line for line in logged(folders / 'sgd') if 'analysis/lambda_max' in line]
+    assert [line['step'] for line in lines] == [20, 40]
+    result = json.loads((folders / 'sgd' / 'result.json').read_text())
+    assert 0 < result['analysis/share'] < 1
+    for name in ('lambda_max', 'lambda_ratio', 'sharpness', 'gap', 'seconds'):
+        assert lines[1][f'analysis/{name}'] == result[f'analysis/{name}']
+    run = flatness.open_run(str(folders / 'sgd'), examples=100)
+    spectrum, _ = flatness.measure_spectrum(run, flatness.Settings(steps=30, probes=1))
+    np.testing.assert_allclose(spectrum['lambda_max'], result['analysis/lambda_max'], rtol=1e-3)
+    measured = flatness.measure_sharpness(run, flatness.Settings(m=(64,)))
+    np.testing.assert_allclose(
+        measured['SAM step']['sharpness'], result['analysis/sharpness'], rtol=1e-2)
+    np.testing.assert_allclose(measured['m = 64']['sharpness'], result['analysis/gap'], rtol=1e-2)
+
+
+FILES = {'analysis.json', 'report.md', 'spectrum.png', 'spectrum_1.npz', 'spectrum_2.npz',
+         'landscape.png', 'landscape_1.npz', 'landscape_2.npz', 'path.png', 'path.npz'}
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """A real network, from a process of its own."""
+    for method in ('sgd', 'sam'):
+        done = subprocess.run(
+            [sys.executable, '-m', 'sam_jax.main', f'--config=configs/digits.py:method={method}',
+             '--config.total_epochs=1', f'--workdir={tmp_path / method}'],
+            cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, '-m', 'sam_jax.analyze', f'--workdir={tmp_path / "sgd"}',
+         f'--compare={tmp_path / "sam"}', '--examples=50', '--steps=6', '--probes=2', '--m=1,25',
+         '--points=3'],
+        cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {*os.listdir(tmp_path / 'sgd' / 'analysis')} == FILES
+    assert '| lambda_max | ' in done.stderr
+
+
+def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
+    runs = [flatness.open_run(str(folders / name), examples=120) for name in ('sgd', 'sam')]
+    flatness.analyze(runs, str(tmp_path / 'out'),
+                     flatness.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3))
+    assert {*os.listdir(tmp_path / 'out')} == FILES
+    said = json.loads((tmp_path / 'out' / 'analysis.json').read_text())
+    assert said['weight_decay'] == 0 and said['examples'] == 120
+    first, second = said['runs']
+    assert (first['name'], second['name']) == ('sgd, sgd', 'sam, sam')
+    for run in said['runs']:
+        assert run['spectrum']['lambda_max'] == run['spectrum']['eigenvalues'][0] > 0
+        assert {*run['sharpness']} == {'SAM step', '5 projected steps', 'adaptive, rho 0.5',
+                                       'average direction', 'm = 1', 'm = 60'}
+        rises = {name: rise['sharpness'] for name, rise in run['sharpness'].items()}
+        assert rises['m = 1'] > rises['m = 60'] > rises['average direction']
+        layers = run['spectrum']['layers'].values()
+        np.testing.assert_allclose(sum(x['trace'] for x in layers), run['spectrum']['trace'])
+    for i, run in enumerate(said['runs']):
+        with np.load(tmp_path / 'out' / f'landscape_{i + 1}.npz') as surface:
+            np.testing.assert_allclose(surface['loss'][4], run['loss'], rtol=1e-5)
+    with np.load(tmp_path / 'out' / 'path.npz') as path:
+        ends = [path['loss'][np.isclose(path['places'][:, 0], t)][0] for t in (0, 1)]
+    np.testing.assert_allclose(ends, [first['loss'], second['loss']], rtol=1e-4)
+    text = (tmp_path / 'out' / 'report.md').read_text()
+    assert '| lambda_max / lambda_5 |' in text and 'without penalty' in text
+    assert f'| lambda_max | {first["spectrum"]["lambda_max"]:.4g} |' in text
+
+
+def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
+    run = flatness.open_run(str(folders / 'sgd'), examples=50)
+    directions = [landscape.random_direction(run.params, 0)]
+    places = landscape.grid(1.0, 5, 1)[1]
+    path = str(tmp_path / 'surface.npz')
+    whole = flatness.measure_surface(run, directions, places, str(tmp_path / 'whole.npz'), 'key')
+    devices = len(run.objective.layout.devices)
+    assert devices == 1  # a place at a time, so that three of five can be done
+
+    class Killed(Exception):
+        pass
+
+    def die(what, done, total):
+        if done == 3:
+            raise Killed
+
+    clock = iter(range(0, 10 ** 6, 100))  # each place takes so long that it is saved
+    monkeypatch.setattr(flatness.time, 'perf_counter', lambda: next(clock))
+    with pytest.raises(Killed):
+        flatness.measure_surface(run, directions, places, path, 'key', die)
+    told = []
+    found = flatness.measure_surface(
+        run, directions, places, path, 'key', lambda *progress: told.append(progress[1:]))
+    assert told == [(4, 5), (5, 5)]
+    assert_trees_equal(found, whole)
+    told.clear()
+    flatness.measure_surface(
+        run, directions, places, path, 'another', lambda *progress: told.append(progress[1:]))
+    assert len(told) == 5
+
+
+def test_along_the_first_eigenvectors_the_loss_curves_by_their_eigenvalues(folders):
+    run = flatness.open_run(str(folders / 'sgd'), examples=100)
+    spectrum, _ = flatness.measure_spectrum(run, flatness.Settings(steps=40, probes=1))
+    directions = flatness._axes_of(run, 'eigenvectors', seed=0)
+    length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(directions[0])))
+    h = 0.01 / length
+    loss = landscape.make_surface(run.objective, run.params, directions[:1])(
+        [[-h], [0.0], [h]])['loss']
+    np.testing.assert_allclose(
+        (loss[0] - 2 * loss[1] + loss[2]) / 0.01 ** 2, spectrum['lambda_max'], rtol=0.1)
+
+
+def test_the_penalty_is_in_the_loss_if_asked_for(folders):
+    runs = [flatness.open_run(str(folders / 'sgd'), examples=50, penalty=p) for p in (False, True)]
+    plain, penalised = (run.objective.value(run.params)['loss'] for run in runs)
+    squares = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(
+        jax.device_get(runs[0].params)))
+    np.testing.assert_allclose(penalised - plain, 0.5 * 5e-4 * squares, rtol=1e-4)
+    assert runs[1].objective.weight_decay == 5e-4
+
+
+@pytest.mark.parametrize(['settings', 'sentence'], [
+    ({'what': ('flatness',)}, "what has 'flatness'; it must be some of spectrum, sharpness"),
+    ({'points': 4}, 'points is 4; it must be odd'), ({'points': 1}, 'it must be at least 3'),
+    ({'rho': -1.0}, 'rho is -1.0; it must be greater than 0'),
+    ({'m': (0,)}, 'it must hold numbers of examples'),
+    ({'steps': 4}, 'steps is 4; it must be at least 5')], ids=str)
+def test_bad_settings_get_a_sentence(settings, sentence):
+    with pytest.raises(UserError) as refused:
+        flatness.Settings(**settings)
+    assert sentence in str(refused.value)
+
+
+def test_an_earlier_epoch_can_be_opened(folders):
+    runs = [flatness.open_run(str(folders / 'sgd'), examples=100, epoch=e) for e in (1, 2, None)]
+    assert [run.step for run in runs] == [20, 40, 40]
+    assert_trees_equal(runs[1].params, runs[2].params)
+    losses = [run.objective.value(run.params)['loss'] for run in runs]
+    assert losses[0] > losses[1] == losses[2]
+
+
+def test_bad_runs_get_a_sentence(folders, tmp_path):
+    with pytest.raises(UserError, match="'' must be the folder of a run"):
+        flatness.open_run('')
+    with pytest.raises(UserError, match="split is 'dev'; it must be one of .*test.*train"):
+        flatness.open_run(str(folders / 'sgd'), split='dev')
+    with pytest.raises(UserError, match='no checkpoint of step 60 .* there are those of 20, 40'):
+        flatness.open_run(str(folders / 'sgd'), epoch=3)
+    ended = subprocess.run(
+        [sys.executable, '-m', 'sam_jax.analyze', f'--workdir={folders / "sgd"}', '--m=1,x'],
+        cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: --m is '1,x'; it must be numbers of examples, such as 1,16,64.\n"
