@@ -7,12 +7,14 @@ Each method is trained with three values of rho and seed 0, and with the value t
 error on the validation split (the last tenth of the training set, its true labels; of equals the
 smallest value) with the seeds 1 to 4. A finished run is a line of --out and is not run again;
 --part=I/N takes each N-th method, for N processes at once. --table prints errors on the test split
-with the 95 % t-interval of the mean, and the time of a step over SGD's, the two taking turns in one
-process.
+with the 95 % t-interval of the mean, the largest eigenvalue of the Hessian of the training loss
+(median over seeds; of 300 examples with the labels trained on), and the time of a step over SGD's,
+the two taking turns in one process.
 
 A WideResNet-10-1, 20 epochs of batches of 64 examples in one group: m = 64.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -29,6 +31,7 @@ from absl import app, flags
 from configs import digits
 from sam_jax import config as config_lib
 from sam_jax import data, evaluate, replicas, sharpness, train_step
+from sam_jax.analysis import during, hessian, objective
 from sam_jax.results import mean_and_interval
 
 _OUT = flags.DEFINE_string('out', 'runs/methods.jsonl', 'File of results, a line a run.')
@@ -44,6 +47,7 @@ SEEDS = range(5)
 # of each method's own; the middle value is about what the digits sweep of README suggests.
 GRIDS = {
     'sgd': ('sam.rho', (0.0,)),
+    'esam': ('sam.rho', (0.1, 0.25, 0.5)),
     'unnormalized_sam': ('sam.rho', (0.2, 0.5, 1.0)),
     'asam': ('sam.rho', (2.0, 5.0, 10.0)),
     'layerwise_sam': ('sam.rho', (0.02, 0.05, 0.1)),
@@ -77,6 +81,29 @@ def make_config(method, value, seed):
         config_lib.override(config, key, x)
     config_lib.check(config)
     return config
+
+
+@functools.cache
+def hessian_program():
+    """Returns an Objective whose compiled steps serve all methods and seeds."""
+    config = make_config('sgd', 0.0, 0)
+    layout, _ = replicas.make_layout(64, 64, 1, devices=jax.devices()[:1])
+    dataset = data.load_dataset(config.data)
+    model = config_lib.create_model(config, dataset.num_classes)
+    state = train_step.create_train_state(config, model, dataset.image_shape)
+    return objective.create(
+        model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, dataset.train,
+        layout, 150)[0]
+
+
+def lambda_max(state, dataset):
+    """The largest eigenvalue of the Hessian of the training loss, without penalty."""
+    program = hessian_program()
+    split = during.chosen_examples(dataset.train, 300, 0)
+    loss = dataclasses.replace(program, dataset=dataset, split=split, batch_stats=state.batch_stats)
+    flat = hessian.flat(loss.hessian_product, state.params, loss.layout)
+    return float(hessian.top_eigenpairs(
+        flat.product, flat.size, k=1, steps=30, tolerance=1e-2).values[0])
 
 
 class Trainer:
@@ -121,24 +148,26 @@ class Trainer:
                 dataset.eval_feeds(dataset.evals[name], 512, layout), layout)['error_rate']
                     for name in ('test', 'validation')}
 
-        return lambda state, feed: step_fn(state, feed, arrays, hparams), state, feeds(), errors
+        return (lambda state, feed: step_fn(state, feed, arrays, hparams), state, feeds(), errors,
+                dataset)
 
     def run(self, value, seed):
         """Trains once; returns the line of the result."""
-        step, state, feeds, errors = self.start(value, seed)
+        step, state, feeds, errors, dataset = self.start(value, seed)
         for feed in feeds:
             state, _ = step(state, feed)
             jax.block_until_ready(state.step)
         steps = int(state.step)
         return {'method': self.method, 'value': value, 'seed': seed, 'steps': steps,
-                'evaluations': 1 + int(state.sharpness_state.evaluations) / steps, **errors(state)}
+                'evaluations': 1 + int(state.sharpness_state.evaluations) / steps,
+                'lambda_max': lambda_max(state, dataset), **errors(state)}
 
 
 def time_ratio(method, rounds=20):
     """Median time of five steps of a method (what a gate's steps cost on average) over SGD's."""
     steppers = {}
     for name in ('sgd', method):
-        step, state, feeds, _ = Trainer(name).start(grid(name)[1][0], 0)
+        step, state, feeds, *_ = Trainer(name).start(grid(name)[1][0], 0)
         feeds = itertools.cycle(list(itertools.islice(feeds, 20)))
         state, _ = step(state, next(feeds))
         steppers[name] = [step, jax.block_until_ready(state), feeds]
@@ -210,11 +239,13 @@ def table():
         lines = [runs[method, value, seed] for seed in SEEDS]
         mean, half = mean_and_interval([100 * line['test'] for line in lines])
         evaluations = statistics.mean(line['evaluations'] for line in lines)
+        curvature = statistics.median(line['lambda_max'] for line in lines)
         values = ', '.join(f'**{v:g}**' if v == value else f'{v:g}' for v in grid(method)[1])
-        rows.append((mean, f'| `{method}` | {mean:.1f} ± {half:.1f} | {evaluations:.2f} | '
+        rows.append((mean, f'| `{method}` | {mean:.1f} ± {half:.1f} | {curvature:.3g} | '
+                     f'{evaluations:.2f} | '
                      f'{ratios[method]:.2f} | {grid(method)[0].removeprefix("sam.")}: {values} |'))
-    head = ['| method | test error (%) | gradients a step | step / SGD step | searched, chosen |',
-            '|---|---|---|---|---|']
+    head = ['| method | test error (%) | lambda_max | gradients a step | step / SGD step | '
+            'searched, chosen |', '|---|---|---|---|---|---|']
     return '\n'.join(head + [row for _, row in sorted(rows)])
 
 
