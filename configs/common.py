@@ -235,7 +235,7 @@ def get_config():
     c.analysis = ml_collections.ConfigDict()
     c.analysis.every_epochs = 0  # how flat the minimum is, during training; 0 for never
     c.analysis.examples = 1000  # of the training set, on which it is measured
-    c.analysis.steps = 20  # products of Lanczos, at most
+    c.analysis.steps = 20  # products of Lanczos
     c.analysis.rho = 0.05  # of the ball whose sharpness is measured, whatever sam.rho is
     return c
 

@@ -33,22 +33,23 @@ def _flatten(tree):
 class Checkpoints:
     """The checkpoints of one run.
 
-    The newest two are kept, besides those of `keep_steps`, which are never deleted.
+    The newest two are kept, besides those of `keep_steps`, which are never deleted. With read_only
+    nothing is written, deleted or moved: the run may still be training.
     """
 
-    def __init__(self, directory, keep_steps=()):
+    def __init__(self, directory, keep_steps=(), read_only=False):
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
-        self._directory = directory
+        self._directory, self._read_only = directory, read_only
         keep = [policies.LatestN(NEWEST_KEPT)]
         if keep_steps:
             keep.append(policies.CustomSteps(list(keep_steps)))
         self._manager = ocp.CheckpointManager(
             directory, options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True))
+                cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only))
 
     def steps(self):
         """Returns the steps with a checkpoint, ascending."""
@@ -90,7 +91,7 @@ class Checkpoints:
                 _log.error('Checkpoint %d is damaged and not used: %s', step, first_line(e))
                 damaged.append(step)
                 continue
-            for other in damaged:
+            for other in damaged if not self._read_only else ():
                 self._set_aside(other)
             return step, _unflatten(arrays, target, step), meta
         if damaged:

@@ -109,6 +109,11 @@ def unflatten(flat):
     return config.lock()
 
 
+# Keys that came later, with what is computed without them.
+_ADDED = {'analysis.every_epochs': 0, 'analysis.examples': 1000, 'analysis.steps': 20,
+          'analysis.rho': 0.05}
+
+
 def of_run(workdir):
     """Returns the config of the run in a folder.
 
@@ -119,10 +124,10 @@ def of_run(workdir):
     try:
         with open(path) as file:
             settings = json.load(file)['config']
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f'{workdir!r} must be the folder of a run, but {path} cannot be read: '
                         f'{e}.') from e
-    return unflatten(settings)
+    return unflatten({**_ADDED, **settings})
 
 
 def override(config, key, value):

@@ -5,13 +5,14 @@ import json
 import math
 import os
 import time
+import zlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sam_jax import config as config_lib
-from sam_jax import figures, train, writers
+from sam_jax import figures, replicas, train, writers
 from sam_jax.analysis import during, hessian, landscape, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
@@ -76,12 +77,14 @@ class Run(NamedTuple):
     Attributes:
       name: of its folder and method.
       step: of the checkpoint.
+      split: of which the examples are.
       objective: objective.Objective.
       params: on the devices.
     """
 
     name: str
     step: int
+    split: str
     objective: Any
     params: Any
 
@@ -119,7 +122,7 @@ def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, dat
         weight_decay=config.optimizer.weight_decay if penalty else 0.0,
         decay_norm_and_bias=config.optimizer.decay_norm_and_bias)
     name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'
-    return Run(name, step, objective, params)
+    return Run(name, step, split, objective, params)
 
 
 def measure_spectrum(run, settings, tell=_quiet):
@@ -127,10 +130,19 @@ def measure_spectrum(run, settings, tell=_quiet):
     layout, product = run.objective.layout, run.objective.hessian_product
     flat = hessian.flat(product, run.params, layout)
     steps, probes, seed = settings.steps, settings.probes, settings.seed
+    needed, free = 4 * steps * flat.size, replicas.free_host_memory()
+    if needed > free:
+        raise UserError(f'steps is {steps}; so many vectors of the {flat.size:,} params need '
+                        f'{needed / 2 ** 30:.3g} GiB of the host, and {free / 2 ** 30:.3g} are '
+                        'free: take fewer.')
     began = time.perf_counter()
-    top = hessian.top_eigenpairs(
-        flat.product, flat.size, k=min(during.RATIO_TO, flat.size), steps=steps, seed=seed,
-        on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
+    try:
+        top = hessian.top_eigenpairs(
+            flat.product, flat.size, k=min(during.RATIO_TO, flat.size), steps=steps, seed=seed,
+            on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
+    except FloatingPointError as e:
+        raise UserError(f'{run.name}: the loss has no finite curvature at step {run.step}: '
+                        f'{e}') from e
     seconds = time.perf_counter() - began
     density = hessian.density(flat.product, flat.size, probes, steps, seed,
                               on_step=lambda i: tell(f'{run.name}: density', i, probes * steps))
@@ -239,12 +251,16 @@ def analyze(runs, out, settings=Settings(), tell=_quiet):
       The content of analysis.json.
     """
     os.makedirs(out, exist_ok=True)
-    objective = runs[0].objective
-    said = {'examples': len(objective), 'weight_decay': objective.weight_decay,
-            'label_smoothing': objective.label_smoothing,
-            'settings': dataclasses.asdict(settings),
-            'runs': [{'name': r.name, 'step': r.step, **r.objective.value(r.params)}
-                     for r in runs]}
+    said = {'settings': dataclasses.asdict(settings), 'runs': [{
+        'name': r.name, 'step': r.step, 'dataset': r.objective.dataset.name, 'split': r.split,
+        'examples': len(r.objective), 'weight_decay': r.objective.weight_decay,
+        'label_smoothing': r.objective.label_smoothing, **r.objective.value(r.params)}
+        for r in runs]}
+    for name in ('dataset', 'examples'):
+        if len({of_run[name] for of_run in said['runs']}) > 1:
+            raise UserError(f'The {name} of the two runs are '
+                            f'{" and ".join(str(r[name]) for r in said["runs"])}; they must be the '
+                            'same to be compared.')
     drawn = []
     for i, (run, of_run) in enumerate(zip(runs, said['runs'])):
         if 'spectrum' in settings.what:
@@ -256,20 +272,28 @@ def analyze(runs, out, settings=Settings(), tell=_quiet):
             of_run['sharpness'] = measure_sharpness(run, settings, tell)
     if drawn:
         figures.save(figures.spectra(drawn), os.path.join(out, 'spectrum.png'))
-    if 'landscape' in settings.what:
-        _landscapes(runs, out, settings, tell)
-        # Between networks of different shapes there is no line.
-        said['path'] = len({str(jax.tree.map(np.shape, r.params)) for r in runs}) < len(runs)
-        if said['path']:
-            _path_between(runs, out, settings.points, tell)
+    # Between networks of different shapes there is no line.
+    said['path'] = len(runs) == 2 and len(
+        {str(jax.tree.map(np.shape, r.params)) for r in runs}) == 1
+    # Written before what may take longest.
     writers.write_json(os.path.join(out, 'analysis.json'), said)
     with open(os.path.join(out, 'report.md'), 'w') as file:
         file.write(report(said))
+    if 'landscape' in settings.what:
+        _landscapes(runs, out, settings, tell)
+        if said['path']:
+            _path_between(runs, out, settings.points, tell)
     return said
 
 
 def _identity(run):
-    return [run.name, run.step, len(run.objective), run.objective.weight_decay]
+    """What a surface of a run depends on, besides its directions and places."""
+    arrays = jax.tree.leaves(jax.device_get((run.params, run.objective.batch_stats)))
+    checksum = 0
+    for x in [*arrays, run.objective.split.index]:
+        checksum = zlib.crc32(np.ascontiguousarray(x).tobytes(), checksum)
+    return [run.name, run.step, run.split, checksum, run.objective.weight_decay,
+            run.objective.label_smoothing]
 
 
 def _landscapes(runs, out, settings, tell):
@@ -287,7 +311,8 @@ def _landscapes(runs, out, settings, tell):
 
 def _path_between(runs, out, points, tell):
     variables = [{'params': r.params, 'batch_stats': r.objective.batch_stats} for r in runs]
-    places = np.linspace(-0.5, 1.5, 2 * points - 1)
+    # Not beyond the runs, where BatchNorm's variances may be negative.
+    places = np.linspace(0.0, 1.0, 2 * points - 1)
     way = landscape.difference(*variables)
     key = json.dumps([*map(_identity, runs), points])
     found = measure_surface(runs[0], [way], places[:, None], os.path.join(out, 'path.npz'), key,
@@ -304,16 +329,18 @@ def _path_between(runs, out, points, tell):
 def report(said):
     """Returns the Markdown report of what analysis.json says: a column for each run."""
     runs, what = said['runs'], said['settings']['what']
-    penalty = ('without penalty' if not said['weight_decay'] else
-               f'with the L2 penalty of weight decay {said["weight_decay"]:g}')
     lines = ['# How flat it is', '',
-             f'Loss of {said["examples"]} examples, {penalty}, BatchNorm in evaluation mode.', '',
+             f'Loss of {runs[0]["examples"]} examples of {runs[0]["dataset"]}, split '
+             f'{runs[0]["split"]}, BatchNorm in evaluation mode.', '',
              '| | ' + ' | '.join(f'{r["name"]} (step {r["step"]})' for r in runs) + ' |',
              '|---|' + '---|' * len(runs)]
 
     def row(name, values):
         lines.append(f'| {name} | ' + ' | '.join(values) + ' |')
 
+    row('weight decay of the L2 penalty', [
+        f'{r["weight_decay"]:g}' if r['weight_decay'] else 'without penalty' for r in runs])
+    row('label smoothing', [f'{r["label_smoothing"]:g}' for r in runs])
     row('loss', [f'{r["loss"]:.4g}' for r in runs])
     row('error rate (%)', [f'{100 * r["error_rate"]:.2f}' for r in runs])
     if 'spectrum' in what:
@@ -330,6 +357,8 @@ def report(said):
             row(f'rise of the error rate: {name} (points of %)', [
                 f'{100 * r["sharpness"][name]["error_rise"]:.2f}' for r in runs])
         lines += ['', f'The balls have radius {said["settings"]["rho"]:g}, unless named otherwise.']
+        lines += [f'There are too few examples for m = {m}.' for m in said['settings']['m']
+                  if m > runs[0]['examples']]
     if 'spectrum' in what:
         lines += ['', '![spectrum](spectrum.png)']
     if 'landscape' in what:

@@ -100,12 +100,17 @@ def free_memory(devices):
     stats = [d.memory_stats() for d in local]
     if all(stats):
         return min(s['bytes_limit'] - s['bytes_in_use'] for s in stats), 1
+    return free_host_memory(), len(local)
+
+
+def free_host_memory():
+    """Returns the free bytes of this machine; infinite where it does not tell."""
     try:
         with open('/proc/meminfo') as file:
             fields = dict(line.split(':') for line in file)
-        return 1024 * int(fields['MemAvailable'].split()[0]), len(local)
+        return 1024 * int(fields['MemAvailable'].split()[0])
     except (OSError, KeyError):
-        return float('inf'), len(local)
+        return float('inf')
 
 
 def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto', devices=None):

@@ -157,14 +157,15 @@ def train_and_evaluate(config, workdir, devices=None):
                         wall_time=lambda: wall_before + time.time() - began)
 
 
-def _make_plan(config, workdir, devices):
+def _make_plan(config, workdir, devices, read_only=False):
     """Checks everything that can be checked before long work, and builds data and model."""
     config_lib.check(config)
     layout, note = replicas.make_layout(
         config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
         config.replica_loop, devices)
     config_lib.check_with_layout(config, layout)
-    _check_workdir(workdir)
+    if not read_only:
+        _check_workdir(workdir)
     dataset = data.load_dataset(config.data)
     config_lib.check_with_data(config, dataset)
     dataset.check_memory([dataset.train, *_evaluated(config, dataset).values()],
@@ -196,7 +197,7 @@ def _restore(plan, checkpoints, step=None):
 
 
 def restore(config, workdir, devices=None, epoch=None):
-    """Opens a run without training it on.
+    """Opens a run without training it on, or changing anything of it.
 
     Args:
       config: the run's config.
@@ -211,20 +212,22 @@ def restore(config, workdir, devices=None, epoch=None):
     Raises:
       UserError: there is no such checkpoint, or something in config or workdir is wrong.
     """
-    plan = _make_plan(config, workdir, devices)
-    with contextlib.closing(_checkpoints(plan)) as checkpoints:
+    plan = _make_plan(config, workdir, devices, read_only=True)
+    none = UserError(f'workdir {workdir!r} holds no checkpoint; the run has to be trained first.')
+    if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+        raise none
+    with contextlib.closing(_checkpoints(plan, read_only=True)) as checkpoints:
         if not checkpoints.steps():
-            raise UserError(f'workdir {workdir!r} holds no checkpoint; the run has to be trained '
-                            'first.')
+            raise none
         wanted = None if epoch is None else epoch * plan.steps_per_epoch
         state, step, _ = _restore(plan, checkpoints, wanted)
     return plan, state, step
 
 
-def _checkpoints(plan):
+def _checkpoints(plan, read_only=False):
     return Checkpoints(
         os.path.join(os.path.abspath(plan.workdir), 'checkpoints'),
-        [epoch * plan.steps_per_epoch for epoch in plan.config.checkpoint.keep_epochs])
+        [epoch * plan.steps_per_epoch for epoch in plan.config.checkpoint.keep_epochs], read_only)
 
 
 def _announce(plan, state, first_step, writer, progress):

@@ -14,9 +14,9 @@ _log = logging.getLogger(__name__)
 
 
 def write_json(path, content):
-    """Writes a JSON file so that it is there whole or not at all."""
+    """Writes a JSON file so that it is there whole or not at all; what is not finite as text."""
     with open(path + '.part', 'w') as f:
-        json.dump(content, f, indent=2, sort_keys=True)
+        json.dump(_jsonable(content), f, indent=2, sort_keys=True, allow_nan=False)
         f.write('\n')
     os.replace(path + '.part', path)
 
@@ -39,7 +39,11 @@ def parameter_overview(params):
 
 
 def _jsonable(value):
-    return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:

@@ -1,4 +1,4 @@
-"""Are SAM's minima flatter? SGD against SAM on the digits: the table of docs/analysis.md.
+"""Are SAM's minima flatter? SGD against SAM on the digits, in one table.
 
     python scripts/flatness.py [--out=runs/flatness] [--seeds=5] [--noise=0.4] [--pictures=docs]
 

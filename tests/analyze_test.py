@@ -100,8 +100,9 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
                      flatness.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3))
     assert {*os.listdir(tmp_path / 'out')} == FILES
     said = json.loads((tmp_path / 'out' / 'analysis.json').read_text())
-    assert said['weight_decay'] == 0 and said['examples'] == 120
     first, second = said['runs']
+    for run in said['runs']:
+        assert run['weight_decay'] == 0 and run['examples'] == 120 and run['split'] == 'train'
     assert (first['name'], second['name']) == ('sgd, sgd', 'sam, sam')
     for run in said['runs']:
         assert run['spectrum']['lambda_max'] == run['spectrum']['eigenvalues'][0] > 0
@@ -119,6 +120,7 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
     np.testing.assert_allclose(ends, [first['loss'], second['loss']], rtol=1e-4)
     text = (tmp_path / 'out' / 'report.md').read_text()
     assert '| lambda_max / lambda_5 |' in text and 'without penalty' in text
+    assert 'There are too few examples for m = 1000.' in text
     assert f'| lambda_max | {first["spectrum"]["lambda_max"]:.4g} |' in text
 
 

@@ -185,6 +185,26 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, caplog):
     again.close()
 
 
+def test_who_only_reads_changes_nothing(tmp_path):
+    """A run that still trains is neither cleaned up nor rid of what cannot be read."""
+    checkpoints = _open(tmp_path)
+    _save(checkpoints, 1, 2)
+    checkpoints.close()
+    _truncate(tmp_path / 'checkpoints' / '2')
+    unfinished = tmp_path / 'checkpoints' / '3.orbax-checkpoint-tmp'
+    unfinished.mkdir()
+    before = sorted(tmp_path.rglob('*'))
+    reader = Checkpoints(str(tmp_path / 'checkpoints'), read_only=True)
+    assert reader.restore_newest(TARGET)[0] == 1
+    np.testing.assert_array_equal(reader.restore(1, TARGET)[1]['w'], _weights(1))
+    with pytest.raises(UserError, match='Checkpoint 2 .* is damaged'):
+        reader.restore(2, TARGET)
+    with pytest.raises(UserError, match='no checkpoint of step 5 .* those of 1, 2'):
+        reader.restore(5, TARGET)
+    reader.close()
+    assert sorted(tmp_path.rglob('*')) == before
+
+
 def test_several_damaged_checkpoints_are_set_aside(tmp_path):
     checkpoints = _open(tmp_path, keep_steps=[1])
     _save(checkpoints, 1, 2, 3)

@@ -66,7 +66,6 @@ def test_gauss_newton_product(x64):
     product = flat_of(measured, params, 'gauss_newton_product')
     v = np.random.RandomState(0).randn(product.size)
     np.testing.assert_allclose(product.product(v), matrix @ v, rtol=0, atol=1e-9)
-    assert np.linalg.eigvalsh(matrix)[0] > -1e-9
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

@@ -240,6 +240,9 @@ def test_validation_and_noise(folder):
     assert (given != true).sum() == round(0.5 * 27)
     for i in range(27):
         assert f'class{true[i]}' in dataset.train[i][2]
+    # Some of some keep the labels, the noisy ones too, that they have in the whole.
+    some = dataset.train.subset(np.array([20, 3, 11, 7])).subset(np.array([2, 0]))
+    assert [some[i][1:] for i in range(2)] == [dataset.train[i][1:] for i in (11, 20)]
 
 
 # A whole run.

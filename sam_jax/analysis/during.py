@@ -1,11 +1,11 @@
 """How flat the minimum is, measured between epochs of a training run."""
 
-import dataclasses
 import time
 
 from sam_jax import rngs
 from sam_jax.analysis import hessian, sharpness
 from sam_jax.analysis import objective as objectives
+from sam_jax.errors import UserError
 from sam_jax.sharpness.ascent import lp_ball
 
 # lambda_max over this one is the ratio of the SAM paper's Figure 3.
@@ -31,7 +31,7 @@ class Monitor:
     """Measures a run's states as `config.analysis` says; changes nothing of them."""
 
     def __init__(self, config, model, dataset, layout, arrays, state):
-        """Compiles nothing yet.
+        """Places the examples; compiles nothing yet.
 
         Args:
           config: the run's config.
@@ -46,6 +46,8 @@ class Monitor:
             model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split,
             layout, config.eval.batch_size, arrays=arrays,
             label_smoothing=config.label_smoothing)
+        if not self._objective.count:  # placed now: what does not fit is said before the first step
+            raise UserError('All images of the analysis are damaged.')
         m = min(config.replica_batch_size * config.sam.replicas_per_group, len(split))
         self._ascent = lp_ball(settings.rho)
         self._gap = sharpness.make_m_sharpness(self._objective, m, self._ascent)
@@ -59,17 +61,26 @@ class Monitor:
         loss is without penalty, BatchNorm in evaluation mode.
         """
         began = time.perf_counter()
-        objective = dataclasses.replace(self._objective, batch_stats=state.batch_stats)
-        flat = hessian.flat(objective.hessian_product, state.params, self._layout)
-        top = hessian.top_eigenpairs(
-            flat.product, flat.size, k=min(RATIO_TO, flat.size), steps=self._settings.steps)
+        objective = self._objective.with_statistics(state.batch_stats)
+        values = self._eigenvalues(objective, state.params)
         results = {
-            'lambda_max': float(top.values[0]), 'lambda_ratio': lambda_ratio(top.values),
+            'lambda_max': float(values[0]), 'lambda_ratio': lambda_ratio(values),
             'sharpness': sharpness.of_ball(objective, state.params, self._ascent).sharpness,
             'gap': self._gap(state.params, state.batch_stats).sharpness}
         results['seconds'] = time.perf_counter() - began
         self._seconds += results['seconds']
         return {f'analysis/{name}': x for name, x in results.items()}
+
+    def _eigenvalues(self, objective, params):
+        """The largest ones; NaN where the loss is not finite, which ends no training."""
+        flat = hessian.flat(objective.hessian_product, params, self._layout)
+        try:
+            # With a tolerance each process would decide for itself when to stop.
+            return hessian.top_eigenpairs(
+                flat.product, flat.size, k=min(RATIO_TO, flat.size), steps=self._settings.steps,
+                tolerance=0).values
+        except FloatingPointError:
+            return [float('nan')]
 
     def share(self):
         """Returns the part of the time since this was made that the measuring took."""

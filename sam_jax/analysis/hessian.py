@@ -160,7 +160,7 @@ def top_eigenpairs(product, size, k=5, steps=50, tolerance=1e-3, seed=0,
     found = lanczos(product, random_start(size, seed), steps, enough)
     values, vectors, residuals = top(found)
     return Eigenpairs(
-        values, (vectors.T @ found.basis).astype(found.basis.dtype), residuals,
+        values, vectors.T.astype(found.basis.dtype) @ found.basis, residuals,
         len(found.diagonal), float(found.eigen()[0][0]))
 
 

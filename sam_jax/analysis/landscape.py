@@ -14,6 +14,9 @@ from sam_jax import rngs
 from sam_jax.analysis import objective as objectives
 from sam_jax.replicas import AXIS
 
+# Examples that a device computes at once, whatever the number of devices.
+_AT_ONCE = 512
+
 
 def random_direction(params, seed, number=0):
     """A filter-normalised random direction (Li et al., NeurIPS 2018, arXiv 1712.09913).
@@ -77,7 +80,7 @@ def make_surface(objective, params, directions):
     layout = objective.layout
     alone = _on_one_device(layout)
     feeds = objectives.place_feeds(
-        objective.dataset, objective.split, objective.batch_size, alone,
+        objective.dataset, objective.split, min(objective.batch_size, _AT_ONCE), alone,
         lambda feed: layout.replicate(jax.tree.map(lambda x: x[0], feed)))
     whole = [d if 'batch_stats' in d else
              {'params': d, 'batch_stats': jax.tree.map(np.zeros_like, jax.device_get(

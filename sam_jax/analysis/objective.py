@@ -60,6 +60,12 @@ class Objective:
         return place_feeds(self.dataset, self.split, self.batch_size, self.layout,
                            self.layout.shard)
 
+    def with_statistics(self, batch_stats):
+        """Returns the same loss with other statistics of BatchNorm; the batches stay in place."""
+        other = dataclasses.replace(self, batch_stats=batch_stats)
+        other.__dict__.update(feeds=self.feeds, count=self.count)
+        return other
+
     @functools.cached_property
     def count(self):
         """Examples in the mean: all but images that are passed over because they are damaged."""

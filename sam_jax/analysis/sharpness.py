@@ -18,6 +18,7 @@ from jax import lax
 
 from sam_jax import rngs
 from sam_jax.analysis import objective as objectives
+from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS
 from sam_jax.sharpness.ascent import move
 from sam_jax.sharpness.direction import random_like
@@ -116,13 +117,21 @@ def make_m_sharpness(objective, m, ascent):
     return _make_groups_at_once(objective, m, ascent)
 
 
+def _require_groups(m, count):
+    if not count:
+        raise UserError(f'No group of m = {m} examples is whole: too many images are damaged.')
+
+
 def _each_group(objective, m, ascent, params, batch_stats):
     """Groups too large or too few for a device each: one after the other, over all devices."""
     rises = []
     for start in range(0, len(objective) - m + 1, m):
-        group = objective.split.subset(np.arange(start, start + m))
-        rises.append(of_ball(dataclasses.replace(
-            objective, split=group, batch_stats=batch_stats), params, ascent))
+        group = dataclasses.replace(
+            objective, split=objective.split.subset(np.arange(start, start + m)),
+            batch_stats=batch_stats)
+        if group.count == m:  # else an image of it is damaged
+            rises.append(of_ball(group, params, ascent))
+    _require_groups(m, len(rises))
     loss, error_rate, perturbed, perturbed_error = (
         np.array([r[i] for r in rises]) for i in range(4))
     return Rise(float(loss.mean()), float(error_rate.mean()), float(perturbed.mean()),
@@ -175,6 +184,7 @@ def _make_groups_at_once(objective, m, ascent):
         parts = [step(params, batch_stats, objective.arrays, feed) for feed in feeds(size)]
         sums = {name: sum(float(p[name]) for p in jax.device_get(parts)) for name in parts[0]}
         n = sums.pop('count')
+        _require_groups(m, n)
         loss, error_rate, perturbed, perturbed_error, square = (
             sums[name] / n for name in (
                 'loss', 'error_rate', 'perturbed_loss', 'perturbed_error_rate', 'squared_rise'))

@@ -44,8 +44,11 @@ class Records:
     def part(self, chosen):
         return dataclasses.replace(self, index=self.index[chosen])
 
-    # Images that are read one by one belong to no split.
-    subset = part
+    def subset(self, chosen):
+        """Returns the chosen examples with the labels that they have here."""
+        places = np.arange(len(self))[chosen]
+        return dataclasses.replace(
+            self, index=self.index[chosen], relabel=lambda i, true: self.relabel(places[i], true))
 
     def relabelled(self, relabel):
         return dataclasses.replace(self, relabel=relabel)
