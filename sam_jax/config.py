@@ -162,7 +162,8 @@ def short_names(keys):
 
 def nearest(name, known):
     """Returns ' (did you mean X?)' with the known name most like `name`, or ''."""
-    last = {k.rsplit('.', 1)[-1]: k for k in known}
+    # Of two keys that end the same the first one is meant: sam.rho before analysis.rho.
+    last = {k.rsplit('.', 1)[-1]: k for k in reversed(list(known))}
     close = (difflib.get_close_matches(name, known, 1)
              or [last[k] for k in difflib.get_close_matches(name.rsplit('.', 1)[-1], last, 1)])
     return f' (did you mean {close[0]}?)' if close else ''

@@ -244,10 +244,11 @@ def test_every_number_has_its_range():
     assert {*config_lib._RANGES, 'sam.p'} == set(NUMBERS)
     from_one = {'total_epochs', 'batch_size', 'replica_batch_size', 'log_every_steps',
                 'sam.replicas_per_group', 'eval.batch_size', 'data.cutout_size',
-                'data.randaugment_layers'}
+                'data.randaugment_layers', 'analysis.examples'}
+    lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5}
     below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
     for key, (low, high, closed) in config_lib._RANGES.items():
-        assert low == (key in from_one), key
+        assert low == lowest.get(key, 0), key
         if key in below_one:
             assert (high, closed) == (1, False), key
         elif key in ('data.label_noise', 'data.label_noise_seed', 'seed'):

@@ -163,6 +163,7 @@ def test_bsam_knows_the_number_of_examples():
     assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_probes_are_of_the_whole_objective():
     """Losses with the penalty, whose gradients they go with; a key a group."""
     session = _session('frob_sam', sam__lam=0.5, sam__n=3, **{

@@ -75,9 +75,7 @@ def _continue(session, state, first, last, **hparams):
 
 
 # One of each kind by default, all of them with `-m slow`: the others go through the same lines.
-KINDS = {
-    'random_sam', 'second_order_sam', 'sparse_sam', 'wsam', 'looksam', 'rst', 'ae_looksam',
-    'frob_sam', 'extrapolated', 'sampa', 'bsam', 'saf', 'mesa', 'esam'}
+KINDS = {'random_sam', 'sparse_sam', 'wsam', 'rst', 'ae_looksam', 'sampa', 'saf', 'mesa', 'esam'}
 
 
 @pytest.mark.parametrize('method', [

@@ -169,6 +169,7 @@ def test_no_two_runs_on_a_gpu(tmp_path, monkeypatch):
     assert done.returncode == 2 and '--parallel is 3; there are 2 GPUs' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
     """SIGTERM to the sweep, SIGKILL to a run, one that diverges; finished ones are not repeated."""
     flags = ['--sweep=optimizer.learning_rate=0.1,0.2,1e30', '--parallel=2']

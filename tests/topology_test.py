@@ -39,7 +39,7 @@ def _run(replicas_per_group, num_devices, dtype, model='tiny', **overrides):
 
 
 @pytest.mark.parametrize('num_devices', [2, pytest.param(4, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize('replicas_per_group', [1, 2, 8])
+@pytest.mark.parametrize('replicas_per_group', [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_float64(replicas_per_group, num_devices, x64):
     reference, expected = _run(replicas_per_group, 1, 'float64')
     variables, result = _run(replicas_per_group, num_devices, 'float64')
