@@ -70,9 +70,7 @@ def test_two_processes(replicas_per_group, method, tmp_path):
     settings = {**SETTINGS, 'replica_batch_size': 10, 'total_epochs': epochs}
     flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in settings.items()]
     flags += [f'--config.sam.replicas_per_group={replicas_per_group}',
-              '--config.model.dtype=float64', '--config.eval.every_epochs=1',
-              '--config.analysis.every_epochs=1', '--config.analysis.examples=100',
-              '--config.analysis.steps=5']
+              '--config.model.dtype=float64', '--config.eval.every_epochs=1']
     if method == 'saf':
         flags += ['--config.sam.start_epoch=0', '--config.sam.epochs_ago=1']
     states, results = [], []
@@ -95,6 +93,3 @@ def test_two_processes(replicas_per_group, method, tmp_path):
     assert len(states[0]) > 20 and states[0].keys() == states[1].keys()
     assert relative_distance(*states) < 1e-9
     assert results[0]['test/error_rate'] == results[1]['test/error_rate']
-    for name in ('lambda_max', 'sharpness', 'gap'):
-        assert results[0][f'analysis/{name}'] == pytest.approx(
-            results[1][f'analysis/{name}'], rel=1e-6)
