@@ -161,12 +161,13 @@ def short_names(keys):
 
 
 def nearest(name, known):
-    """Returns ' (did you mean X?)' with the known name most like `name`, or ''."""
-    # Of two keys that end the same the first one is meant: sam.rho before analysis.rho.
-    last = {k.rsplit('.', 1)[-1]: k for k in reversed(list(known))}
-    close = (difflib.get_close_matches(name, known, 1)
-             or [last[k] for k in difflib.get_close_matches(name.rsplit('.', 1)[-1], last, 1)])
-    return f' (did you mean {close[0]}?)' if close else ''
+    """Returns ' (did you mean X?)' with the known name, or names, most like `name`, or ''."""
+    close = difflib.get_close_matches(name, known, 1)
+    if not close:
+        ends = {k: k.rpartition('.')[2] for k in known}
+        end = difflib.get_close_matches(name.rpartition('.')[2], ends.values(), 1)
+        close = sorted(k for k in known if ends[k] in end)
+    return f' (did you mean {" or ".join(close)}?)' if close else ''
 
 
 def check(config):

@@ -300,7 +300,7 @@ def test_missing_keys(key, kind):
 
 
 MISTYPED = [
-    ('batchsize', 'batch_size'), ('roh', 'sam.rho'), ('sma.rho', 'sam.rho'),
+    ('batchsize', 'batch_size'), ('roh', 'analysis.rho or sam.rho'), ('sma.rho', 'sam.rho'),
     ('optimzer.learning_rate', 'optimizer.learning_rate'), ('ema.decai', 'ema.decay'),
     ('learning_rate', 'optimizer.learning_rate'), ('eval.batchsize', 'eval.batch_size'),
 ] + [(key[:-1], key) for key in config_lib.KEYS if len(_key(key)) > 3 and 'model.' not in key]
@@ -356,7 +356,7 @@ json.dump(results, open(sys.argv[2] + '/results', 'w'))
 CONFIG, WORKDIR = '--config=configs/digits.py', '--workdir=WORKDIR'
 COMMANDS = [
     ([CONFIG, WORKDIR, '--config.sam.roh=0.1'], ['key sam.roh (did you mean sam.rho?)']),
-    ([CONFIG, WORKDIR, '--config.roh=0.1'], ['key roh (did you mean sam.rho?)']),
+    ([CONFIG, WORKDIR, '--config.roh=0.1'], ['key roh (did you mean analysis.rho or sam.rho?)']),
     ([CONFIG, WORKDIR, '--config.model.dropout_rate=0.1', '--config.sam.roh=0.1'],
      ['key sam.roh (did you mean sam.rho?)']),
     ([CONFIG, WORKDIR, '--config.xyzzy=0.1'], ['Unknown config key xyzzy.']),
