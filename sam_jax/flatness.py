@@ -233,8 +233,7 @@ def _axes_of(run, directions, seed):
     flat = hessian.flat(run.objective.hessian_product, run.params, run.objective.layout)
     top = hessian.top_eigenpairs(flat.product, flat.size, k=2, steps=60, seed=seed)
     # Of the length of a random axis, so that the extent means the same.
-    length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(
-        landscape.random_direction(run.params, seed))))
+    length = float(ascent.lp_norm(landscape.random_direction(run.params, seed)))
     return [flat.unflatten(length * v) for v in top.vectors]
 
 

@@ -1,6 +1,7 @@
 """Per-example counts of right and wrong; they are summed and divided once, under a mask."""
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def _true_class(labels):
@@ -47,3 +48,8 @@ def masked_sums(values, mask):
     """
     sums = {name: jnp.sum(jnp.where(mask > 0, v, 0.0)) for name, v in values.items()}
     return {**sums, 'count': jnp.sum(mask)}
+
+
+def standard_error(samples):
+    """Returns the standard error of the mean of NumPy samples (n,); NaN for one."""
+    return float(np.std(samples, ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else np.nan

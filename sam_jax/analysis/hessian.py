@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from scipy import linalg
 
-from sam_jax import rngs
+from sam_jax import metrics, rngs
 
 # A remainder this small beside the matrix is rounding: the Krylov space is exhausted.
 _EXHAUSTED = 1e-6
@@ -189,7 +189,7 @@ class Density(NamedTuple):
     def moment(self, power):
         """Returns (mean of lambda^power over the eigenvalues, its standard error over probes)."""
         each = np.sum(self.weights * self.nodes ** power, axis=1)
-        return float(each.mean()), _standard_error(each)
+        return float(each.mean()), metrics.standard_error(each)
 
 
 def density(product, size, probes=4, steps=50, seed=0, on_step=lambda step: None):
@@ -253,9 +253,5 @@ def trace(product, params, layout, probes=20, seed=0, on_step=lambda step: None)
         samples[i] = [np.sum(a * b, dtype=np.float64) for a, b in zip(z, hz)]
         on_step(i + 1)
     total = samples.sum(axis=1)
-    return Trace(float(total.mean()), _standard_error(total), {
-        name: (float(x.mean()), _standard_error(x)) for name, x in zip(names, samples.T)})
-
-
-def _standard_error(samples):
-    return float(np.std(samples, ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else np.nan
+    return Trace(float(total.mean()), metrics.standard_error(total), {
+        name: (float(x.mean()), metrics.standard_error(x)) for name, x in zip(names, samples.T)})

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sam_jax import rngs
+from sam_jax import metrics, rngs
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS
-from sam_jax.sharpness.ascent import move
+from sam_jax.sharpness.ascent import lp_ball, move
 from sam_jax.sharpness.direction import random_like
 
 # Entries of params that may be copied at once for groups that ascend side by side: 1 GiB. On CPU
@@ -72,10 +72,12 @@ def of_ball(objective, params, ascent):
 
 def of_average_direction(objective, params, rho, draws=10, seed=0):
     """The mean rise at distance rho in directions drawn uniformly from the sphere."""
+    ball = lp_ball(rho)
+
     def at(i):
         z = random_like(rngs.key(seed, 'average_direction', i), params)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(z)))
-        return objective.value(_moved(params, jax.tree.map(lambda x: rho * x / norm, z)))
+        eps, _ = ball.update(z, ball.init(params), params)
+        return objective.value(_moved(params, eps))
 
     return _rises(objective.value(params), [at(i) for i in range(draws)])
 
@@ -86,12 +88,9 @@ def _moved(params, eps):
 
 def _rises(clean, perturbed):
     found = {name: np.array([p[name] for p in perturbed]) for name in clean}
-    return Rise(clean['loss'], clean['error_rate'], float(found['loss'].mean()),
-                float(found['error_rate'].mean()), _standard_error(found['loss']), len(perturbed))
-
-
-def _standard_error(x):
-    return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float('nan')
+    return Rise(clean['loss'], clean['error_rate'],
+                float(found['loss'].mean()), float(found['error_rate'].mean()),
+                metrics.standard_error(found['loss']), len(perturbed))
 
 
 def make_m_sharpness(objective, m, ascent):
@@ -135,7 +134,7 @@ def _each_group(objective, m, ascent, params, batch_stats):
     loss, error_rate, perturbed, perturbed_error = (
         np.array([r[i] for r in rises]) for i in range(4))
     return Rise(float(loss.mean()), float(error_rate.mean()), float(perturbed.mean()),
-                float(perturbed_error.mean()), _standard_error(perturbed - loss), len(rises))
+                float(perturbed_error.mean()), metrics.standard_error(perturbed - loss), len(rises))
 
 
 def _make_groups_at_once(objective, m, ascent):
