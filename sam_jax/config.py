@@ -110,7 +110,7 @@ def unflatten(flat):
 
 
 # Keys that came later, with what is computed without them.
-_ADDED = {'analysis.every_epochs': 0, 'analysis.examples': 1000, 'analysis.steps': 20,
+ADDED = {'analysis.every_epochs': 0, 'analysis.examples': 1000, 'analysis.steps': 20,
           'analysis.rho': 0.05}
 
 
@@ -127,7 +127,7 @@ def of_run(workdir):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f'{workdir!r} must be the folder of a run, but {path} cannot be read: '
                         f'{e}.') from e
-    return unflatten({**_ADDED, **settings})
+    return unflatten({**ADDED, **settings})
 
 
 def override(config, key, value):

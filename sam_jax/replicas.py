@@ -65,29 +65,16 @@ class Layout:
 
     @functools.cached_property
     def _mesh(self):
-        return Mesh(np.array(self.devices), (AXIS,))
-
-    @functools.cached_property
-    def _replicated(self):
-        return NamedSharding(self._mesh, PartitionSpec())
-
-    @functools.cached_property
-    def _sharded(self):
-        return NamedSharding(self._mesh, PartitionSpec(AXIS))
+        # pmap takes and returns the rows of its process's devices alone.
+        return Mesh(np.array([self.devices[i] for i in self.local_positions]), (AXIS,))
 
     def replicate(self, tree):
         """Places a pytree of host arrays, the same on all processes, on every device."""
-        return self._place(tree, self._replicated)
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
     def shard(self, tree):
         """Places arrays of shape (devices of this process, ...), one row a device."""
-        return self._place(tree, self._sharded)
-
-    def _place(self, tree, sharding):
-        if jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
 
 def free_memory(devices):

@@ -163,12 +163,8 @@ def _make_plan(config, workdir, devices, read_only=False):
     layout, note = replicas.make_layout(
         config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
         config.replica_loop, devices)
-    config_lib.check_with_layout(config, layout)
-    if config.analysis.every_epochs and jax.process_count() > 1:
-        raise UserError(
-            f'analysis.every_epochs is {config.analysis.every_epochs}; on several processes it '
-            'must be 0: analyse the finished run with python -m sam_jax.analyze.')
     if not read_only:
+        config_lib.check_with_layout(config, layout)
         _check_workdir(workdir)
     dataset = data.load_dataset(config.data)
     config_lib.check_with_data(config, dataset)

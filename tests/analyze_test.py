@@ -196,6 +196,13 @@ def test_an_earlier_epoch_can_be_opened(folders):
     assert losses[0] > losses[1] == losses[2]
 
 
+def test_a_run_with_synchronised_batch_norm_opens_on_fewer_devices(tmp_path):
+    config = small_config(model__sync_batch_norm=True, total_epochs=1, replica_batch_size=8)
+    train.train_and_evaluate(config, str(tmp_path))
+    plan, _, step = train.restore(config, str(tmp_path), jax.devices()[:1])
+    assert (len(plan.layout.devices), plan.layout.replicas_per_device, step) == (1, 8, 20)
+
+
 def test_bad_runs_get_a_sentence(folders, tmp_path):
     with pytest.raises(UserError, match="'' must be the folder of a run"):
         flatness.open_run('')

@@ -56,6 +56,7 @@ def test_common_has_the_known_keys():
     assert set(flat) == set(config_lib.KEYS)
     for key, kind in config_lib.KEYS.items():
         assert type(flat[key]) is kind, key
+    assert config_lib.ADDED.items() <= flat.items()
 
 
 @pytest.mark.parametrize('name', [

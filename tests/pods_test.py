@@ -143,7 +143,9 @@ def test_a_run_that_fails_on_a_tpu_pod(tmp_path):
 # Two epochs of 32 steps, each of 4 replicas that ascend together.
 FLAGS = ['--config.batch_size=40', '--config.replica_batch_size=10', '--config.total_epochs=2',
          '--config.sam.replicas_per_group=4', '--config.model.dtype=float64',
-         '--config.log_every_steps=8', '--config.checkpoint.every_epochs=1']
+         '--config.log_every_steps=8', '--config.checkpoint.every_epochs=1',
+         '--config.analysis.every_epochs=1', '--config.analysis.examples=40',
+         '--config.analysis.steps=5']
 
 
 class _Launched:
@@ -188,7 +190,7 @@ def test_processes_end_and_others_go_on(tmp_path):
     _Launched(1, tmp_path / 'alone').ends(0, 'Finished.')
     workdir = tmp_path / 'many'
     two = _Launched(2, workdir)
-    two.wait_for('step 24/64')
+    two.wait_for('step 32/64')
     two.process.send_signal(signal.SIGTERM)
     two.ends(143, 'Stopped by SIGTERM at step', 60)
     _Launched(1, workdir).ends(0, 'Resuming at step')
@@ -197,9 +199,14 @@ def test_processes_end_and_others_go_on(tmp_path):
 
 def _assert_same(workdir, alone):
     assert relative_distance(_arrays(workdir), _arrays(alone)) < 1e-9
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    steps = [json.loads(line)['step'] for line in lines]
-    assert steps == sorted(steps) and steps.count(64) == 2 and len(set(steps)) == 8
+    mixed, expected = ([json.loads(line) for line in (folder / 'metrics.jsonl').read_text()
+                        .splitlines()] for folder in (workdir, alone))
+    steps = [line['step'] for line in mixed]
+    assert steps == sorted(steps) and steps.count(64) == 3 and len(set(steps)) == 8
+    for name in ('lambda_max', 'sharpness', 'gap'):
+        measured, alone = ([line[f'analysis/{name}'] for line in lines
+                            if f'analysis/{name}' in line] for lines in (mixed, expected))
+        assert len(alone) == 2 and measured == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -284,10 +284,11 @@ def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
 def test_two_processes_stream_the_same(folder, tmp_path):
     """2 processes x 2 devices against one with 4; pairs to be mixed lie on both processes."""
     settings = dict(replica_batch_size=2, data__mixup_alpha=1.0, data__threads=2,
-                    eval__train_set=True, log_every_steps=1, model__dtype='float64')
+                    eval__train_set=True, log_every_steps=1, model__dtype='float64',
+                    analysis__every_epochs=1, analysis__examples=20)
     config = _config(folder, **settings)
     flags = [f'--config.{key}={value}' for key, value in config_lib.flatten(config).items()
-             if key.startswith(('data.', 'eval.')) and value != ''
+             if key.startswith(('data.', 'eval.', 'analysis.')) and value != ''
              or key in ('batch_size', 'replica_batch_size', 'log_every_steps', 'model.dtype',
                         'total_epochs')]
     for num_processes, name in ((1, 'one'), (2, 'two')):
@@ -295,10 +296,10 @@ def test_two_processes_stream_the_same(folder, tmp_path):
     one, two = (
         [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
         for name in ('one', 'two'))
-    assert len(one) == len(two) > 6
+    assert len(one) == len(two) > 6 and 'analysis/gap' in one[-1]
     for a, b in zip(one, two):
         for key in a:
-            if key != 'time' and 'perf' not in key:
+            if key not in ('time', 'analysis/seconds') and 'perf' not in key:
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-8, err_msg=key)
             assert key != 'perf/input_wait' or 0 <= a[key] <= 1
 

@@ -7,6 +7,7 @@ import tempfile
 from unittest import mock
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import Net, relative_distance, run_processes, small_config
@@ -70,7 +71,8 @@ def test_two_processes(replicas_per_group, method, tmp_path):
     settings = {**SETTINGS, 'replica_batch_size': 10, 'total_epochs': epochs}
     flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in settings.items()]
     flags += [f'--config.sam.replicas_per_group={replicas_per_group}',
-              '--config.model.dtype=float64', '--config.eval.every_epochs=1']
+              '--config.model.dtype=float64', '--config.eval.every_epochs=1',
+              '--config.analysis.every_epochs=1', '--config.analysis.examples=30']
     if method == 'saf':
         flags += ['--config.sam.start_epoch=0', '--config.sam.epochs_ago=1']
     states, results = [], []
@@ -93,3 +95,5 @@ def test_two_processes(replicas_per_group, method, tmp_path):
     assert len(states[0]) > 20 and states[0].keys() == states[1].keys()
     assert relative_distance(*states) < 1e-9
     assert results[0]['test/error_rate'] == results[1]['test/error_rate']
+    for name in ('lambda_max', 'sharpness', 'gap'):
+        np.testing.assert_allclose(*(r[f'analysis/{name}'] for r in results), rtol=1e-4)

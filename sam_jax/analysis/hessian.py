@@ -147,8 +147,8 @@ def top_eigenpairs(product, size, k=5, steps=50, tolerance=1e-3, seed=0,
 
     def top(found):
         values, vectors = found.eigen()
-        order = np.argsort(values)[::-1][:k]
-        return values[order], vectors[:, order], found.remainder * np.abs(vectors[-1, order])
+        residuals = found.remainder * np.abs(vectors[-1])
+        return values[::-1], vectors[:, ::-1][:, :k], residuals[::-1][:k]
 
     def enough(found):
         on_step(len(found.diagonal))
@@ -160,8 +160,8 @@ def top_eigenpairs(product, size, k=5, steps=50, tolerance=1e-3, seed=0,
     found = lanczos(product, random_start(size, seed), steps, enough)
     values, vectors, residuals = top(found)
     return Eigenpairs(
-        values, vectors.T.astype(found.basis.dtype) @ found.basis, residuals,
-        len(found.diagonal), float(found.eigen()[0][0]))
+        values[:k], vectors.T.astype(found.basis.dtype) @ found.basis, residuals,
+        len(found.diagonal), float(values[-1]))
 
 
 def random_start(size, seed, probe=0):

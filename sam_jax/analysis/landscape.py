@@ -88,19 +88,23 @@ def make_surface(objective, params, directions):
     directions = layout.replicate(jax.device_get(whole))
     origin = {'params': params, 'batch_stats': objective.batch_stats}
 
-    def step(total, place, origin, directions, arrays, feed):
-        moved = origin
+    def at(place, origin, directions):
         for i, d in enumerate(directions):
-            moved = jax.tree.map(lambda w, x, i=i: w + place[i].astype(w.dtype) * x, moved, d)
+            origin = jax.tree.map(lambda w, x, i=i: w + place[i].astype(w.dtype) * x, origin, d)
+        return origin
+
+    def step(total, place, origin, directions, arrays, feed):
+        moved = at(place, origin, directions)
         batch = objective.dataset.eval_batch(arrays, feed)
         sums = objective.sums(moved['params'], moved['batch_stats'], batch)
         return jax.tree.map(jnp.add, total, sums)
 
     step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None, None, None, None), out_axes=0,
                     devices=layout.devices)
-    penalty = jax.pmap(lambda place, params, directions: objective.penalty(jax.tree.map(
-        lambda w, *d: w + sum(c.astype(w.dtype) * x for c, x in zip(place, d)), params,
-        *[d['params'] for d in directions])), in_axes=(0, None, None), devices=layout.devices)
+    penalty = jax.pmap(
+        lambda place, origin, directions: objective.penalty(
+            at(place, origin, directions)['params']),
+        in_axes=(0, None, None), devices=layout.devices)
 
     def surface(places):
         places = np.asarray(places, float).reshape(len(places), len(whole))
@@ -115,7 +119,7 @@ def make_surface(objective, params, directions):
                 total = step(total, place, origin, directions, objective.arrays, feed)
             sums = {name: np.asarray(x, np.float64) / objective.count
                     for name, x in jax.device_get(total).items()}
-            sums['loss'] = sums['loss'] + np.asarray(penalty(place, params, directions))
+            sums['loss'] = sums['loss'] + np.asarray(penalty(place, origin, directions))
             results.append(sums)
         return {name: np.concatenate([r[name] for r in results])[:len(places)]
                 for name in ('loss', 'error_rate')}
