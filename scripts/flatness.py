@@ -9,6 +9,7 @@ trained or measured is not done again.
 """
 
 import os
+import shutil
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -27,7 +28,8 @@ _PICTURES = flags.DEFINE_string('pictures', '', 'Folder for the pictures of seed
 _PART = flags.DEFINE_string('part', '0/1', 'I/N: only trains and measures seeds I, I + N, ...')
 
 METHODS = ('sgd', 'sam')
-SETTINGS = flatness.Settings(what=('spectrum', 'sharpness'), m=(1, 64))
+# The eigenvalues are found after fewer steps; the density is drawn of two runs alone, with more.
+SETTINGS = flatness.Settings(what=('spectrum', 'sharpness'), steps=30, m=(1, 64))
 MEASURES = {
     'test error (%)': lambda said: 100 * said['test_error'],
     'training loss': lambda said: said['loss'],
@@ -65,10 +67,19 @@ def table(runs):
     """The Markdown table of {method: what is said of its runs}."""
     lines = ['| | ' + ' | '.join(runs) + ' |', '|---|' + '---|' * len(runs)]
     for name, value in MEASURES.items():
-        cells = ['{:.4g} ± {:.2g}'.format(*mean_and_interval([value(said) for said in of_method]))
-                 for of_method in runs.values()]
+        cells = ['{:.4g} ± {:.2g}'.format(*mean_and_interval(
+            [float(value(said)) for said in of_method])) for of_method in runs.values()]
         lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
+
+
+def draw(place):
+    """Draws both runs of seed 0 beside each other into a folder."""
+    both = [flatness.open_run(folder(method, 0), examples=0) for method in METHODS]
+    out = os.path.join(_OUT.value, f'noise{_NOISE.value:g}', 'pictures')
+    flatness.analyze(both, out, flatness.Settings(what=('spectrum', 'landscape')))
+    for name in ('spectrum', 'landscape'):
+        shutil.copy(os.path.join(out, f'{name}.png'), place)
 
 
 def main(argv):
@@ -80,12 +91,7 @@ def main(argv):
         return
     print(table(runs))
     if _PICTURES.value:
-        both = [flatness.open_run(folder(method, 0), examples=0) for method in METHODS]
-        flatness.analyze(both, os.path.join(_OUT.value, 'pictures'),
-                         flatness.Settings(what=('spectrum', 'landscape')))
-        for name in ('spectrum', 'landscape'):
-            os.replace(os.path.join(_OUT.value, 'pictures', f'{name}.png'),
-                       os.path.join(_PICTURES.value, f'{name}.png'))
+        draw(_PICTURES.value)
 
 
 if __name__ == '__main__':
