@@ -184,9 +184,13 @@ def surfaces(described, xlabel='direction 1', ylabel='direction 2'):
             hill.set(xlabel=xlabel, ylabel=ylabel, zlabel='log10 loss',
                      zlim=(np.log10(levels[0]), np.log10(levels[-1])))
             hill.tick_params(labelsize=7)
+            hill.locator_params(axis='x', nbins=5)
+            hill.locator_params(axis='y', nbins=5)
         bar = figure.colorbar(drawn, ax=flats, label='loss', shrink=0.8)
         ticks = [t for t in 10.0 ** np.arange(-6, 7) if levels[0] <= t <= levels[-1]]
-        bar.set_ticks(ticks, labels=[f'{t:g}' for t in ticks])
+        if len(ticks) < 2:
+            ticks = levels[::6]
+        bar.set_ticks(ticks, labels=[f'{t:.3g}' for t in ticks])
         bar.ax.minorticks_off()
         return figure
 

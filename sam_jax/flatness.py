@@ -90,7 +90,7 @@ class Run(NamedTuple):
 
 
 def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, data_dir='',
-             epoch=None, batch_size=0):
+             epoch=None, batch_size=0, devices=None):
     """Opens a checkpoint of a run on some examples; its moving average where it keeps one.
 
     Args:
@@ -102,6 +102,7 @@ def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, dat
       data_dir: where the datasets lie; '' for the run's own.
       epoch: after which epoch; default the newest checkpoint.
       batch_size: examples computed at once; 0 for the run's eval.batch_size.
+      devices: default all devices, however many the run was trained on.
 
     Raises:
       UserError: no run, no such checkpoint, no such split.
@@ -109,7 +110,10 @@ def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, dat
     config = config_lib.of_run(workdir)
     if data_dir:
         config.data.dir = data_dir
-    plan, state, step = train.restore(config, workdir, epoch=epoch)
+    # One device fits every run's replicas; the analysis itself shares examples over all of them.
+    devices = devices or jax.devices()
+    plan, state, step = train.restore(config, workdir, devices[:1], epoch)
+    layout, _ = replicas.make_layout(len(devices), 1, 1, devices=devices)
     dataset = plan.dataset
     splits = {**dataset.evals, 'train': dataset.train}
     if split not in splits:
@@ -117,7 +121,7 @@ def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, dat
     chosen = during.chosen_examples(splits[split], examples or len(splits[split]), seed)
     variables = state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
     objective, params = objectives.create(
-        plan.model, variables, dataset, chosen, plan.layout, batch_size or config.eval.batch_size,
+        plan.model, variables, dataset, chosen, layout, batch_size or config.eval.batch_size,
         label_smoothing=config.label_smoothing,
         weight_decay=config.optimizer.weight_decay if penalty else 0.0,
         decay_norm_and_bias=config.optimizer.decay_norm_and_bias)
@@ -130,19 +134,8 @@ def measure_spectrum(run, settings, tell=_quiet):
     layout, product = run.objective.layout, run.objective.hessian_product
     flat = hessian.flat(product, run.params, layout)
     steps, probes, seed = settings.steps, settings.probes, settings.seed
-    needed, free = 4 * steps * flat.size, replicas.free_host_memory()
-    if needed > free:
-        raise UserError(f'steps is {steps}; so many vectors of the {flat.size:,} params need '
-                        f'{needed / 2 ** 30:.3g} GiB of the host, and {free / 2 ** 30:.3g} are '
-                        'free: take fewer.')
     began = time.perf_counter()
-    try:
-        top = hessian.top_eigenpairs(
-            flat.product, flat.size, k=min(during.RATIO_TO, flat.size), steps=steps, seed=seed,
-            on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
-    except FloatingPointError as e:
-        raise UserError(f'{run.name}: the loss has no finite curvature at step {run.step}: '
-                        f'{e}') from e
+    top = _top_eigenpairs(run, flat, during.RATIO_TO, steps, seed, tell)
     seconds = time.perf_counter() - began
     density = hessian.density(flat.product, flat.size, probes, steps, seed,
                               on_step=lambda i: tell(f'{run.name}: density', i, probes * steps))
@@ -154,12 +147,28 @@ def measure_spectrum(run, settings, tell=_quiet):
     said = {
         'lambda_max': float(top.values[0]), 'lambda_ratio': during.lambda_ratio(top.values),
         'eigenvalues': top.values.tolist(), 'residuals': top.residuals.tolist(),
-        'lowest': min(top.lowest, float(density.nodes.min())), 'products': top.steps,
+        'lowest': min(top.lowest, float(density.nodes[density.weights > 0].min())),
+        'products': top.steps,
         'seconds': seconds, 'trace': trace.mean, 'trace_standard_error': trace.standard_error,
         'layers': {name: {'trace': mean, 'standard_error': error}
                    for name, (mean, error) in trace.layers.items()}}
     return said, {'grid': grid, 'density': density.on(grid, 0.01 * (high - low)),
                   'nodes': density.nodes, 'weights': density.weights, 'eigenvalues': top.values}
+
+
+def _top_eigenpairs(run, flat, k, steps, seed, tell):
+    needed, free = 4 * steps * flat.size, replicas.free_host_memory()
+    if needed > free:
+        raise UserError(f'steps is {steps}; so many vectors of the {flat.size:,} params need '
+                        f'{needed / 2 ** 30:.3g} GiB of the host, and {free / 2 ** 30:.3g} are '
+                        'free: take fewer.')
+    try:
+        return hessian.top_eigenpairs(
+            flat.product, flat.size, k=min(k, flat.size), steps=steps, seed=seed,
+            on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
+    except FloatingPointError as e:
+        raise UserError(f'{run.name}: the loss has no finite curvature at step {run.step}: '
+                        f'{e}') from e
 
 
 def measure_sharpness(run, settings, tell=_quiet):
@@ -227,13 +236,13 @@ def _save(path, **arrays):
     os.replace(partial, path)
 
 
-def _axes_of(run, directions, seed):
-    if directions == 'random':
-        return [landscape.random_direction(run.params, seed, i) for i in range(2)]
+def _axes_of(run, settings, tell):
+    if settings.directions == 'random':
+        return [landscape.random_direction(run.params, settings.seed, i) for i in range(2)]
     flat = hessian.flat(run.objective.hessian_product, run.params, run.objective.layout)
-    top = hessian.top_eigenpairs(flat.product, flat.size, k=2, steps=60, seed=seed)
+    top = _top_eigenpairs(run, flat, 2, settings.steps, settings.seed, tell)
     # Of the length of a random axis, so that the extent means the same.
-    length = float(ascent.lp_norm(landscape.random_direction(run.params, seed)))
+    length = float(ascent.lp_norm(landscape.random_direction(run.params, settings.seed)))
     return [flat.unflatten(length * v) for v in top.vectors]
 
 
@@ -249,7 +258,10 @@ def analyze(runs, out, settings=Settings(), tell=_quiet):
     Returns:
       The content of analysis.json.
     """
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'out is {out!r}, where nothing can be written: {e.strerror}.') from e
     said = {'settings': dataclasses.asdict(settings), 'runs': [{
         'name': r.name, 'step': r.step, 'dataset': r.objective.dataset.name, 'split': r.split,
         'examples': len(r.objective), 'weight_decay': r.objective.weight_decay,
@@ -287,25 +299,31 @@ def analyze(runs, out, settings=Settings(), tell=_quiet):
 
 def _identity(run):
     """What a surface of a run depends on, besides its directions and places."""
-    arrays = jax.tree.leaves(jax.device_get((run.params, run.objective.batch_stats)))
-    checksum = 0
-    for x in [*arrays, run.objective.split.index]:
-        checksum = zlib.crc32(np.ascontiguousarray(x).tobytes(), checksum)
+    checksum = _checksum([run.params, run.objective.batch_stats, run.objective.split.index])
     return [run.name, run.step, run.split, checksum, run.objective.weight_decay,
             run.objective.label_smoothing]
+
+
+def _checksum(tree):
+    checksum = 0
+    for x in jax.tree.leaves(jax.device_get(tree)):
+        checksum = zlib.crc32(np.ascontiguousarray(x).tobytes(), checksum)
+    return checksum
 
 
 def _landscapes(runs, out, settings, tell):
     ticks, places = landscape.grid(settings.extent, settings.points, 2)
     drawn = []
     for i, run in enumerate(runs):
-        key = json.dumps([_identity(run), settings.points, settings.extent, settings.directions,
-                          settings.seed])
-        found = measure_surface(run, _axes_of(run, settings.directions, settings.seed), places,
-                                os.path.join(out, f'landscape_{i + 1}.npz'), key, tell)
+        axes = _axes_of(run, settings, tell)
+        key = json.dumps([_identity(run), settings.points, settings.extent, _checksum(axes)])
+        found = measure_surface(
+            run, axes, places, os.path.join(out, f'landscape_{i + 1}.npz'), key, tell)
         drawn.append(figures.Surface(
             run.name, ticks, found['loss'].reshape(len(ticks), len(ticks))))
-    figures.save(figures.surfaces(drawn), os.path.join(out, 'landscape.png'))
+    axis = {'random': 'direction', 'eigenvectors': 'eigenvector'}[settings.directions]
+    figures.save(figures.surfaces(drawn, f'{axis} 1', f'{axis} 2'),
+                 os.path.join(out, 'landscape.png'))
 
 
 def _path_between(runs, out, points, tell):
@@ -362,5 +380,8 @@ def report(said):
         lines += ['', '![spectrum](spectrum.png)']
     if 'landscape' in what:
         lines += ['', '![landscape](landscape.png)']
-        lines += ['', '![path](path.png)'] if said['path'] else []
+        if said['path']:
+            lines += ['', '![path](path.png)']
+        elif len(runs) == 2:
+            lines += ['', 'The params of the runs differ in shape: there is no line between them.']
     return '\n'.join(lines) + '\n'

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from analysed import examples, layout, network, objective
+from flax import linen as nn
 from helpers import relative_distance
 from jax.flatten_util import ravel_pytree
 
@@ -56,6 +57,34 @@ def test_loss_gradient_and_product_are_those_of_the_dense_hessian(x64, devices, 
     product = flat_of(measured, params)
     v = np.random.RandomState(0).randn(product.size)
     np.testing.assert_allclose(product.product(v), matrix @ v, rtol=0, atol=1e-9)
+
+
+class Linear(nn.Module):
+    """Softmax regression."""
+
+    dtype: str = 'float64'
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(10, use_bias=False, param_dtype='float64')(images.reshape(len(images), -1))
+
+
+def test_softmax_regression_has_its_hessian_in_closed_form(x64):
+    """H = mean of (diag p - p p') (x) x x', which is its Gauss-Newton matrix as well."""
+    images, _ = examples()
+    x = images.reshape(len(images), -1)
+    w = 0.3 * np.random.RandomState(0).randn(64, 10)
+    exp = np.exp(x @ w)
+    p = exp / exp.sum(axis=1, keepdims=True)
+    middle = p[:, :, None] * np.eye(10) - p[:, :, None] * p[:, None, :]
+    matrix = np.einsum('na,ncd,nb->acbd', x, middle, x, optimize=True)
+    matrix = matrix.reshape(640, 640) / len(x)
+    measured, params = objective(devices=2, model_and_variables=(
+        Linear(), {'params': {'Dense_0': {'kernel': w}}, 'batch_stats': {}}))
+    v = np.random.RandomState(1).randn(640)
+    for kind in ('hessian_product', 'gauss_newton_product'):
+        np.testing.assert_allclose(
+            flat_of(measured, params, kind).product(v), matrix @ v, rtol=0, atol=1e-11)
 
 
 def test_gauss_newton_product(x64):

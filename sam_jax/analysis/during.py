@@ -42,10 +42,12 @@ class Monitor:
         settings = config.analysis
         self._settings, self._layout = settings, layout
         split = chosen_examples(dataset.train, settings.examples, 0)
+        # A product takes more memory than an evaluation: no more at once than training has.
+        batch_size = min(
+            config.eval.batch_size, config.replica_batch_size * len(layout.devices))
         self._objective, _ = objectives.create(
             model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split,
-            layout, config.eval.batch_size, arrays=arrays,
-            label_smoothing=config.label_smoothing)
+            layout, batch_size, arrays=arrays, label_smoothing=config.label_smoothing)
         if not self._objective.count:  # placed now: what does not fit is said before the first step
             raise UserError('All images of the analysis are damaged.')
         m = min(config.replica_batch_size * config.sam.replicas_per_group, len(split))
@@ -57,8 +59,10 @@ class Monitor:
         """Returns {'analysis/...': value} of a TrainState.
 
         lambda_max and lambda_ratio of the Hessian, sharpness: the rise of the loss of all examples
-        over the ball of radius rho, gap: that of groups of the run's own m, seconds: it took. The
-        loss is without penalty, BatchNorm in evaluation mode.
+        over the ball of radius rho, gap: that of groups of the run's own m (of all examples, if
+        they are fewer), seconds: it took. The
+        loss is without penalty, BatchNorm in evaluation mode; of the params themselves, also where
+        the run keeps a moving average.
         """
         began = time.perf_counter()
         objective = self._objective.with_statistics(state.batch_stats)

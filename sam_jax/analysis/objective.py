@@ -165,7 +165,8 @@ def place_feeds(dataset, split, batch_size, layout, place):
     placed = []
     for feed in dataset.eval_feeds(split, batch_size, layout):
         size = sum(x.nbytes for x in jax.tree.leaves(feed)) * -(-len(split) // batch_size)
-        if size > free * (1 if share > 1 else len(layout.devices)):
+        # A feed holds the rows of this process's devices, as does their memory.
+        if size > free * len(layout.local_positions) / share:
             raise UserError(
                 f'An analysis keeps its {len(split)} examples on the devices: that is '
                 f'{size / 2 ** 30:.3g} GiB, and {free / 2 ** 30:.3g} are free. Take fewer '

@@ -18,7 +18,6 @@ from jax import lax
 
 from sam_jax import metrics, rngs
 from sam_jax.analysis import objective as objectives
-from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS
 from sam_jax.sharpness.ascent import lp_ball, move
 from sam_jax.sharpness.direction import random_like
@@ -55,6 +54,9 @@ class Rise(NamedTuple):
     def error_rise(self):
         """The rise of the error rate."""
         return self.perturbed_error_rate - self.error_rate
+
+
+_NO_GROUPS = Rise(*[float('nan')] * 5, 0)
 
 
 def of_ball(objective, params, ascent):
@@ -105,6 +107,8 @@ def make_m_sharpness(objective, m, ascent):
       m: examples of a group, up to all of the split.
       ascent: optax transformation of `sharpness.ascent`.
 
+    Returns NaN where no group is whole, since too many images are damaged.
+
     Raises:
       ValueError: no such groups.
     """
@@ -116,11 +120,6 @@ def make_m_sharpness(objective, m, ascent):
     return _make_groups_at_once(objective, m, ascent)
 
 
-def _require_groups(m, count):
-    if not count:
-        raise UserError(f'No group of m = {m} examples is whole: too many images are damaged.')
-
-
 def _each_group(objective, m, ascent, params, batch_stats):
     """Groups too large or too few for a device each: one after the other, over all devices."""
     rises = []
@@ -130,7 +129,8 @@ def _each_group(objective, m, ascent, params, batch_stats):
             batch_stats=batch_stats)
         if group.count == m:  # else an image of it is damaged
             rises.append(of_ball(group, params, ascent))
-    _require_groups(m, len(rises))
+    if not rises:
+        return _NO_GROUPS
     loss, error_rate, perturbed, perturbed_error = (
         np.array([r[i] for r in rises]) for i in range(4))
     return Rise(float(loss.mean()), float(error_rate.mean()), float(perturbed.mean()),
@@ -183,7 +183,8 @@ def _make_groups_at_once(objective, m, ascent):
         parts = [step(params, batch_stats, objective.arrays, feed) for feed in feeds(size)]
         sums = {name: sum(float(p[name]) for p in jax.device_get(parts)) for name in parts[0]}
         n = sums.pop('count')
-        _require_groups(m, n)
+        if not n:
+            return _NO_GROUPS
         loss, error_rate, perturbed, perturbed_error, square = (
             sums[name] / n for name in (
                 'loss', 'error_rate', 'perturbed_loss', 'perturbed_error_rate', 'squared_rise'))
