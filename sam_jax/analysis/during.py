@@ -60,9 +60,8 @@ class Monitor:
 
         lambda_max and lambda_ratio of the Hessian, sharpness: the rise of the loss of all examples
         over the ball of radius rho, gap: that of groups of the run's own m (of all examples, if
-        they are fewer), seconds: it took. The
-        loss is without penalty, BatchNorm in evaluation mode; of the params themselves, also where
-        the run keeps a moving average.
+        they are fewer), seconds: it took. The loss is without penalty, BatchNorm in evaluation
+        mode; of the params themselves, also where the run keeps a moving average.
         """
         began = time.perf_counter()
         objective = self._objective.with_statistics(state.batch_stats)

@@ -207,11 +207,11 @@ def density(product, size, probes=4, steps=50, seed=0, on_step=lambda step: None
     """
     nodes, weights = np.zeros((2, probes, min(steps, size)))
     for i in range(probes):
-        def goes_on(so_far, i=i):
+        def enough(so_far, i=i):
             on_step(i * steps + len(so_far.diagonal))
             return False
 
-        found = lanczos(product, random_start(size, seed, i + 1), steps, goes_on)
+        found = lanczos(product, random_start(size, seed, i + 1), steps, enough)
         values, vectors = found.eigen()
         # Of an exhausted space there are fewer points; the rest keeps the weight 0.
         nodes[i, :len(values)], weights[i, :len(values)] = values, vectors[0] ** 2
