@@ -38,7 +38,7 @@ _DATA = flags.DEFINE_string('data', 'fake_cifar10', 'Data set that needs no down
 _EXAMPLES = flags.DEFINE_integer('examples', 1000, 'How many.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 250, 'Examples computed at once.')
 _STEPS = flags.DEFINE_integer('steps', 20, 'Of Lanczos.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of gradients and products.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of gradients and products; 0 for none.')
 _PEERS = flags.DEFINE_list('peers', [], 'Of pyhessian, matfree.')
 
 
@@ -189,10 +189,8 @@ def against_matfree(loss, params):
           f'{theirs:.8g}; ours {times[1]:.2f} s, largest {found.eigen()[0][-1]:.8g}')
 
 
-def main(argv):
-    del argv
-    loss, params = open_network()
-    flat = hessian.flat(loss.hessian_product, params, loss.layout)
+def compare_products(loss, params, flat):
+    """Prints the median time of a gradient, and of products over it."""
     vector = loss.layout.replicate(flat.unflatten(hessian.random_start(flat.size, 0)))
     steps = {'gradient': lambda: loss.gradient(params),
              'Hessian': lambda: loss.hessian_product(params, vector),
@@ -204,10 +202,19 @@ def main(argv):
         for name, step in steps.items():
             times[name].append(seconds(step))
     medians = {name: statistics.median(t) for name, t in times.items()}
+    print(f'gradient {medians["gradient"]:.3g} s; over it: ' + ', '.join(
+        f'{name} product {t / medians["gradient"]:.2f}' for name, t in medians.items()
+        if name != 'gradient'), flush=True)
+
+
+def main(argv):
+    del argv
+    loss, params = open_network()
+    flat = hessian.flat(loss.hessian_product, params, loss.layout)
     print(f'{_MODEL.value}, {flat.size:,} params, {len(loss)} examples of {_DATA.value}, '
-          f'{jax.devices()[0].device_kind}: gradient {medians["gradient"]:.3g} s; over it: ' + ', '
-          .join(f'{name} product {t / medians["gradient"]:.2f}' for name, t in medians.items()
-                if name != 'gradient'), flush=True)
+          f'{jax.devices()[0].device_kind}', flush=True)
+    if _ROUNDS.value:
+        compare_products(loss, params, flat)
     then = time.perf_counter()
     found = hessian.lanczos(flat.product, hessian.random_start(flat.size, 0), _STEPS.value)
     print(f'{_STEPS.value} Lanczos steps in {time.perf_counter() - then:.1f} s, largest value '

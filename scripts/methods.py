@@ -3,9 +3,10 @@
     python scripts/methods.py [--out=runs/methods.jsonl] [--methods=sam,gsam] [--part=0/2]
     python scripts/methods.py --table [--out=runs/methods.jsonl]
 
-Each method is trained with three values of rho and seed 0, and with the value that has the lowest
-error on the validation split (the last tenth of the training set, its true labels; of equals the
-smallest value) with the seeds 1 to 4. A finished run is a line of --out and is not run again;
+Each method is trained with three values of rho and seed 0. While the best is at an end of them, one
+more is tried beyond it, up to five. The best, with the lowest error on the validation split (the
+last tenth of the training set, its true labels; of equals the smallest value), is trained with the
+seeds 1 to 4 as well. A finished run is a line of --out and is not run again;
 --part=I/N takes each N-th method, for N processes at once. --table prints errors on the test split
 with the 95 % t-interval of the mean, the largest eigenvalue of the Hessian of the training loss
 (median over seeds; of 300 examples with the labels trained on), and the time of a step over SGD's,
@@ -40,11 +41,12 @@ _PART = flags.DEFINE_string('part', '0/1', 'I/N: the methods I, I + N, ...')
 _TABLE = flags.DEFINE_bool('table', False, 'Print the table of what is there.')
 _EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run.')
 
-SEARCH_SEEDS = (0,)
+SEARCH_SEED = 0
 SEEDS = range(5)
+MOST_VALUES = 5
 
-# What is searched: key and values; sam.rho in 0.5, 1, 2 where nothing is said. Radii are in units
-# of each method's own; the middle value is about what the digits sweep of README suggests.
+# Where the search starts: key and values; sam.rho in 0.5, 1, 2 where nothing is said. Radii are in
+# units of each method's own; the middle value is about what the digits sweep of README suggests.
 GRIDS = {
     'sgd': ('sam.rho', (0.0,)),
     'esam': ('sam.rho', (0.1, 0.25, 0.5)),
@@ -68,7 +70,7 @@ SETTINGS = {'bsam': {'optimizer.learning_rate': 0.5}}
 
 
 def grid(method):
-    """Returns (key, values) that are searched for a method."""
+    """Returns (key, values) with which the search for a method starts."""
     return GRIDS.get(method, ('sam.rho', (0.5, 1.0, 2.0)))
 
 
@@ -195,12 +197,25 @@ def read_lines():
     return runs, ratios
 
 
-def best_value(method, runs):
-    """The value of the grid with the lowest mean validation error, the smaller of equals."""
-    def validation(value):
-        return statistics.mean(runs[method, value, seed]['validation'] for seed in SEARCH_SEEDS)
+def search(method, runs):
+    """Returns (values, best of them, the value to try next or None) of what has been run."""
+    values = list(grid(method)[1])
+    while True:
+        missing = [value for value in values if (method, value, SEARCH_SEED) not in runs]
+        if missing:
+            return values, None, missing[0]
+        best = min(values, key=lambda value: runs[method, value, SEARCH_SEED]['validation'])
+        if len(values) in (1, MOST_VALUES) or best not in (values[0], values[-1]):
+            return values, best, None
+        if best == values[0]:
+            values.insert(0, _beyond(*values[:2]))
+        else:
+            values.append(_beyond(*values[:-3:-1]))
 
-    return min(grid(method)[1], key=validation)
+
+def _beyond(end, neighbour):
+    """The next value of a geometric grid, with two digits."""
+    return float(f'{end ** 2 / neighbour:.2g}')
 
 
 def measure(method):
@@ -218,10 +233,10 @@ def measure(method):
             runs[method, value, seed] = trainer.run(value, seed)
             add(runs[method, value, seed])
 
-    for value, seed in itertools.product(grid(method)[1], SEARCH_SEEDS):
-        ensure(value, seed)
+    while (following := search(method, runs)[2]) is not None:
+        ensure(following, SEARCH_SEED)
     for seed in SEEDS:
-        ensure(best_value(method, runs), seed)
+        ensure(search(method, runs)[1], seed)
     if method not in ratios:
         add({'method': method, 'ratio': time_ratio(method)})
 
@@ -231,16 +246,14 @@ def table():
     runs, ratios = read_lines()
     rows = []
     for method in _METHODS.value:
-        values = [v for v in grid(method)[1]
-                  if all((method, v, s) in runs for s in (*SEARCH_SEEDS, *SEEDS))]
-        if not values or method not in ratios:
+        values, value, _ = search(method, runs)
+        if method not in ratios or any((method, value, seed) not in runs for seed in SEEDS):
             continue
-        value = best_value(method, runs)
         lines = [runs[method, value, seed] for seed in SEEDS]
         mean, half = mean_and_interval([100 * line['test'] for line in lines])
         evaluations = statistics.mean(line['evaluations'] for line in lines)
         curvature = statistics.median(line['lambda_max'] for line in lines)
-        values = ', '.join(f'**{v:g}**' if v == value else f'{v:g}' for v in grid(method)[1])
+        values = ', '.join(f'**{v:g}**' if v == value else f'{v:g}' for v in values)
         rows.append((mean, f'| `{method}` | {mean:.1f} ± {half:.1f} | {curvature:.3g} | '
                      f'{evaluations:.2f} | '
                      f'{ratios[method]:.2f} | {grid(method)[0].removeprefix("sam.")}: {values} |'))
