@@ -94,7 +94,7 @@ def test_zero_gradient_is_finite(method):
 def test_rho_zero_is_the_base(method):
     """Bit for bit, at each of several steps, and for what a method adds past the optimizer."""
     if method.name in ('bsam', 'sampa'):
-        pytest.skip('their rho = 0 is something else, see closed_forms_test')
+        pytest.skip('their rho = 0 is something else, see other_means_test')
     gradient = jax.jit(jax.grad(method.loss))
     for params, updates, state, correction in method.trajectory(0.0, method.params, 6, 0.9):
         helpers.assert_trees_equal(updates, gradient(params))

@@ -15,7 +15,9 @@ TRANSFORM, ASCENT, COMBINE, GATE, SHIFTED, UNIVERSAL, DIRECTION, MASK = (
 BY_ASCENT, BY_OTHER_MEANS, TRAJECTORY = (
     f'sam_jax/{name}.py' for name in (
         'sharpness/by_ascent', 'sharpness/by_other_means', 'trajectory'))
-FORMS, BY_HAND = 'tests/closed_forms_test.py', 'tests/methods_by_hand_test.py'
+FORMS = ' '.join(f'tests/{name}_test.py' for name in (
+    'ascents', 'combinations', 'gates', 'other_means'))
+BY_HAND = 'tests/methods_by_hand_test.py'
 OBJECTIVE, HESSIAN, SHARPNESS, LANDSCAPE = (
     f'sam_jax/analysis/{name}.py' for name in ('objective', 'hessian', 'sharpness', 'landscape'))
 STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'

@@ -76,6 +76,20 @@ def layers(dtype=np.float32, seed=0, minimum=0.0):
     return params, loss, a
 
 
+def terms():
+    """Returns what formulas are of: params, loss, A, w and g = A w of layers(), in float64."""
+    params, loss, a = layers(np.float64)
+    w = flat(params)
+    return params, loss, a, w, a @ w
+
+
+def under(tree, name):
+    """Which entries of flat(tree) lie under a path that contains the name."""
+    marks = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.full(np.shape(x), name in jax.tree_util.keystr(path)), tree)
+    return flat(marks).astype(bool)
+
+
 def drive(tx, loss, params, state=None, t=0, momentum=None, learning_rate=0.1, note=None,
           **extra_args):
     """One update of any method, given all that a training loop gives; jax.grad of `loss`.
