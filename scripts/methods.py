@@ -4,7 +4,7 @@
     python scripts/methods.py --table [--out=runs/methods.jsonl]
 
 Each method is trained with three values of rho and seed 0. While the best is at an end of them, one
-more is tried beyond it, up to five. The best, with the lowest error on the validation split (the
+more is tried beyond it, up to eight. The best, with the lowest error on the validation split (the
 last tenth of the training set, its true labels; of equals the smallest value), is trained with the
 seeds 1 to 4 as well. A finished run is a line of --out and is not run again;
 --part=I/N takes each N-th method, for N processes at once. --table prints errors on the test split
@@ -43,7 +43,7 @@ _EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run.')
 
 SEARCH_SEED = 0
 SEEDS = range(5)
-MOST_VALUES = 5
+MOST_VALUES = 8
 
 # Where the search starts: key and values; sam.rho in 0.5, 1, 2 where nothing is said. Radii are in
 # units of each method's own; the middle value is about what the digits sweep of README suggests.
