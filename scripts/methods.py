@@ -3,7 +3,7 @@
     python scripts/methods.py [--out=runs/methods.jsonl] [--methods=sam,gsam] [--part=0/2]
     python scripts/methods.py --table [--out=runs/methods.jsonl]
 
-Each method is trained with three values of rho and seed 0. While the best is at an end of them, one
+Each method is trained with three to five values of rho and seed 0. While the best is at an end of them, one
 more is tried beyond it, up to eight. The best, with the lowest error on the validation split (the
 last tenth of the training set, its true labels; of equals the smallest value), is trained with the
 seeds 1 to 4 as well. A finished run is a line of --out and is not run again;
@@ -56,9 +56,10 @@ GRIDS = {
     'sparse_sam': ('sam.rho', (1.0, 2.0, 4.0)),
     'wsam': ('sam.rho', (0.05, 0.1, 0.2)),
     'look_layersam': ('sam.rho', (0.02, 0.05, 0.1)),
-    'trace_sam': ('sam.rho', (0.005, 0.01, 0.02)),
-    'det_sam': ('sam.rho', (0.3, 1.0, 3.0)),
-    'frob_sam': ('sam.rho', (0.002, 0.005, 0.01)),
+    'trace_sam': ('sam.rho', (0.005, 0.01, 0.02, 0.05, 0.1)),
+    'det_sam': ('sam.rho', (0.3, 1.0, 3.0, 10.0)),
+    'frob_sam': ('sam.rho', (0.002, 0.005, 0.01, 0.02, 0.05)),
+    'random_sam': ('sam.rho', (0.5, 1.0, 2.0, 5.0, 10.0)),
     'momentum_sam': ('sam.rho', (1.0, 2.0, 4.0)),
     'extrapolated': ('sam.rho', (0.1, 0.3, 1.0)),
     'bsam': ('sam.rho', (0.01, 0.05, 0.2)),
