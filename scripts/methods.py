@@ -3,10 +3,10 @@
     python scripts/methods.py [--out=runs/methods.jsonl] [--methods=sam,gsam] [--part=0/2]
     python scripts/methods.py --table [--out=runs/methods.jsonl]
 
-Each method is trained with three to five values of rho and seed 0. While the best is at an end of them, one
-more is tried beyond it, up to eight. The best, with the lowest error on the validation split (the
-last tenth of the training set, its true labels; of equals the smallest value), is trained with the
-seeds 1 to 4 as well. A finished run is a line of --out and is not run again;
+Each method is trained with three to five values of rho and seed 0; while the best is at an end of
+them, one more is tried beyond it, up to eight. The best, with the lowest error on the validation
+split (the last tenth of the training set, its true labels; of equals the smallest value), is
+trained with the seeds 1 to 4 as well. A finished run is a line of --out and is not run again;
 --part=I/N takes each N-th method, for N processes at once. --table prints errors on the test split
 with the 95 % t-interval of the mean, the largest eigenvalue of the Hessian of the training loss
 (median over seeds; of 300 examples with the labels trained on), and the time of a step over SGD's,
