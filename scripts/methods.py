@@ -58,7 +58,7 @@ GRIDS = {
     'look_layersam': ('sam.rho', (0.02, 0.05, 0.1)),
     'trace_sam': ('sam.rho', (0.01, 0.02, 0.05, 0.1, 0.2)),
     'det_sam': ('sam.rho', (1.0, 3.0, 10.0, 33.0)),
-    'frob_sam': ('sam.rho', (0.005, 0.02, 0.05, 0.1, 0.2)),
+    'frob_sam': ('sam.lam', (0.005, 0.05, 0.5)),
     'random_sam': ('sam.rho', (1.0, 2.0, 5.0, 10.0, 20.0)),
     'momentum_sam': ('sam.rho', (1.0, 2.0, 4.0)),
     'extrapolated': ('sam.rho', (0.1, 0.3, 1.0)),
@@ -66,8 +66,9 @@ GRIDS = {
     'saf': ('sam.lam', (0.1, 0.3, 1.0)),
     'mesa': ('sam.lam', (0.3, 0.8, 2.0)),
 }
-# Where the defaults make no sense on this task: bSAM's momentum is a mean and not a sum.
-SETTINGS = {'bsam': {'optimizer.learning_rate': 0.5}}
+# Where the defaults make no sense on this task: bSAM's momentum is a mean and not a sum, and of
+# Frob-SAM lam is the weight; its rho is only where the probes lie.
+SETTINGS = {'bsam': {'optimizer.learning_rate': 0.5}, 'frob_sam': {'sam.rho': 0.005}}
 
 
 def grid(method):
