@@ -372,7 +372,7 @@ def report(said):
             row(f'rise of the loss: {name}', [
                 f'{r["sharpness"][name]["sharpness"]:.4g}' for r in runs])
             row(f'rise of the error rate: {name} (points of %)', [
-                f'{100 * r["sharpness"][name]["error_rise"]:.2f}' for r in runs])
+                f'{100 * r["sharpness"][name]["error_rise"]:z.2f}' for r in runs])
         lines += ['', f'The balls have radius {said["settings"]["rho"]:g}, unless named otherwise.']
         lines += [f'There are too few examples for m = {m}.' for m in said['settings']['m']
                   if m > runs[0]['examples']]
