@@ -5,17 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.linalg import norm
-from quadratics import RHO, drive, flat, layers, terms, under
+from quadratics import RHO, drive, flat, layers, under
 
 from sam_jax import sharpness
 from sam_jax.sharpness import direction, gate, mask
 
 pytestmark = pytest.mark.usefixtures('x64')
-
-
-@pytest.fixture(autouse=True)
-def problem(x64):
-    return terms()
 
 
 def test_unnormalized(problem):

@@ -14,7 +14,9 @@ _caches = tempfile.TemporaryDirectory()
 os.environ['XDG_CACHE_HOME'] = _caches.name
 
 import jax
+import numpy as np
 import pytest
+import quadratics
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -25,6 +27,14 @@ def x64():
     """Runs the test in float64, which separates a bug from rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def problem(x64):
+    """What formulas are of: params, loss, A, w and g = A w of a quadratic, in float64."""
+    params, loss, a = quadratics.layers(np.float64)
+    w = quadratics.flat(params)
+    return params, loss, a, w, a @ w
 
 
 @pytest.fixture(autouse=True, scope='module')

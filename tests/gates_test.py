@@ -5,16 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.linalg import norm
-from quadratics import RHO, drive, flat, layers, ravel, terms
+from quadratics import RHO, drive, flat, layers, ravel
 
 from sam_jax import sharpness
 
 pytestmark = pytest.mark.usefixtures('x64')
-
-
-@pytest.fixture(autouse=True)
-def problem(x64):
-    return terms()
 
 
 def _decisions(tx, steps, point=lambda params, t: params):

@@ -6,17 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.linalg import norm
-from quadratics import RHO, drive, flat, ravel, terms, under
+from quadratics import RHO, drive, flat, ravel, under
 
 from sam_jax import sharpness
 from sam_jax.sharpness import universal
 
 pytestmark = pytest.mark.usefixtures('x64')
-
-
-@pytest.fixture(autouse=True)
-def problem(x64):
-    return terms()
 
 
 # Random probes.

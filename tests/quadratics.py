@@ -76,13 +76,6 @@ def layers(dtype=np.float32, seed=0, minimum=0.0):
     return params, loss, a
 
 
-def terms():
-    """Returns what formulas are of: params, loss, A, w and g = A w of layers(), in float64."""
-    params, loss, a = layers(np.float64)
-    w = flat(params)
-    return params, loss, a, w, a @ w
-
-
 def under(tree, name):
     """Which entries of flat(tree) lie under a path that contains the name."""
     marks = jax.tree_util.tree_map_with_path(
