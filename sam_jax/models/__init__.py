@@ -3,6 +3,7 @@
 import inspect
 import re
 
+from sam_jax import convolutions
 from sam_jax.errors import UserError
 from sam_jax.models import efficientnet, resnet
 from sam_jax.models.cifar_resnet import CifarResNet
@@ -11,6 +12,8 @@ from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
 from sam_jax.models.wide_resnet import WideResNet
+
+convolutions.install()
 
 
 def _wide_resnet(depth, width):
