@@ -160,7 +160,7 @@ def get_config():
     c.total_epochs = 200
     c.batch_size = 256  # global
     c.replica_batch_size = 32  # examples that share BatchNorm statistics and, by default, an ascent
-    c.replica_loop = 'auto'  # several replicas on a device: 'unroll', 'scan', 'auto' by platform
+    c.replica_loop = 'auto'  # several replicas on a device: 'unroll', or 'scan' as does 'auto'
     c.label_smoothing = 0.0
     c.log_every_steps = 100
 

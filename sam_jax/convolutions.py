@@ -19,12 +19,14 @@ The rule below, which JAX asks how to write down a convolution for CPUs, rewrite
 Nothing changes but the rounding of sums. docs/convolutions.md has figures, and when this can go.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -48,11 +50,10 @@ def install() -> bool:
       nothing changes, and one line in the log says so.
     """
     try:
-        from jax._src.lax.convolution import _conv_general_dilated_lower as original
-        missing = _SETTINGS - set(inspect.signature(original).parameters)
+        original = _rule_of_jax()
+        missing = _SETTINGS - set(inspect.signature(original.func).parameters)
         if missing:
             raise ImportError(f'no {", ".join(sorted(missing))} among the settings')
-        original = functools.partial(original, expand_complex_convolutions=True)  # as JAX's on CPU
         mlir.register_lowering(
             lax.conv_general_dilated_p, functools.partial(_lower, original), platform='cpu')
     except (ImportError, AttributeError, TypeError) as e:
@@ -61,6 +62,23 @@ def install() -> bool:
             'no place for the rule of sam_jax.convolutions (%s).', e)
         return False
     return True
+
+
+@contextlib.contextmanager
+def as_jax_does():
+    """Within it programs are lowered by JAX's own rule: what tests and benchmarks compare with."""
+    mlir.register_lowering(lax.conv_general_dilated_p, _rule_of_jax(), platform='cpu')
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        install()
+        jax.clear_caches()
+
+
+def _rule_of_jax():
+    from jax._src.lax.convolution import _conv_general_dilated_lower as rule
+    return functools.partial(rule, expand_complex_convolutions=True)  # as JAX has it on CPU
 
 
 def _lower(original, ctx, lhs, rhs, **settings):

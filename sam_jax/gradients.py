@@ -26,27 +26,27 @@ def mean_over(function, xs, unroll):
       (mean, kept), the latter with a leading axis.
     """
     n = jax.tree.leaves(xs)[0].shape[0]
-    first, kept = function(jax.tree.map(lambda x: x[0], xs))
-    kept = [kept]
 
     def add(total, x):
         result, kept = function(x)
         return jax.tree.map(
             lambda t, y: t + y if jnp.issubdtype(t.dtype, jnp.inexact) else y, total, result), kept
 
-    total = first
-    if unroll:
+    def x_at(i):
+        return jax.tree.map(lambda x: x[i], xs)
+
+    if n == 1 or unroll:
+        total, first = function(x_at(0))
+        kept = [first]
         for i in range(1, n):
-            total, keep = add(total, jax.tree.map(lambda x, i=i: x[i], xs))
+            total, keep = add(total, x_at(i))
             kept.append(keep)
         kept = jax.tree.map(lambda *k: jnp.stack(k), *kept)
     else:
-        kept = jax.tree.map(lambda k: k[None], kept[0])
-        if n > 1:
-            total, others = lax.scan(add, first, jax.tree.map(lambda x: x[1:], xs))
-            kept = jax.tree.map(lambda k, o: jnp.concatenate([k, o]), kept, others)
-    if n == 1:
-        return first, kept
+        function = jax.jit(function)  # traced once, for the shapes of its sums and for the loop
+        shapes, _ = jax.eval_shape(function, x_at(0))
+        total, kept = lax.scan(
+            add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
     return jax.tree.map(
         lambda t: t / n if jnp.issubdtype(t.dtype, jnp.inexact) else t, total), kept
 

@@ -107,8 +107,8 @@ def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto',
       batch_size: examples in the global batch.
       replica_batch_size: examples in a replica.
       replicas_per_group: replicas that share an ascent.
-      loop: 'unroll', 'scan', or 'auto': unrolled on CPU (XLA runs convolutions inside of a loop
-        about 20 times slower there), scanned elsewhere.
+      loop: 'unroll', 'scan', or 'auto', which is to scan: it compiles a program of one replica, and
+        docs/compile.md finds no step that is worth more.
       devices: default all devices of all processes.
 
     Returns:
@@ -147,8 +147,8 @@ def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto',
             'of devices.')
     group_devices = max(replicas_per_group * len(devices) // num_replicas, 1)
     devices = tuple(neighbour_order(devices, group_devices))
-    unroll = loop == 'unroll' or (loop == 'auto' and devices[0].platform == 'cpu')
-    return Layout(devices, num_replicas, replica_batch_size, replicas_per_group, unroll), note
+    return Layout(
+        devices, num_replicas, replica_batch_size, replicas_per_group, loop == 'unroll'), note
 
 
 def _fits(num_replicas, replicas_per_group, num_devices):

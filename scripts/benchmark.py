@@ -1,6 +1,7 @@
 """Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
 
     python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
+    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --peers=pytorch   # where it is installed
 
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
@@ -12,6 +13,10 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
             batches, ours (a) against optax's (b);
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
             the bare step being on one batch that already lies on the device, not augmented;
+  pytorch   with --peers, on CPU: the SAM step of the same network from the same weights on the same
+            batch, not augmented, in PyTorch with as many threads, its images lying as they do by
+            default and with the channels last; median times, ours over each, and the distance of
+            the params after two steps;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
 """
 
@@ -27,6 +32,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
+import numpy as np
 import optax
 from absl import app, flags
 
@@ -37,6 +43,7 @@ from sam_jax import data, gradients, replicas, train, train_step
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
 _EPOCHS = flags.DEFINE_integer('epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1.')
+_PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 
 # Dense bfloat16 FLOP/s by device kind.
@@ -72,7 +79,8 @@ class Stepper:
             config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
             config.replica_loop, jax.devices()[:1])
         dataset = data.load_dataset(config.data)
-        model = config_lib.create_model(config, dataset.num_classes)
+        self.model = model = config_lib.create_model(config, dataset.num_classes)
+        self._batch = functools.partial(_replica, layout=layout, dataset=dataset)
         hparams = train_step.HParams.from_config(config)
         state = train_step.create_train_state(config, model, dataset.image_shape)
         if own_state:
@@ -87,6 +95,14 @@ class Stepper:
         cost = self._step.cost_analysis()
         self.flops = (cost[0] if isinstance(cost, list) else cost).get('flops', 0.0)
 
+    def batch(self):
+        """(images, labels) that the next step trains on, NumPy, as augmented and normalised."""
+        feed, arrays, hparams = self._arguments
+        replica = jax.device_get(jax.pmap(
+            self._batch, axis_name=replicas.AXIS, in_axes=(None, 0, None, None))(
+                self.state.step, feed, arrays, hparams))
+        return replica['image'][0], replica['label'][0]
+
     def time(self, steps):
         """Seconds a step, over a few."""
         then = time.perf_counter()
@@ -96,10 +112,15 @@ class Stepper:
         return (time.perf_counter() - then) / steps
 
 
+def _replica(step, feed, arrays, hparams, *, layout, dataset):
+    """The examples and keys of a step's only replica."""
+    return jax.tree.map(lambda x: x[0], train_step.keyed_replicas(
+        step, feed, arrays, hparams, layout, dataset.train_batch))
+
+
 def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset):
     """The same step on one replica with optax.contrib.sam in place of ours."""
-    replica = jax.tree.map(lambda x: x[0], train_step.keyed_replicas(
-        state.step, feed, arrays, hparams, layout, dataset.train_batch))
+    replica = _replica(state.step, feed, arrays, hparams, layout=layout, dataset=dataset)
 
     def gradient(params):
         return gradients.replica_gradient(
@@ -156,8 +177,9 @@ def _steppers(config):
 
 
 def _distance(ours, theirs):
-    difference = jax.tree.map(lambda a, b: a - b, ours.state.params, theirs.state.params)
-    return float(optax.tree.norm(difference) / optax.tree.norm(theirs.state.params))
+    """||a - b|| / ||b|| of two pytrees."""
+    difference = jax.tree.map(lambda a, b: a - b, ours, theirs)
+    return float(optax.tree.norm(difference) / optax.tree.norm(theirs))
 
 
 def _step_times(steppers, rounds):
@@ -168,6 +190,38 @@ def _step_times(steppers, rounds):
         for name, stepper in steppers.items():
             times[name].append(stepper.time(steps))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _against_pytorch(config, rounds):
+    """Figures of our SAM step and PyTorch's, the three taking turns; not augmented."""
+    import pytorch_peer
+    config = config.copy_and_resolve_references()
+    config.data.augment = 'none'
+    ours = Stepper(config, train_step.make_train_step)
+    variables = {'params': ours.state.params, 'batch_stats': ours.state.batch_stats}
+    images, labels = ours.batch()
+    theirs = {name: pytorch_peer.Stepper(
+        ours.model, jax.device_get(variables), images, labels, config, name == 'channels_last')
+        for name in ('default', 'channels_last')}
+    ours.time(2)
+    for peer in theirs.values():
+        peer.step()
+        peer.step()
+    expected = {'/'.join(k.key for k in path): np.asarray(x) for path, x in
+                jax.tree_util.tree_flatten_with_path(jax.device_get(ours.state.params))[0]}
+    distance = _distance(theirs['default'].params(), expected)
+    times = {'ours': [], **{name: [] for name in theirs}}
+    for _ in range(rounds):
+        times['ours'].append(ours.time(1))
+        for name, peer in theirs.items():
+            then = time.perf_counter()
+            peer.step()
+            times[name].append(time.perf_counter() - then)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return {'sam_not_augmented_ms': 1e3 * medians['ours'], 'pytorch_distance': distance, **{
+        figure: value for name in theirs for figure, value in (
+            (f'pytorch_{name}_ms', 1e3 * medians[name]),
+            (f'sam_over_pytorch_{name}', medians['ours'] / medians[name]))}}
 
 
 def _epoch_ratio(config, rounds):
@@ -193,8 +247,10 @@ def measure(case, rounds):
     config = _config(case)
     device = jax.devices()[0]
     steppers = _steppers(config)
-    distances = {'sam_optax_distance': _distance(steppers['sam'], steppers['optax']),
-                 'two_steps_optax_distance': _distance(steppers['two'], steppers['optax_two'])}
+    distances = {'sam_optax_distance': _distance(
+        steppers['sam'].state.params, steppers['optax'].state.params),
+                 'two_steps_optax_distance': _distance(
+                     steppers['two'].state.params, steppers['optax_two'].state.params)}
     times = _step_times(steppers, rounds)
     figures = {
         'case': case, 'device': device.device_kind, 'dtype': config.model.dtype,
@@ -211,6 +267,8 @@ def measure(case, rounds):
     if 'peak_bytes_in_use' in memory:
         figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2 ** 30
     del steppers
+    if 'pytorch' in _PEERS.value and case.startswith('wrn'):
+        figures.update(_against_pytorch(config, rounds))
     figures['epoch_over_bare_steps'] = _epoch_ratio(
         config, rounds=5 if case == 'digits' else 1)
     return figures

@@ -72,68 +72,14 @@ def batches(loss):
         yield batch['image'][real], batch['label'][real]
 
 
-def torch_network(loss, params):
-    """The same WideResNet in PyTorch, in evaluation mode, and its parameters by our names."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    named = {'/'.join(k.key for k in path): np.asarray(x)
-             for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(
-                 {'p': params, 's': loss.batch_stats}))[0]}
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.names = [n for n in named if n.startswith('p/')]
-            self.p = nn.ParameterList([nn.Parameter(torch.tensor(_to_torch(named[n])))
-                                       for n in self.names])
-            self.s = {n: torch.tensor(x) for n, x in named.items() if n.startswith('s/')}
-
-        def get(self, name):
-            return self.p[self.names.index(f'p/{name}')]
-
-        def conv(self, x, name, stride):
-            # As TensorFlow pads: what is odd comes last.
-            return functional.conv2d(functional.pad(x, (0, 1, 0, 1) if stride == 2 else (1,) * 4),
-                                     self.get(f'{name}/kernel'), stride=stride)
-
-        def activate(self, x, name):
-            return functional.relu(functional.batch_norm(
-                x, self.s[f's/{name}/mean'], self.s[f's/{name}/var'], self.get(f'{name}/scale'),
-                self.get(f'{name}/bias'), eps=loss.model.batch_norm_epsilon))
-
-        def forward(self, x):
-            x = self.conv(x, 'conv_init', 1)
-            for group, stride in enumerate((1, 2, 2)):
-                for block in range((loss.model.depth - 4) // 6):
-                    name = f'group{group}_block{block}'
-                    active = self.activate(x, f'{name}_bn1')
-                    shortcut = active if group == block == 0 else x
-                    step = stride if block == 0 else 1
-                    y = self.conv(active, f'{name}_conv1', step)
-                    y = self.conv(self.activate(y, f'{name}_bn2'), f'{name}_conv2', 1)
-                    if step == 2:
-                        shortcut = functional.avg_pool2d(shortcut, 2)
-                    more = y.shape[1] - shortcut.shape[1]
-                    x = y + functional.pad(shortcut, (0, 0, 0, 0, 0, more))
-            x = self.activate(x, 'bn_final').mean(dim=(2, 3))
-            return functional.linear(x, self.get('head/kernel'), self.get('head/bias'))
-
-    return Net()
-
-
-def _to_torch(x):
-    return np.ascontiguousarray({4: lambda: x.transpose(3, 2, 0, 1), 2: lambda: x.T,
-                                 1: lambda: x}[x.ndim]())
-
-
 def against_pyhessian(loss, params):
     """Prints the time of as many products of PyHessian, and one product of both."""
+    import pytorch_peer
     import torch
     from pyhessian import hessian as pyhessian
 
-    net = torch_network(loss, params)
+    net = pytorch_peer.WideResNet(
+        loss.model, {'params': params, 'batch_stats': loss.batch_stats}, train=False)
     loader = [(torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2))),
                torch.tensor(y.astype(np.int64))) for x, y in batches(loss)]
     peer = pyhessian(net, torch.nn.CrossEntropyLoss(), dataloader=_warm(net, loader), cuda=False)
@@ -142,7 +88,7 @@ def against_pyhessian(loss, params):
     flat = ravel_pytree(v)[0]
     ours = float(flat @ ravel_pytree(loss.hessian_product(params, loss.layout.replicate(v)))[0])
     theirs, _ = peer.dataloader_hv_product(
-        [torch.tensor(_to_torch(x)) for x in jax.tree.leaves(v)])
+        [torch.tensor(pytorch_peer.to_torch(x)) for x in jax.tree.leaves(v)])
     print(f"v'Hv / v'v: ours {ours / float(flat @ flat):.8g}, "
           f'PyHessian {theirs / float(flat @ flat):.8g}')
     then = time.perf_counter()

@@ -98,7 +98,6 @@ def train_student(teacher, seed, steps, *, generator, descent, ascent, **parts):
     x = teacher['params']
     y = generator.init(rngs.key(seed, 'generator'), jnp.zeros((1, LATENTS)))['params']
     states = descent.init(x), ascent.init(y)
-    # Not lax.scan: on CPU XLA's convolutions are many times slower inside of its loops.
     for i in range(steps):
         x, y, states = step(teacher, x, y, states, rngs.key(seed, 'latents', i),
                             generator=generator, descent=descent, ascent=ascent, **parts)

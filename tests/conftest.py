@@ -9,9 +9,11 @@ os.environ['XLA_FLAGS'] = ' '.join([
     '--xla_backend_optimization_level=0']).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-# Runs as users start them keep compiled programs; those of the tests go elsewhere, and go away.
-_caches = tempfile.TemporaryDirectory()
-os.environ['XDG_CACHE_HOME'] = _caches.name
+# Runs as users start them keep compiled programs. Those of the tests go elsewhere, where all workers
+# and the processes that they start find each other's, and go away with the process that began.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    _caches = tempfile.TemporaryDirectory()
+    os.environ['XDG_CACHE_HOME'] = _caches.name
 
 import jax
 import numpy as np
@@ -20,6 +22,9 @@ import quadratics
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update(
+    'jax_compilation_cache_dir', os.path.join(os.environ['XDG_CACHE_HOME'], 'sam_jax', 'compiled'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def forget_programs():
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
 LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
         'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
-        'methods_in_training_test.py', 'methods_test.py', 'methods_by_hand_test.py',
+        'methods_in_training_test.py', 'methods_test.py', 'convolutions_test.py', 'methods_by_hand_test.py',
         'layers_test.py')
 
 

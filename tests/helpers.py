@@ -89,12 +89,16 @@ class Net(nn.Module):
         return x.astype(param_dtype)
 
 
+# Processes that compile much and compute little, too.
+QUICK_TO_COMPILE = '--xla_backend_optimization_level=1'
+
+
 def lean_environment(folder, **environment):
     """Environment of processes that do not import TensorFlow for its logs: they start sooner."""
     stub = folder / 'stubs' / 'clu.py'
     stub.parent.mkdir(exist_ok=True)
     stub.write_text("raise ImportError('left out in this test')")
-    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', **environment,
+    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK_TO_COMPILE, **environment,
             'PYTHONPATH': str(stub.parent)}
 
 
@@ -128,7 +132,7 @@ def run_processes(flags, workdir, num_processes=2, devices_each=2, config='confi
     """Runs sam_jax.main in several real processes over gloo; returns their outputs."""
     environment = {
         **os.environ, 'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices_each}'}
+        'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices_each}'}
     address = f'localhost:{_free_port()}'
     processes = [
         subprocess.Popen(

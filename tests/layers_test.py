@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 FLOORS = [
-    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness'},
+    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'figures', 'distributed',
      'replicas', 'quantization'},
     {'train_step', 'gradients', 'trajectory', 'evaluate', 'analysis'},

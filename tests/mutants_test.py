@@ -21,6 +21,7 @@ BY_HAND = 'tests/methods_by_hand_test.py'
 OBJECTIVE, HESSIAN, SHARPNESS, LANDSCAPE = (
     f'sam_jax/analysis/{name}.py' for name in ('objective', 'hessian', 'sharpness', 'landscape'))
 STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'
+CONVOLUTIONS, CONVOLUTIONS_TEST = 'sam_jax/convolutions.py', 'tests/convolutions_test.py'
 STEP_TEST = 'tests/train_step_test.py'
 ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask'
 
@@ -93,6 +94,36 @@ MUTANTS = {
         'sam_jax/data/labels.py', 'draws[index]', 'draws[:len(index)]', 'tests/labels_test.py'),
     'noise for all but the drawn': (
         'sam_jax/data/labels.py', 'np.where(hit', 'np.where(~hit', 'tests/labels_test.py'),
+    # Convolutions on CPU.
+    'convolutions left as they are': (
+        CONVOLUTIONS, 'return None if numbers == _fast_numbers(lhs.ndim) else _transposed',
+        'return None', f'{CONVOLUTIONS_TEST} -k fast_form'),
+    'taps of another phase': (
+        CONVOLUTIONS, 'first = (low - r) % d', 'first = low % d', f'{CONVOLUTIONS_TEST} -k window'),
+    'phases in other places': (
+        CONVOLUTIONS, 'spread[c] = (r, size - 1 - r - (results - 1) * d, d - 1)',
+        'spread[c] = (0, size - 1 - (results - 1) * d, d - 1)', f'{CONVOLUTIONS_TEST} -k window'),
+    'the last part of a filter\'s gradient forgotten': (
+        CONVOLUTIONS, '0, count if rest else count - 1,', '0, count - 1,',
+        f'{CONVOLUTIONS_TEST} -k in_parts'),
+    'a filter\'s gradient in parts summed in bfloat16': (
+        CONVOLUTIONS, 'sum_dtype = jnp.promote_types(dtype, jnp.float32)', 'sum_dtype = dtype',
+        f'{CONVOLUTIONS_TEST} -k in_parts'),
+    'parts of what XLA may cut': (
+        CONVOLUTIONS, 'if whole and _is_filter_gradient', 'if _is_filter_gradient',
+        f'{CONVOLUTIONS_TEST} -k xla_cuts'),
+    'negative padding left to XLA': (
+        CONVOLUTIONS, 'if _is_cropped(lhs, settings):', 'if False:',
+        f'{CONVOLUTIONS_TEST} -k nothing_but_padding'),
+    'cropped at the wrong end': (
+        CONVOLUTIONS, 'slice(max(-low, 0), lhs.shape[a] - max(-high, 0))',
+        'slice(max(-high, 0), lhs.shape[a] - max(-low, 0))', f'{CONVOLUTIONS_TEST} -k window'),
+    'operands that XLA swaps': (
+        CONVOLUTIONS, 'if _is_small_image(lhs, rhs, settings):', 'if False:',
+        f'{CONVOLUTIONS_TEST} -k fast_form'),
+    'dilated windows of patches': (
+        CONVOLUTIONS, 'stride) + k * d for k in range(n)]', 'stride) + k for k in range(n)]',
+        f'{CONVOLUTIONS_TEST} -k window'),
     # A method each, or more.
     'second_order: no Hessian': (
         TRANSFORM, 'jax.jvp(climbed, (params,), (by_grads,))[1]', 'by_grads',

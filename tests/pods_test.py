@@ -11,7 +11,7 @@ import time
 
 import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, lean_environment, relative_distance, training_process
+from helpers import QUICK_TO_COMPILE, ROOT, lean_environment, relative_distance, training_process
 
 SCRIPTS = ROOT / 'scripts'
 
@@ -161,7 +161,8 @@ class _Launched:
                 env=lean_environment(
                     workdir.parent, JAX_ENABLE_X64='1', CUDA_VISIBLE_DEVICES='',
                     VIRTUAL_ENV=sys.prefix, PATH=f'{sys.prefix}/bin:{os.environ["PATH"]}',
-                    XLA_FLAGS=f'--xla_force_host_platform_device_count={4 // n}'))
+                    XLA_FLAGS=f'{QUICK_TO_COMPILE} '
+                              f'--xla_force_host_platform_device_count={4 // n}'))
 
     def wait_for(self, words, seconds=300):
         end = time.time() + seconds

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import ROOT, Net, assert_trees_equal, lean_environment, small_config
+from helpers import (
+    QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, lean_environment, small_config)
 
 from sam_jax import config as config_lib
 from sam_jax import data, reports, train, train_step
@@ -301,7 +302,7 @@ FLAGS = ['--config.total_epochs=4', '--config.ema.decay=0.9', '--config.model.dr
 def _start(workdir, cache, lean=False):
     environment = {
         **(lean_environment(cache.parent) if lean else os.environ), 'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(cache),
+        'XLA_FLAGS': QUICK_TO_COMPILE, 'JAX_COMPILATION_CACHE_DIR': str(cache),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     return subprocess.Popen(
         [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
