@@ -1,7 +1,7 @@
 """Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
 
     python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
-    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --peers=pytorch   # where it is installed
+    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch   # if it is there
 
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
@@ -42,7 +42,7 @@ from sam_jax import data, gradients, replicas, train, train_step
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
-_EPOCHS = flags.DEFINE_integer('epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1.')
+_EPOCHS = flags.DEFINE_integer('epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
 _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 
@@ -64,7 +64,7 @@ def _config(case):
         epochs = 1
         if case == 'wrn28_10':
             config.model.dtype = 'bfloat16'
-    config.total_epochs = _EPOCHS.value or epochs
+    config.total_epochs = max(_EPOCHS.value, 0) or epochs
     config.eval.every_epochs = 0
     # One checkpoint in the middle, as a run of usual length has one now and then.
     config.checkpoint.every_epochs = max(config.total_epochs // 2, 1)
@@ -269,8 +269,9 @@ def measure(case, rounds):
     del steppers
     if 'pytorch' in _PEERS.value and case.startswith('wrn'):
         figures.update(_against_pytorch(config, rounds))
-    figures['epoch_over_bare_steps'] = _epoch_ratio(
-        config, rounds=5 if case == 'digits' else 1)
+    if _EPOCHS.value >= 0:
+        figures['epoch_over_bare_steps'] = _epoch_ratio(
+            config, rounds=5 if case == 'digits' else 1)
     return figures
 
 
