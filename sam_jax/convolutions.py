@@ -11,8 +11,8 @@ The rule below, which JAX asks how to write down a convolution for CPUs, rewrite
   filter                  some images at a time, whose patches stay in the cache;
   a dilated input         (the gradient of a convolution with strides) as one convolution for each
                           phase of the result, none of which multiplies the zeros in between;
-  negative padding        (of which XLA's fast kernels of jax 0.10 read memory that is not theirs) as
-                          a smaller image;
+  negative padding        (where XLA's fast kernels of jax 0.10 read memory that is not theirs) as a
+                          smaller image;
   a window larger than    (whose operands XLA would swap, out of the fast form) as one product of
   the image               matrices, of the image's patches and the filter.
 

@@ -1,7 +1,7 @@
 """Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
 
     python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
-    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch   # if it is there
+    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch
 
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
@@ -13,8 +13,8 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
             batches, ours (a) against optax's (b);
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
             the bare step being on one batch that already lies on the device, not augmented;
-  pytorch   with --peers, on CPU: the SAM step of the same network from the same weights on the same
-            batch, not augmented, in PyTorch with as many threads, its images lying as they do by
+  pytorch   with --peers, where it is installed, on CPU: the SAM step of the same network from the
+            same weights on the same batch, not augmented, in PyTorch with as many threads, its images lying as they do by
             default and with the channels last; median times, ours over each, and the distance of
             the params after two steps;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
@@ -42,7 +42,8 @@ from sam_jax import data, gradients, replicas, train, train_step
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
-_EPOCHS = flags.DEFINE_integer('epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
+_EPOCHS = flags.DEFINE_integer(
+    'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
 _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 

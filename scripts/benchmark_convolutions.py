@@ -72,7 +72,8 @@ def measure(size, channels, filters, stride):
 
 def main(argv):
     del argv
-    print('| convolution | pass | JAX | ours | JAX, in cond | ours, in cond |\n|---|---|---|---|---|---|')
+    print('| convolution | pass | JAX | ours | JAX, in cond | ours, in cond |')
+    print('|---|---|---|---|---|---|')
     wide = 16 * _WIDTH.value
     for layer in ((32, 16, wide, 1), (32, wide, wide, 1), (32, wide, 2 * wide, 2),
                   (16, 2 * wide, 2 * wide, 1), (16, 2 * wide, 4 * wide, 2),

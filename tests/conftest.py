@@ -9,8 +9,8 @@ os.environ['XLA_FLAGS'] = ' '.join([
     '--xla_backend_optimization_level=0']).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-# Runs as users start them keep compiled programs. Those of the tests go elsewhere, where all workers
-# and the processes that they start find each other's, and go away with the process that began.
+# Runs as users start them keep compiled programs. Those of the tests go elsewhere, where workers and
+# the processes that they start find each other's, and go away with the process that began.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     _caches = tempfile.TemporaryDirectory()
     os.environ['XDG_CACHE_HOME'] = _caches.name
@@ -56,8 +56,8 @@ def forget_programs():
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
 LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
         'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
-        'methods_in_training_test.py', 'methods_test.py', 'convolutions_test.py', 'methods_by_hand_test.py',
-        'layers_test.py')
+        'methods_in_training_test.py', 'methods_test.py', 'convolutions_test.py',
+        'methods_by_hand_test.py', 'layers_test.py')
 
 
 def pytest_collection_modifyitems(items):

@@ -108,7 +108,7 @@ MUTANTS = {
         f'{CONVOLUTIONS_TEST} -k in_parts'),
     'a filter\'s gradient in parts summed in bfloat16': (
         CONVOLUTIONS, 'sum_dtype = jnp.promote_types(dtype, jnp.float32)', 'sum_dtype = dtype',
-        f'{CONVOLUTIONS_TEST} -k in_parts'),
+        f'{CONVOLUTIONS_TEST} -k summed_in_float32'),
     'parts of what XLA may cut': (
         CONVOLUTIONS, 'if whole and _is_filter_gradient', 'if _is_filter_gradient',
         f'{CONVOLUTIONS_TEST} -k xla_cuts'),

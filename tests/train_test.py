@@ -16,8 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import (
-    QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, lean_environment, small_config)
+from helpers import QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, lean_environment, small_config
 
 from sam_jax import config as config_lib
 from sam_jax import data, reports, train, train_step
