@@ -14,9 +14,9 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
             the bare step being on one batch that already lies on the device, not augmented;
   pytorch   with --peers, where it is installed, on CPU: the SAM step of the same network from the
-            same weights on the same batch, not augmented, in PyTorch with as many threads, its images lying as they do by
-            default and with the channels last; median times, ours over each, and the distance of
-            the params after two steps;
+            same weights on the same batch, not augmented, in PyTorch with as many threads, its
+            images lying as they do by default and with the channels last; median times, ours over
+            each, and the distance of the params after two steps;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
 """
 

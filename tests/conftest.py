@@ -9,8 +9,8 @@ os.environ['XLA_FLAGS'] = ' '.join([
     '--xla_backend_optimization_level=0']).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-# Runs as users start them keep compiled programs. Those of the tests go elsewhere, where workers and
-# the processes that they start find each other's, and go away with the process that began.
+# Runs as users start them keep compiled programs. Those of the tests go elsewhere, where workers
+# and the processes that they start find each other's, and go away with the process that began.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
     _caches = tempfile.TemporaryDirectory()
     os.environ['XDG_CACHE_HOME'] = _caches.name
