@@ -123,6 +123,7 @@ def test_numbers_of_every_dtype(window, dtype, x64):
 
 def test_complex_numbers_are_left_to_jax():
     convolution, x, w = _convolution('strides')
+
     def parts(x, w):
         y = convolution(x + 2j * x, w - 1j * w)
         return y.real, y.imag
@@ -160,7 +161,7 @@ def test_a_filters_gradient_is_summed_in_parts(images, dtype, monkeypatch):
 
 
 def test_parts_are_summed_in_float32(monkeypatch):
-    """256 parts of one image each: in bfloat16 the sum would stand still at 256 times a part."""
+    """1,024 parts of one image each: in bfloat16 the sum would stand still at 256 times a part."""
     convolution, x, w = _convolution('3x3', images=1, dtype='bfloat16')
     monkeypatch.setattr(convolutions, '_PART_BYTES', 1)
 
@@ -212,12 +213,12 @@ def test_all_convolutions_of_a_step_are_in_the_fast_form(case):
     dataset = data.load_dataset(config.data)
     model = config_lib.create_model(config, dataset.num_classes)
     state = train_step.create_train_state(config, model, dataset.image_shape)
-    step = train_step.make_train_step(model, config, layout, dataset).lower(
+    program = train_step.make_train_step(model, config, layout, dataset).lower(
         layout.replicate(state), layout.shard(dataset.train_feed(0, 0, layout)),
         layout.replicate(dataset.device_arrays(dataset.train)),
-        layout.replicate(train_step.HParams.from_config(config)))
-    assert 'conditional' in step.compile().as_text() or 'while' in step.compile().as_text()
-    forms = _forms(step.compile())
+        layout.replicate(train_step.HParams.from_config(config))).compile()
+    assert 'conditional' in program.as_text() or 'while' in program.as_text()
+    forms = _forms(program)
     assert len(forms) > 15 and set(forms) == {'b01f_01io->b01f'}
 
 

@@ -89,7 +89,8 @@ class Net(nn.Module):
         return x.astype(param_dtype)
 
 
-# Processes that compile much and compute little, too.
+# For processes that make many steps: level 0, which a test's own process has, makes a step ten
+# times slower.
 QUICK_TO_COMPILE = '--xla_backend_optimization_level=1'
 
 
