@@ -2,13 +2,16 @@
 
     python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
     python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch
+    taskset -c 0 python scripts/benchmark.py --cases=digits --epochs=-1 --gates
+    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --replicas=8
 
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
 
   step      median time of one compiled step, the kinds taking turns: SGD, SAM, SAM with two ascent
-            steps of rho / 2, the same model with optax.contrib.sam in opaque mode for either, and
-            SAM behind a gate that is shut;
+            steps of rho / 2, the same model with optax.contrib.sam in opaque mode for either,
+            SAM behind a gate that is shut, and on CPU SAM with JAX's own rule for convolutions
+            (docs/convolutions.md);
   distance  ||a - b|| / ||b|| of the params after two steps from the same weights on the same
             batches, ours (a) against optax's (b);
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
@@ -17,6 +20,10 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
             same weights on the same batch, not augmented, in PyTorch with as many threads, its
             images lying as they do by default and with the channels last; median times, ours over
             each, and the distance of the params after two steps;
+  gates     with --gates: the methods that climb at some steps only, over SGD, and the gradients a
+            step that they took, which is what the ratio should be;
+  replicas  with --replicas=N: SAM with the batch cut into N replicas on one device, unrolled and
+            scanned: seconds to compile, median time of a step;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
 """
 
@@ -36,16 +43,21 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from configs import cifar, digits
+from configs import cifar, common, digits
 from sam_jax import config as config_lib
-from sam_jax import data, gradients, replicas, train, train_step
+from sam_jax import convolutions, data, gradients, replicas, train, train_step
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
 _EPOCHS = flags.DEFINE_integer(
     'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
 _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
+_GATES = flags.DEFINE_bool('gates', False, 'Time the methods that climb at some steps only.')
+_REPLICAS = flags.DEFINE_integer('replicas', 0, 'Time the step of so many replicas; 0: do not.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
+
+# With their defaults these climb at a fifth, a half, a fifth of the steps, and as the norm says.
+GATED = ('periodic_sam', 'rst', 'looksam', 'ae_sam')
 
 # Dense bfloat16 FLOP/s by device kind.
 PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100': 312e12,
@@ -92,7 +104,9 @@ class Stepper:
             layout.replicate(dataset.device_arrays(dataset.train)),
             layout.replicate(hparams))
         step = make_step(model, config, layout, dataset)
+        then = time.perf_counter()
         self._step = step.lower(self.state, *self._arguments).compile()
+        self.compile_seconds = time.perf_counter() - then
         cost = self._step.cost_analysis()
         self.flops = (cost[0] if isinstance(cost, list) else cost).get('flops', 0.0)
 
@@ -103,6 +117,10 @@ class Stepper:
             self._batch, axis_name=replicas.AXIS, in_axes=(None, 0, None, None))(
                 self.state.step, feed, arrays, hparams))
         return replica['image'][0], replica['label'][0]
+
+    def gradients_a_step(self):
+        """The mean so far, of a method of ours."""
+        return 1 + int(self.state.sharpness_state.evaluations) / int(self.state.step)
 
     def time(self, steps):
         """Seconds a step, over a few."""
@@ -156,14 +174,17 @@ def _make_optax_step(model, config, layout, dataset):
         donate_argnums=0, devices=layout.devices)
 
 
-def _steppers(config):
-    def using(method, **options):
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            changed.sam.method = method
-            changed.sam.update(options)
-        return changed
+def _using(config, method, **options):
+    """The config with another method, its options those given or else its defaults."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        common.set_method(changed, method)
+        changed.sam.update(options)
+    return changed
 
+
+def _steppers(config):
+    using = functools.partial(_using, config)
     two = using('multistep_sam', steps=2, step_size=0.5)
     steppers = {'sgd': Stepper(using('sgd'), train_step.make_train_step),
                 'sam': Stepper(config, train_step.make_train_step),
@@ -172,6 +193,11 @@ def _steppers(config):
                 'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
                 # Open at step 0 alone, which the first call below takes.
                 'shut': Stepper(using('periodic_sam', k=10 ** 6), train_step.make_train_step)}
+    if jax.default_backend() == 'cpu':
+        with convolutions.as_jax_does():
+            steppers['sam_as_jax_does'] = Stepper(config, train_step.make_train_step)
+    if _GATES.value:
+        steppers |= {name: Stepper(using(name), train_step.make_train_step) for name in GATED}
     for stepper in steppers.values():
         stepper.time(2)
     return steppers
@@ -185,7 +211,9 @@ def _distance(ours, theirs):
 
 def _step_times(steppers, rounds):
     """Median seconds a step of each, the kinds taking turns."""
-    steps = max(1, round(0.5 / steppers['sgd'].time(1)))
+    # Whole periods of the gates.
+    steps = 5 * max(1, round(0.1 / steppers['sgd'].time(1))) if _GATES.value else max(
+        1, round(0.5 / steppers['sgd'].time(1)))
     times = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
@@ -225,6 +253,24 @@ def _against_pytorch(config, rounds):
             (f'sam_over_pytorch_{name}', medians['ours'] / medians[name]))}}
 
 
+def _of_replicas(config, count, rounds):
+    """Seconds to compile and a step, of the batch in `count` replicas, unrolled and scanned."""
+    steppers = {}
+    for loop in ('unroll', 'scan'):
+        changed = config.copy_and_resolve_references()
+        changed.replica_batch_size = config.batch_size // count
+        changed.replica_loop = loop
+        steppers[loop] = Stepper(changed, train_step.make_train_step)
+        steppers[loop].time(2)
+    times = {loop: [] for loop in steppers}
+    for _ in range(rounds):
+        for loop, stepper in steppers.items():
+            times[loop].append(stepper.time(1))
+    return {f'{count}_replicas_{loop}_{unit}': value for loop, stepper in steppers.items()
+            for unit, value in (('compile_s', stepper.compile_seconds),
+                                ('step_ms', 1e3 * statistics.median(times[loop])))}
+
+
 def _epoch_ratio(config, rounds):
     """Median over rounds of a real run's time over steps x bare step, timed before and after it."""
     bare_config = config.copy_and_resolve_references()
@@ -262,12 +308,19 @@ def measure(case, rounds):
         'shut_gate_over_sgd': times['shut'] / times['sgd'], **distances,
         'sam_images_per_second': config.batch_size / times['sam'],
     }
+    if 'sam_as_jax_does' in times:
+        figures['sam_over_sam_as_jax_does'] = times['sam'] / times['sam_as_jax_does']
+    for name in GATED if _GATES.value else ():
+        figures[f'{name}_over_sgd'] = times[name] / times['sgd']
+        figures[f'{name}_gradients'] = steppers[name].gradients_a_step()
     if device.device_kind in PEAK_FLOPS:
         figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / PEAK_FLOPS[device.device_kind]
     memory = device.memory_stats() or {}
     if 'peak_bytes_in_use' in memory:
         figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2 ** 30
     del steppers
+    if _REPLICAS.value:
+        figures.update(_of_replicas(config, _REPLICAS.value, rounds))
     if 'pytorch' in _PEERS.value and case.startswith('wrn'):
         figures.update(_against_pytorch(config, rounds))
     if _EPOCHS.value >= 0:
