@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from sam_jax import sharpness
+
 
 def parse_arg(arg, **defaults):
     """Parses a config's string argument, 'name=value,name=value'.
@@ -58,49 +60,18 @@ def set_model(c, name):
         c.model[option] = default
 
 
-# Options of the methods of `sam_jax.sharpness` besides rho and p, with their defaults. What they
-# mean stands in the docstring of the method, sam_jax.sharpness.NAME.
-METHOD_OPTIONS = {
-    'multistep_sam': {'steps': 2, 'step_size': 1.0},  # length of a step in units of rho
-    'asam': {'eta': 0.01, 'adapt': 'weights'},  # or 'kernels', 'all'
-    'fisher_sam': {'eta': 1.0},
-    'sparse_sam': {'sparsity': 0.5, 'period': 100},  # ascents until the mask is made anew
-    'vasso': {'theta': 0.9},
-    'friendly_sam': {'sigma': 1.0, 'lam': 0.9},
-    'gsam': {'alpha': 0.4},
-    'wsam': {'gamma': 0.9, 'decoupled': True},
-    'gnp': {'alpha': 0.8},
-    'gradient_constrained': {'low': 0.5, 'up': 0.8, 'per_leaf': True},
-    'cr_sam': {'gamma': 0.1, 'beta': 0.01},
-    'looksam': {'k': 5, 'alpha': 0.7, 'per_leaf': False},
-    'look_layersam': {'k': 5, 'alpha': 0.7},
-    'periodic_sam': {'k': 5},
-    'late_phase_sam': {'start': 0.9, 'end': 1.0},  # fractions of the training
-    'rst': {'probability': 0.5, 'final_probability': 0.5, 'alpha': 1.0},
-    'ae_sam': {'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
-    'ae_looksam': {'alpha': 0.7, 'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
-    'trace_sam': {'lam': 1.0, 'n': 1},
-    'det_sam': {'lam': 1.0, 'h': 0.01, 'n': 1},
-    'frob_sam': {'lam': 0.005, 'n': 2},
-    'extrapolated': {'by': 'past'},  # or 'noise', 'gradient'
-    'sampa': {'lam': 0.2},
-    'bsam': {'prior_precision': 40.0, 'beta1': 0.9, 'beta2': 0.999, 'damping': 0.1,
-             'init_precision': 1.0, 'data_factor': 4.0},
-    'saf': {'lam': 0.3, 'tau': 5.0, 'start_epoch': 5, 'epochs_ago': 3},
-    'mesa': {'lam': 0.8, 'tau': 5.0, 'start_epoch': 5},
-    'esam': {'beta': 0.5, 'gamma': 0.5},
-}
-
-
 def set_method(c, name):
     """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
+
+    What they mean stands in the docstring of the method, sam_jax.sharpness.NAME.
 
     Three methods also decide on other sections: bSAM is an optimizer with a prior of its own, MESA
     learns from the moving average, and Momentum-SAM has no second look-ahead.
     """
     c.sam.method = name
-    for option, default in METHOD_OPTIONS.get(name, {}).items():
-        c.sam[option] = default
+    if name in sharpness.METHODS:  # of another the checks say that there is none
+        for option, default in sharpness.options(name).items():
+            c.sam[option] = default
     if name == 'bsam':
         c.optimizer.momentum = c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
     if name in ('bsam', 'momentum_sam'):

@@ -49,7 +49,7 @@ _CHOICES = {
     'replica_loop': ('auto', 'unroll', 'scan'), 'model.dtype': DTYPES,
     'data.name': data.NAMES, 'data.augment': tuple(data.RECIPES),
     'data.label_noise_kind': tuple(data.LABEL_NOISE),
-    'sam.method': tuple(sharpness.METHODS),
+    'sam.method': sharpness.METHODS,
     'sam.schedule': (*schedules.SCHEDULES, 'learning_rate'),
     'optimizer.name': optimizers.OPTIMIZERS, 'optimizer.schedule': tuple(schedules.SCHEDULES),
 }
@@ -222,7 +222,7 @@ def _check_method(flat):
     settings = {key.removeprefix('sam.'): value for key, value in flat.items()
                 if key.startswith('sam.')}
     try:
-        made = sharpness.create(**settings)
+        made = sharpness.create(**settings, total_steps=1, num_examples=1)
     except ValueError as e:
         raise UserError(f'sam.method is {method!r}: {e}') from e
     if flat['sam.p'] != 2 and method != 'sgd' and 'p' not in sharpness.takes(method):
@@ -240,22 +240,13 @@ def _check_method(flat):
 def _check_company(flat, made):
     """What a method wants of the optimizer, the averages and the data."""
     begin = f"sam.method is {flat['sam.method']!r}, which"
-    if 'momentum' in made.needs and not flat['optimizer.momentum']:
+    if flat['sam.method'] == 'momentum_sam' and not flat['optimizer.momentum']:
         raise UserError(f'{begin} moves along the momentum; optimizer.momentum is 0 and must be '
                         'greater, such as 0.9.')
-    if flat['sam.method'] == 'bsam':
-        wanted = {'optimizer.name': 'sgd', 'optimizer.momentum': 0.0, 'optimizer.nesterov': False,
-                  'optimizer.weight_decay': 0.0, 'optimizer.clip_norm': 0.0}
-        for key, value in wanted.items():
-            if flat[key] != value:
-                raise UserError(f'{begin} is an optimizer with a momentum and a prior of its own; '
-                                f'{key} is {flat[key]!r} and must be {value!r}.')
-    if flat['sam.method'] in ('det_sam', 'frob_sam'):
-        for key, value in {'sam.schedule': 'constant', 'sam.warmup_epochs': 0.0}.items():
-            if flat[key] != value:
-                raise UserError(f'{begin} divides differences of losses by rho^2; {key} is '
-                                f'{flat[key]!r} and must be {value!r}, since a small rho leaves '
-                                'only rounding.')
+    entry = sharpness.METHODS[flat['sam.method']]
+    for key, value in entry.refuses.items():
+        if flat[key] != value:
+            raise UserError(f'{begin} {entry.why}; {key} is {flat[key]!r} and must be {value!r}.')
     if made.trajectory is None:
         return
     epochs = flat['total_epochs']

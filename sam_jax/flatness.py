@@ -16,7 +16,7 @@ from sam_jax import figures, replicas, train, writers
 from sam_jax.analysis import during, hessian, landscape, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
-from sam_jax.sharpness import ascent
+from sam_jax.sharpness import ascent, trees
 
 WHAT = ('spectrum', 'sharpness', 'landscape')
 SPLIT, EXAMPLES = 'train', 1000
@@ -242,7 +242,7 @@ def _axes_of(run, settings, tell):
     flat = hessian.flat(run.objective.hessian_product, run.params, run.objective.layout)
     top = _top_eigenpairs(run, flat, 2, settings.steps, settings.seed, tell)
     # Of the length of a random axis, so that the extent means the same.
-    length = float(ascent.lp_norm(landscape.random_direction(run.params, settings.seed)))
+    length = float(trees.lp_norm(landscape.random_direction(run.params, settings.seed)))
     return [flat.unflatten(length * v) for v in top.vectors]
 
 

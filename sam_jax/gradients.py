@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,20 +62,56 @@ def mean_over_devices(tree, axis_index_groups=None):
     return jax.tree.unflatten(structure, leaves)
 
 
-def replica_gradient(params, batch_stats, replica, *, model, config, weight_decay,
-                     true_gradient=False, added_loss=None):
+class Training(NamedTuple):
+    """The loss of the training: what a gradient needs besides params, statistics and examples.
+
+    Attributes:
+      model: flax module of `models.create_model`.
+      label_smoothing, decay_norm_and_bias: of the config.
+      weight_decay: factor of the L2 penalty, a scalar, perhaps traced.
+      added: None, or (logits, replica) -> a further term.
+    """
+
+    model: Any
+    label_smoothing: float
+    decay_norm_and_bias: bool
+    weight_decay: Any
+    added: Any = None
+
+    @classmethod
+    def from_config(cls, config, model, weight_decay, added=None):
+        return cls(model, config.label_smoothing, config.optimizer.decay_norm_and_bias,
+                   weight_decay, added)
+
+    def forward(self, params, batch_stats, replica, **options):
+        """Returns (logits, updated variables) of a training pass of one replica."""
+        return self.model.apply(
+            {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
+            mutable=['batch_stats'], rngs=replica['rngs'], **options)
+
+    def of_logits(self, logits, replica):
+        """Returns (sum of all terms but the penalty, cross entropy of each example)."""
+        each = losses.cross_entropy(logits, replica['label'], self.label_smoothing)
+        total = jnp.mean(each)
+        return (total if self.added is None else total + self.added(logits, replica)), each
+
+    def penalty(self, params):
+        return losses.l2_penalty(params, self.weight_decay, self.decay_norm_and_bias)
+
+
+def replica_gradient(params, batch_stats, replica, training, true_gradient=False,
+                     cotangents=None):
     """Gradient of one replica's mean cross entropy plus the L2 penalty.
 
     Args:
       params, batch_stats: the model's variables.
       replica: {'image', 'label', 'rngs'}: R examples and the keys of the replica's dropout and
         shakes.
-      model: flax module of `models.create_model`.
-      config: the run's config.
-      weight_decay: factor of the penalty.
+      training: Training.
       true_gradient: whether shake models return the gradient of the loss they compute; a boolean,
         traced or not. Models that do not take it always do.
-      added_loss: None, or (logits, replica) -> a further term.
+      cotangents: None, or the derivative by the logits that is pulled back in place of that of the
+        loss here (`sharpness.functional_sam`).
 
     Returns:
       ((gradient, aux), kept): aux = {'loss': cross entropy without the other terms, 'objective':
@@ -82,37 +119,31 @@ def replica_gradient(params, batch_stats, replica, *, model, config, weight_deca
       cross entropy of each example, 'logits'}.
     """
     options = {}
-    if 'true_gradient' in inspect.signature(type(model).__call__).parameters:
+    if 'true_gradient' in inspect.signature(type(training.model).__call__).parameters:
         options['true_gradient'] = true_gradient
 
     def objective(params):
-        logits, updated = model.apply(
-            {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
-            mutable=['batch_stats'], rngs=replica['rngs'], **options)
-        each = losses.cross_entropy(logits, replica['label'], config.label_smoothing)
-        loss = jnp.mean(each)
-        total = loss + losses.l2_penalty(
-            params, weight_decay, config.optimizer.decay_norm_and_bias)
-        if added_loss is not None:
-            total += added_loss(logits, replica)
-        aux = {'loss': loss.astype(float), 'objective': total.astype(float),
+        logits, updated = training.forward(params, batch_stats, replica, **options)
+        total, each = training.of_logits(logits, replica)
+        penalty = training.penalty(params)
+        aux = {'loss': jnp.mean(each).astype(float), 'objective': (total + penalty).astype(float),
                'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
                'batch_stats': updated.get('batch_stats', {})}
-        return total, (aux, {'losses': each, 'logits': logits})
+        if cotangents is not None:
+            total = jnp.sum(logits * lax.stop_gradient(cotangents))
+        return total + penalty, (aux, {'losses': each, 'logits': logits})
 
     grads, (aux, kept) = jax.grad(objective, has_aux=True)(params)
     return (grads, aux), kept
 
 
-def most_risen(params, fraction, replica, old_losses, *, batch_stats, model, config):
+def risen_most(params, batch_stats, replica, old_losses, fraction, training):
     """The share of a replica's examples whose loss rises most, and the mean of all new losses.
 
     ESAM's selection (arXiv 2110.03141): of R examples max(1, ceil(fraction R)).
     """
-    logits, _ = model.apply(
-        {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
-        mutable=['batch_stats'], rngs=replica['rngs'])
-    new = losses.cross_entropy(logits, replica['label'], config.label_smoothing)
+    logits, _ = training.forward(params, batch_stats, replica)
+    new = losses.cross_entropy(logits, replica['label'], training.label_smoothing)
     _, index = lax.top_k(new - old_losses, max(1, math.ceil(fraction * new.size)))
     chosen = {name: replica[name][index] for name in ('image', 'label')}
     return {**replica, **chosen}, jnp.mean(new).astype(float)
@@ -126,52 +157,79 @@ def over_group(gradient, group, layout):
     return result, kept
 
 
-def group_step(state, group, clean, gradient, select, method, layout, shared):
-    """One group's sharpness-aware gradient, from the replicas that this device holds of it.
+def group_loss(batch_stats, group, training, layout, climbable=True) -> sharpness.Loss:
+    """The loss of one group as a method sees it, by the replicas that this device holds of it.
+
+    Its Evaluations report the cross entropy, and have aux = (aux, kept) of `replica_gradient`, the
+    latter with a leading axis; of the examples that rise most only the former.
+
+    Args:
+      batch_stats: before the step.
+      group: the replicas of the group on this device; 'previous', where a method asks for it, are
+        those of the step before.
+      training: Training.
+      layout: replicas.Layout.
+      climbable: False, or a traced bool, where an ascent goes nowhere (rho = 0): the gradient that
+        is climbed elsewhere then is the one that descends.
+    """
+    def evaluate(params, climb=False, previous=False, most_risen=None, cotangents_of=None):
+        climb = jnp.logical_and(climb, climbable) if climb is not False else False
+        if most_risen is not None:
+            return of_most_risen(params, *most_risen)
+        if cotangents_of is not None:
+            return of_cotangents(params, cotangents_of.aux[1]['logits'])
+        return told(over_group(
+            lambda replica: replica_gradient(params, batch_stats, replica, training, climb),
+            group['previous'] if previous else group, layout))
+
+    def told(result):
+        (grads, aux), kept = result
+        return sharpness.Evaluation(grads, aux['objective'], aux['loss'], (aux, kept))
+
+    def of_cotangents(params, logits):
+        def gradient(pair):
+            replica, logits = pair
+            cotangents = jax.grad(lambda z: training.of_logits(z, replica)[0])(logits)
+            return replica_gradient(params, batch_stats, replica, training, cotangents=cotangents)
+
+        return told(over_group(gradient, (group, logits), layout))
+
+    def of_most_risen(params, fraction, since):
+        _, kept = since.aux
+
+        def gradient(pair):
+            chosen, loss = risen_most(params, batch_stats, *pair, fraction, training)
+            (grads, _), _ = replica_gradient(params, batch_stats, chosen, training)
+            return (grads, loss), ()
+
+        (grads, loss), _ = over_group(gradient, (group, kept['losses']), layout)
+        return sharpness.Evaluation(grads, reported=loss)
+
+    return sharpness.Loss(evaluate)
+
+
+def group_step(state, loss, link, shared, clean=None):
+    """One group's sharpness-aware gradient.
 
     Args:
       state: TrainState.
-      group: the replicas of the group on this device.
-      clean: ((grads, aux), kept) of the group, see `replica_gradient`.
-      gradient: (params, replica, true_gradient) -> the same of a replica.
-      select: (params, fraction, replica, losses) -> (some of the replica's examples, mean loss).
-      method: sharpness.Method.
-      layout: replicas.Layout.
-      shared: what all groups pass to the method.
+      loss: of the group, see `group_loss`.
+      link: sharpness.Link.
+      shared: keyword arguments of the link's update.
+      clean: None, or the Evaluation at the params, where it is there already.
+
+    Returns:
+      ((updates, sharpness_state, batch_stats, report), kept) of the first gradient: batch_stats are
+      those of its pass, and so is what it keeps.
     """
-    (grads, aux), kept = clean
-
-    def at(params, replicas=group, true_gradient=False):
-        return over_group(lambda replica: gradient(params, replica, true_gradient), replicas,
-                           layout)[0]
-
-    def perturbed_gradient(params, replicas=group):
-        grads, aux = at(params, replicas)
-        return grads, aux['loss']
-
-    def perturbed_value_and_gradient(params):
-        grads, aux = at(params)
-        return (aux['objective'], aux['loss']), grads
-
-    def selected_gradient(params, fraction):
-        def of(pair):
-            chosen, loss = select(params, fraction, *pair)
-            (grads, _), _ = gradient(params, chosen, False)
-            return (grads, loss), ()
-
-        return over_group(of, (group, kept['losses']), layout)[0]
-
-    (updates, perturbed_loss), sharpness_state = method.update(
-        grads, state.sharpness_state, state.params, grad_fn=perturbed_gradient, aux=aux['loss'],
-        # What is climbed is the loss: its own gradient, where shake models know two.
-        ascent_grad_fn=lambda params: at(params, true_gradient=True)[0],
-        selected_grad_fn=selected_gradient, value=aux['objective'],
-        value_and_grad_fn=perturbed_value_and_gradient,
-        previous_grad_fn=lambda params: perturbed_gradient(params, group['previous']),
-        key=group['group_key'][0], **shared)
+    if clean is not None:
+        loss = loss.knowing(state.params, clean)
+    (updates, seen), sharpness_state = link.update(
+        None, state.sharpness_state, state.params, loss=loss, with_report=True, **shared)
+    aux, kept = seen.clean.aux
     report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
-              'perturbed_loss': perturbed_loss,
-              # The ascent's own expression, so that XLA computes it once.
-              'clean_grad_norm': sharpness.ascent.lp_norm(grads),
+              'perturbed_loss': seen.perturbed.reported,
+              # The ascent has the same sums in it, which XLA computes once.
+              'clean_grad_norm': sharpness.trees.lp_norm(seen.clean.grads),
               'perturbation_norm': sharpness_state.perturbation_norm}
     return (updates, sharpness_state, aux['batch_stats'], report), kept

@@ -1,5 +1,7 @@
 """Losses and penalties: per-example values in at least float32."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,14 +10,15 @@ def _float32(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def target_distribution(labels, num_classes, dtype):
+def target_distribution(labels: jax.Array, num_classes: int, dtype: Any) -> jax.Array:
     """Returns labels as distributions: integer labels (...,) become one-hot (..., num_classes)."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(labels, num_classes, dtype=dtype)
     return labels.astype(dtype)
 
 
-def cross_entropy(logits, labels, label_smoothing=0.0):
+def cross_entropy(logits: jax.Array, labels: jax.Array,
+                  label_smoothing: float = 0.0) -> jax.Array:
     """Cross entropy of each example, with label smoothing.
 
     With y the target distribution, C classes and smoothing a:
@@ -37,7 +40,7 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
-def trajectory(logits, past, tau):
+def trajectory(logits: jax.Array, past: jax.Array, tau: float) -> jax.Array:
     """Distance of each example's prediction from a past one (SAF and MESA, arXiv 2205.14083).
 
     tau^2 KL(softmax(past / tau) || softmax(logits / tau)), whose gradient by the logits is
@@ -55,7 +58,7 @@ def trajectory(logits, past, tau):
     return tau ** 2 * jnp.sum(jnp.exp(old) * (old - new), axis=-1)
 
 
-def l2_penalty(params, weight_decay, decay_norm_and_bias=True):
+def l2_penalty(params: Any, weight_decay: Any, decay_norm_and_bias: bool = True) -> Any:
     """Returns 0.5 * weight_decay * sum of w^2, a scalar (SAM paper's code: part of the loss).
 
     Args:

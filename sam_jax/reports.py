@@ -86,23 +86,23 @@ def sharpness_check(config, metrics, say):
       Whether the check is done (False: rho warms up, or the method has not begun; ask again).
     """
     method = config.sam.method
-    if method in sharpness.NO_ASCENT:
+    entry = sharpness.METHODS[method]
+    if not entry.norm:
         return True
     rho, norm = metrics['train/rho'], metrics['train/perturbation_norm']
     loss, perturbed = metrics['train/loss'], metrics['train/perturbed_loss']
-    late = method in sharpness.LATE
     warms_up = config.sam.warmup_epochs or config.sam.schedule == 'learning_rate'
-    if config.sam.rho > 0 and not norm and (warms_up or late):
+    if config.sam.rho > 0 and not norm and (warms_up or entry.late):
         return False
     facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
              'the perturbed weights')
-    climbs = perturbed > loss or method in sharpness.SIDEWAYS | sharpness.LATE
+    climbs = perturbed > loss or entry.late or not entry.uphill
     right_norm = norm > 0
     if config.sam.schedule == 'constant' and not config.sam.warmup_epochs:
         # Of a method that begins late the norm is a mean over steps with and without an ascent.
-        if method in sharpness.ON_THE_SPHERE and not late:
+        if entry.norm == 'rho' and not entry.late:
             right_norm = math.isclose(norm, rho, rel_tol=1e-3)
-        elif method in sharpness.IN_THE_BALL:
+        elif entry.norm in ('rho', 'at most rho'):
             right_norm = 0 < norm <= rho * (1 + 1e-3)
     if right_norm and climbs:
         say(f'{method} is on: {facts}.')

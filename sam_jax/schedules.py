@@ -6,6 +6,11 @@ import jax.numpy as jnp
 EXPONENTIAL_END = 0.012
 
 
+def _share(step, steps):
+    # Of an integer step JAX divides in float32, even where there is float64.
+    return jnp.asarray(step, float) / steps
+
+
 def constant(base, total_steps):
     """value(t) = base."""
     del total_steps
@@ -14,12 +19,13 @@ def constant(base, total_steps):
 
 def cosine(base, total_steps):
     """value(t) = base * (1 + cos(pi * t / total_steps)) / 2, and 0 from total_steps on."""
-    return lambda step: base * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(step / total_steps, 1.0)))
+    return lambda step: base * 0.5 * (
+        1.0 + jnp.cos(jnp.pi * jnp.minimum(_share(step, total_steps), 1.0)))
 
 
 def exponential(base, total_steps):
     """value(t) = base * 0.012^(t / total_steps): 1.2 % of the start at the end."""
-    return lambda step: base * EXPONENTIAL_END ** (step / total_steps)
+    return lambda step: base * EXPONENTIAL_END ** _share(step, total_steps)
 
 
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'exponential': exponential}
@@ -40,4 +46,22 @@ def create(name, base, total_steps, warmup_steps=0):
     schedule = SCHEDULES[name](base, total_steps)
     if not warmup_steps:
         return schedule
-    return lambda step: schedule(step) * jnp.minimum(step / warmup_steps, 1.0)
+    return lambda step: schedule(step) * jnp.minimum(_share(step, warmup_steps), 1.0)
+
+
+def of_run(config, hparams, step, steps_per_epoch):
+    """Returns (learning rate, rho) at a step; `hparams` have the values that are scheduled."""
+    total_steps = config.total_epochs * steps_per_epoch
+
+    def at(settings, base, name):
+        return create(
+            name, base, total_steps, settings.warmup_epochs * steps_per_epoch)(step)
+
+    learning_rate = at(
+        config.optimizer, hparams.learning_rate, config.optimizer.schedule)
+    if config.sam.schedule == 'learning_rate':
+        peak = hparams.learning_rate
+        share = jnp.where(peak > 0, learning_rate / jnp.where(peak > 0, peak, 1.0), 0.0)
+        return learning_rate, at(config.sam, 1.0, 'constant') * (
+            config.sam.rho_min + (hparams.rho - config.sam.rho_min) * share)
+    return learning_rate, at(config.sam, hparams.rho, config.sam.schedule)

@@ -1,6 +1,7 @@
 """The one training loop. It decides when; what is computed stands in `train_step.py`."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from sam_jax import (
     evaluate,
     replicas,
     reports,
+    schedules,
     train_step,
     writers,
 )
@@ -259,7 +261,10 @@ def _run(plan, state, first_step, checkpoints, writer, progress, stop, wall_time
     evaluator = _Evaluator(config, plan.model, dataset, layout, place)
     monitor, flatness = None, {}
     if config.analysis.every_epochs:
-        monitor = analysis.during.Monitor(config, plan.model, dataset, layout, arrays, state)
+        monitor = analysis.during.Monitor(
+            config, plan.model, dataset, layout, arrays, state, functools.partial(
+                schedules.of_run, config, train_step.HParams.from_config(config),
+                steps_per_epoch=plan.steps_per_epoch))
     outbox = reports.Reports(config, writer, progress, plan.steps_per_epoch, first_step)
     saved_at = time.time()
     results = None
@@ -321,8 +326,8 @@ def _feeds(plan, first_step, progress):
 
     Before the first step there is none, and it is its own.
     """
-    needs = train_step.needs(plan.config)
-    begin = max(first_step - 1, 0) if 'previous_grad_fn' in needs else first_step
+    asks = train_step.asks_for_previous(plan.config)
+    begin = max(first_step - 1, 0) if asks else first_step
     feeds = plan.dataset.train_feeds(plan.config.seed, begin, plan.total_steps, plan.layout)
     previous = None
     for step in range(begin, plan.total_steps):
@@ -331,7 +336,7 @@ def _feeds(plan, first_step, progress):
         # The copy to the devices goes on while they still compute the steps before.
         feed = plan.layout.shard(feed)
         if step >= first_step:
-            yield train_step.paired(feed, previous, needs)
+            yield train_step.paired(feed, previous) if asks else feed
         previous = feed
 
 

@@ -70,44 +70,25 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def _method(config, rho, **run):
-    settings = {**config.sam, 'rho': rho, **run}
+    # What only the step knows is no matter for shapes and checks.
+    settings = {**config.sam, 'rho': rho, 'max_norm': config.optimizer.clip_norm or None,
+                'total_steps': 1, 'num_examples': 1, **run}
     return sharpness.create(**settings)
 
 
-def needs(config):
-    """Returns the names of what the config's method needs of its loop, see `sharpness.Method`."""
-    return _method(config, 0.0).needs
-
-
-def paired(feed, previous, needs):
-    """Returns the feed of a step, with that of the step before where the method needs it.
+def paired(feed, previous):
+    """Returns the feed of a step with that of the step before, see `asks_for_previous`.
 
     Args:
       feed: of the step, on the devices.
       previous: of the step before; None at the first, which then is its own.
-      needs: of `needs`.
     """
-    if 'previous_grad_fn' not in needs:
-        return feed
     return {**feed, 'previous': feed if previous is None else previous}
 
 
-def _schedules(config, hparams, step, steps_per_epoch):
-    """Returns (learning rate, rho) at a step."""
-    total_steps = config.total_epochs * steps_per_epoch
-
-    def scheduled(settings, base, name):
-        return schedules.create(
-            name, base, total_steps, settings.warmup_epochs * steps_per_epoch)(step)
-
-    learning_rate = scheduled(
-        config.optimizer, hparams.learning_rate, config.optimizer.schedule)
-    if config.sam.schedule == 'learning_rate':
-        peak = hparams.learning_rate
-        share = jnp.where(peak > 0, learning_rate / jnp.where(peak > 0, peak, 1.0), 0.0)
-        return learning_rate, scheduled(config.sam, 1.0, 'constant') * (
-            config.sam.rho_min + (hparams.rho - config.sam.rho_min) * share)
-    return learning_rate, scheduled(config.sam, hparams.rho, config.sam.schedule)
+def asks_for_previous(config):
+    """Returns whether the config's method takes gradients on the batch of the step before."""
+    return _method(config, 0.0).previous
 
 
 def create_train_state(config, model, image_shape, num_images=0):
@@ -185,64 +166,23 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
     Returns:
       (new state, metrics): scalars by their logged names, the same on all devices.
     """
-    learning_rate, rho = _schedules(config, hparams, state.step, steps_per_epoch)
+    learning_rate, rho = schedules.of_run(config, hparams, state.step, steps_per_epoch)
     method = _method(
         config, rho, total_steps=config.total_epochs * steps_per_epoch,
         num_examples=steps_per_epoch * config.batch_size)
-    descent = optimizers.create(config.optimizer, learning_rate)
-
-    previous = feed.get('previous')
-    feed = {name: x for name, x in feed.items() if name != 'previous'}
-    replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
-    if previous is not None:
-        replicas['previous'] = keyed_replicas(
-            jnp.maximum(state.step - 1, 0), previous, arrays, hparams, layout, batch_fn)
     epoch = state.step // steps_per_epoch
-    if state.memory is not None:
-        replicas['past'] = trajectory.recall(state.memory, feed['index'], epoch)
-    groups = jax.tree.map(
-        lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
-    added_loss = trajectory.trajectory_loss(method.trajectory, state, model, epoch)
-
-    def gradient(params, replica, true_gradient):
-        return gradients.replica_gradient(
-            params, state.batch_stats, replica, model=model, config=config,
-            weight_decay=hparams.weight_decay, true_gradient=true_gradient, added_loss=added_loss)
-
-    select = functools.partial(
-        gradients.most_risen, batch_stats=state.batch_stats, model=model, config=config)
+    training = gradients.Training.from_config(
+        config, model, hparams.weight_decay,
+        trajectory.trajectory_loss(method.trajectory, state, model, epoch))
+    groups = _groups(state, feed, arrays, hparams, layout, batch_fn, epoch)
     shared = {'momentum': optimizers.momentum(config.optimizer, state.opt_state),
-              'learning_rate': learning_rate,
+              'learning_rate': learning_rate, 'corrected': True, 'added_loss': True,
               'gate_key': rngs.key(hparams.seed, 'gate', state.step)}
-    climbs = method.climbs(state.sharpness_state, **shared)
-    # With rho = 0 the clean gradient is what descends, and nothing is climbed.
-    climbs = jnp.logical_and(climbs, rho > 0) if climbs is not False else False
-
-    def clean(group):
-        params = state.params
-        if method.point:
-            params = method.point(state.sharpness_state, params, key=group['group_key'][0],
-                                  **shared)
-        return gradients.over_group(
-            lambda replica: gradient(params, replica, climbs), group, layout)
-
-    def step(pair):
-        return gradients.group_step(state, *pair, gradient, select, method, layout, shared)
-
-    if 'gate_norm' in method.needs:
-        # The gate is one for all: the gradients of all groups are there before the first ascent.
-        _, cleans = gradients.mean_over(lambda group: ((), clean(group)), groups, layout.unroll)
-        squares = jax.vmap(lambda g: jnp.square(sharpness.ascent.lp_norm(g)))(cleans[0][0])
-        shared['gate_norm'] = jnp.sqrt(gradients.mean_over_devices(jnp.mean(squares)))
-        result, kept = gradients.mean_over(step, (groups, cleans), layout.unroll)
-    else:
-        result, kept = gradients.mean_over(
-            lambda group: step((group, clean(group))), groups, layout.unroll)
-    if layout.devices_per_group < len(layout.devices):
-        result = gradients.mean_over_devices(result)
-    grads, sharpness_state, batch_stats, report = result
+    (grads, sharpness_state, batch_stats, report), kept = _over_groups(
+        state, groups, training, method, layout, shared, rho > 0)
     report['grad_norm'] = optax.tree.norm(grads)
 
+    descent = optimizers.create(config.optimizer, learning_rate)
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)
@@ -256,7 +196,7 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
             config.ema.decay, config.ema.warmup_steps)
     # What goes past the optimizer is seen in the params only. (Their 2-norm may overflow before.)
     finite = jnp.isfinite(report['loss']) & jnp.isfinite(report['grad_norm']) & jnp.isfinite(
-        sharpness.ascent.lp_norm(params, float('inf')))
+        sharpness.trees.lp_norm(params, float('inf')))
     sums, bad_step, logged = _report(state, report, finite, config.log_every_steps)
     logged.update({
         'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
@@ -265,6 +205,44 @@ def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums,
         bad_step)
     return new_state, logged
+
+
+def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
+    """This device's replicas, with what their method remembers of them; leading axis groups."""
+    previous = feed.get('previous')
+    feed = {name: x for name, x in feed.items() if name != 'previous'}
+    replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
+    if previous is not None:
+        replicas['previous'] = keyed_replicas(
+            jnp.maximum(state.step - 1, 0), previous, arrays, hparams, layout, batch_fn)
+    if state.memory is not None:
+        replicas['past'] = trajectory.recall(state.memory, feed['index'], epoch)
+    return jax.tree.map(
+        lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
+
+
+def _over_groups(state, groups, training, method, layout, shared, climbable):
+    """Means over all groups of what `gradients.group_step` returns, and what is kept."""
+    def loss(group):
+        return gradients.group_loss(state.batch_stats, group, training, layout, climbable)
+
+    def step(group, clean=None, **more):
+        return gradients.group_step(
+            state, loss(group), method, {**shared, **more, 'key': group['group_key'][0]}, clean)
+
+    if method.gate_norm:
+        # The gate is one for all: the gradients of all groups are there before the first ascent.
+        _, cleans = gradients.mean_over(
+            lambda group: ((), loss(group)(state.params, climb=True)), groups, layout.unroll)
+        squares = jax.vmap(lambda g: jnp.square(sharpness.trees.lp_norm(g)))(cleans.grads)
+        gate_norm = jnp.sqrt(gradients.mean_over_devices(jnp.mean(squares)))
+        result, kept = gradients.mean_over(
+            lambda pair: step(*pair, gate_norm=gate_norm), (groups, cleans), layout.unroll)
+    else:
+        result, kept = gradients.mean_over(step, groups, layout.unroll)
+    if layout.devices_per_group < len(layout.devices):
+        result = gradients.mean_over_devices(result)
+    return result, kept
 
 
 def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):

@@ -140,11 +140,11 @@ def _replica(step, feed, arrays, hparams, *, layout, dataset):
 def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset):
     """The same step on one replica with optax.contrib.sam in place of ours."""
     replica = _replica(state.step, feed, arrays, hparams, layout=layout, dataset=dataset)
+    training = gradients.Training.from_config(config, model, hparams.weight_decay)
 
     def gradient(params):
         return gradients.replica_gradient(
-            params, state.batch_stats, replica, model=model, config=config,
-            weight_decay=hparams.weight_decay)[0]
+            params, state.batch_stats, replica, training)[0]
 
     grads, aux = gradient(state.params)
     updates, opt_state = _optax_sam(config, hparams).update(

@@ -15,7 +15,6 @@ turns), the time of so many Lanczos steps, and with --peers
 Images are random (fake_cifar10), or the digits for --data=digits.
 """
 
-import dataclasses
 import os
 import statistics
 import sys
@@ -108,7 +107,7 @@ def against_matfree(loss, params):
     """Prints the times of both Lanczos on the first batch, compiled, and what they find."""
     from matfree import decomp, eig
 
-    one = dataclasses.replace(loss, split=loss.split.subset(np.arange(_BATCH_SIZE.value)))
+    one = loss.of_split(loss.split.subset(np.arange(_BATCH_SIZE.value)))
     (images, labels), = batches(one)
     batch = {'image': images, 'label': labels, 'mask': np.ones(len(labels), np.float32)}
     start, unravel = ravel_pytree(jax.device_get(params))

@@ -104,7 +104,8 @@ def lambda_max(state, dataset):
     """The largest eigenvalue of the Hessian of the training loss, without penalty."""
     program = hessian_program()
     split = during.chosen_examples(dataset.train, 300, 0)
-    loss = dataclasses.replace(program, dataset=dataset, split=split, batch_stats=state.batch_stats)
+    loss = dataclasses.replace(program, dataset=dataset).of_split(split).with_statistics(
+        state.batch_stats)
     flat = hessian.flat(loss.hessian_product, state.params, loss.layout)
     return float(hessian.top_eigenpairs(
         flat.product, flat.size, k=1, steps=30, tolerance=1e-2).values[0])
@@ -139,10 +140,10 @@ class Trainer:
         hparams = layout.replicate(train_step.HParams.from_config(config))
 
         def feeds():
-            needs, previous = train_step.needs(config), None
+            previous, asks = None, train_step.asks_for_previous(config)
             total = config.total_epochs * (dataset.num_train_examples // config.batch_size)
             for feed in map(layout.shard, dataset.train_feeds(seed, 0, total, layout)):
-                yield train_step.paired(feed, previous, needs)
+                yield train_step.paired(feed, previous) if asks else feed
                 previous = feed
 
         def errors(state):

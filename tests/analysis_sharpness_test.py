@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from quadratics import ball_step, flat, quadratic
 
 from sam_jax.analysis import sharpness
-from sam_jax.sharpness import ascent
+from sam_jax.sharpness import ascent, sam
 
 RHO = 0.3
 
@@ -137,3 +137,30 @@ def test_groups_that_are_not_there_are_refused(m):
     measured, _ = objective(model_and_variables=network())
     with pytest.raises(ValueError, match=f'm is {m}; it must be at least 1 and at most the 90'):
         sharpness.make_m_sharpness(measured, m, ascent.lp_ball(RHO))
+
+
+@pytest.mark.parametrize('rho,length', [(0.0, 1.0), (0.05, 2.0), (0.5, 0.1), (1e-9, 3.0)])
+def test_edge_of_stability(rho, length):
+    """There SAM's step with a gradient of that length turns a small deviation to its opposite."""
+    lr = 0.1
+    edge = sharpness.edge_of_stability(length, lr, rho)
+    curvatures = jnp.array([edge, 0.5])
+    w = jnp.array([0.0, length / 0.5])  # so that |g| hardly sees the deviation along the first axis
+    tx = sam(rho)
+
+    def step(w):
+        def grad_fn(w):
+            return curvatures * w
+        return w - lr * tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
+
+    factor = jax.jacobian(step)(w)[0, 0]
+    np.testing.assert_allclose(factor, -1.0, rtol=1e-4)
+    below = sharpness.edge_of_stability(length, lr, 2 * rho + 0.01)
+    assert below < edge <= 2 / lr * (1 + 1e-9)
+
+
+def test_edge_of_stability_at_its_ends():
+    assert sharpness.edge_of_stability(0.0, 0.1, 0.05) == 0
+    assert sharpness.edge_of_stability(0.0, 0.1, 0.0) == sharpness.edge_of_stability(
+        1.0, 0.1, 0.0) == 20
+    assert sharpness.edge_of_stability(1.0, 0.0, 0.05) == np.inf

@@ -66,7 +66,7 @@ def test_what_training_logs_is_what_the_command_finds(folders):
     assert [line['step'] for line in lines] == [20, 40]
     result = json.loads((folders / 'sgd' / 'result.json').read_text())
     assert 0 < result['analysis/share'] < 1
-    for name in ('lambda_max', 'lambda_ratio', 'sharpness', 'gap', 'seconds'):
+    for name in ('lambda_max', 'lambda_ratio', 'sharpness', 'gap', 'edge', 'seconds'):
         assert lines[1][f'analysis/{name}'] == result[f'analysis/{name}']
     run = flatness.open_run(str(folders / 'sgd'), examples=100)
     spectrum, _ = flatness.measure_spectrum(run, flatness.Settings(steps=30, probes=1))
@@ -76,6 +76,10 @@ def test_what_training_logs_is_what_the_command_finds(folders):
     np.testing.assert_allclose(
         measured['SAM step']['sharpness'], result['analysis/sharpness'], rtol=1e-2)
     np.testing.assert_allclose(measured['m = 64']['sharpness'], result['analysis/gap'], rtol=1e-2)
+    # Gradient descent's edge, of the learning rate of the epoch's last step.
+    line, = (x for x in logged(folders / 'sgd') if x['step'] == 20 and 'train/learning_rate' in x)
+    np.testing.assert_allclose(
+        lines[0]['analysis/edge'], 2 / line['train/learning_rate'], rtol=1e-5)
 
 
 FILES = {'analysis.json', 'report.md', 'spectrum.png', 'spectrum_1.npz', 'spectrum_2.npz',

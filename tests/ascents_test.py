@@ -149,7 +149,7 @@ def test_averages_are_those_of_the_ascents():
     kept = []
     for t in range(4):
         _, state = drive(tx, loss, jax.tree.map(lambda x, t=t: x + t, params), state, t)
-        kept.append(flat(state.ascent.average))
+        kept.append(flat(state.memory.ascent.average))
     np.testing.assert_array_equal(kept[0], kept[1])
     np.testing.assert_array_equal(kept[2], kept[3])
     assert np.abs(kept[1] - kept[2]).max() > 0.1

@@ -163,9 +163,9 @@ def test_looksam(problem, name, per_leaf):
 
 def test_ae_looksam_reuses_where_the_gate_is_shut():
     params, loss, a = layers(np.float64)
-    tx = sharpness.ae_looksam(RHO, alpha=0.3, lambda1=1e9, lambda2=1e9)
+    tx = sharpness.ae_looksam(RHO, alpha=0.3, lambda1=1e9, lambda2=1e9, total_steps=9)
     _, state = drive(tx, loss, params)
-    kept = flat(state.combine.orthogonal)
+    kept = flat(state.memory.combine.orthogonal)
     point = jax.tree.map(lambda x: 2 * x, params)
     g = a @ flat(point)
     updates, state = drive(tx, loss, point, state, 1)

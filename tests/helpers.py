@@ -18,19 +18,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
 
 
-# Gradients that a step of each method takes, with its defaults: a number, or a function of the
-# step; None where it depends on the gradient or on chance.
-EVALUATIONS = {
-    'sgd': 1, 'sam': 2, 'unnormalized_sam': 2, 'asam': 2, 'fisher_sam': 2, 'layerwise_sam': 2,
-    'sam_on': 2, 'sparse_sam': 2, 'random_sam': 2, 'multistep_sam': 3, 'second_order_sam': 4,
-    'vasso': 2, 'friendly_sam': 2, 'gsam': 2, 'wsam': 2, 'gnp': 2, 'gradient_constrained': 2,
-    'cr_sam': 3, 'stable_sam': 2, 'looksam': lambda step: 1 + (step % 5 == 0),
-    'look_layersam': lambda step: 1 + (step % 5 == 0),
-    'periodic_sam': lambda step: 1 + (step % 5 == 0), 'late_phase_sam': None, 'rst': None,
-    'ae_sam': None, 'ae_looksam': None, 'trace_sam': 2, 'det_sam': 2, 'frob_sam': 3,
-    'momentum_sam': 1, 'extrapolated': 1, 'sampa': 2, 'bsam': 2, 'saf': 1, 'mesa': 1, 'esam': 2}
-
-
 def small_config(**overrides):
     """The real digits config, made small: 2 epochs of 20 steps, WRN-10-1.
 

@@ -12,7 +12,7 @@ from helpers import assert_trees_close, relative_distance
 from methods_in_training_test import _session
 
 from sam_jax import losses, optimizers, rngs, sharpness, train
-from sam_jax.sharpness import ascent
+from sam_jax.sharpness import trees
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -70,7 +70,7 @@ def _step(session, state, step):
 
 
 def _rate(session, step):
-    """The cosine schedule of the learning rate, from 0.1; the step's own is of float32."""
+    """The cosine schedule of the learning rate, from 0.1."""
     total = session.config.total_epochs * (
         session.dataset.num_train_examples // session.config.batch_size)
     return 0.1 * 0.5 * (1 + np.cos(np.pi * step / total))
@@ -92,6 +92,27 @@ def test_esam_descends_on_the_examples_whose_loss_rises_most():
             chosen.append({**replica, 'image': replica['image'][index],
                            'label': replica['label'][index]})
         parts.append(_gradient(session, moved, state.batch_stats, chosen))
+    new = _step(session, state, 0)
+    assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
+
+
+def test_functional_sam_pulls_the_clean_derivative_back():
+    """The derivative by the logits is that of w, dropout and all; the Jacobian that of w + eps."""
+    session = _session('functional_sam', **{**PLAIN, 'optimizer__weight_decay': 0.01})
+    state = _host(session.start())
+    replicas, parts = _replicas(session, 0), []
+    for group in (replicas[:2], replicas[2:]):
+        clean = _gradient(session, state.params, state.batch_stats, group)
+        derivatives = [jax.grad(lambda z, r=replica: jnp.mean(losses.cross_entropy(
+            z, r['label'])))(_logits(session, state.params, state.batch_stats, replica))
+            for replica in group]
+
+        def objective(params, group=group, derivatives=derivatives):
+            total = sum(jnp.sum(_logits(session, params, state.batch_stats, replica) * d)
+                        for replica, d in zip(group, derivatives))
+            return total / 2 + losses.l2_penalty(params, 0.01)
+
+        parts.append(jax.grad(objective)(_climb(state.params, clean)))
     new = _step(session, state, 0)
     assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
 
@@ -157,8 +178,8 @@ def test_bsam_knows_the_number_of_examples():
         def gradient(params, group=group):
             return _gradient(session, params, state.batch_stats, group)
 
-        grads = gradient(tx.point(start, state.params, key=key))
-        parts.append(tx.update(grads, start, state.params, grad_fn=gradient)[0])
+        parts.append(tx.update(
+            gradient(state.params), start, state.params, grad_fn=gradient, key=key)[0])
     new = _step(session, state, 0)
     assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
 
@@ -181,7 +202,7 @@ def test_probes_are_of_the_whole_objective():
         tx = sharpness.frob_sam(0.1, 0.5, 3)
         parts.append(tx.update(
             grads, tx.init(state.params), state.params, value=value,
-            value_and_grad_fn=jax.jit(jax.value_and_grad(objective)),
+            loss=sharpness.from_loss_fn(jax.jit(objective)),
             key=rngs.key(0, 'ascent', 0, i))[0])
     new = _step(session, state, 0)
     assert_trees_close(new.params, _move(state.params, _mean(parts), -0.1), rtol=1e-8, atol=1e-11)
@@ -280,11 +301,11 @@ def test_the_adaptive_gate_is_one_for_all_groups():
         replicas = _replicas(session, step)
         groups = [_gradient(session, state.params, state.batch_stats, part)
                   for part in (replicas[:2], replicas[2:])]
-        square = np.mean([ascent.lp_norm(g) ** 2 for g in groups])
+        square = np.mean([trees.lp_norm(g) ** 2 for g in groups])
         new = _step(session, state, step)
-        gate = new.sharpness_state.gate
+        gate = new.sharpness_state.memory.gate
         opened.append(int(new.sharpness_state.evaluations - state.sharpness_state.evaluations))
-        previous = state.sharpness_state.gate
+        previous = state.sharpness_state.memory.gate
         mean = square if step == 0 else 0.9 * previous.mean + 0.1 * square
         np.testing.assert_allclose(gate.mean, mean, rtol=1e-8)
         assert opened[-1] == (square >= gate.mean + 0.3 * jnp.sqrt(gate.variance))

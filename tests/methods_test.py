@@ -6,8 +6,9 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from quadratics import RHO, ball_step, drive, flat, layers, quadratic, ravel, update
+from quadratics import RHO, ball_step, drive, flat, layers, make, quadratic, ravel, update
 
 from sam_jax import sharpness
 from sam_jax.sharpness import ascent
@@ -32,7 +33,7 @@ ON_THE_SPHERE = {
     'sam', 'asam', 'fisher_sam', 'layerwise_sam', 'sam_on', 'random_sam', 'multistep_sam',
     'second_order_sam', 'vasso', 'friendly_sam', 'gsam', 'wsam', 'gnp', 'gradient_constrained',
     'cr_sam', 'stable_sam', 'looksam', 'look_layersam', 'periodic_sam', 'ae_sam', 'ae_looksam',
-    'momentum_sam'}
+    'momentum_sam', 'functional_sam'}
 NO_RADIUS = {'sgd', 'saf', 'mesa'}
 NOT_FIRST_ORDER = {'det_sam', 'frob_sam', 'bsam', 'sampa', 'looksam', 'look_layersam', 'ae_looksam'}
 
@@ -61,7 +62,7 @@ class Row:
         self.step = step
 
     def __call__(self, **changes):
-        return sharpness.create(self.name, **{'rho': RHO, **self.options, **changes})
+        return make(self.name, **{'rho': RHO, **self.options, **changes})
 
     def trajectory(self, rho, params, steps, factor=1.0):
         """Updates, state and correction of each step, the params shrinking by `factor`."""
@@ -118,13 +119,13 @@ def test_gradient_evaluations(method):
     jax.effects_barrier()
     method.calls.clear()
     expected = 0
-    documented = helpers.EVALUATIONS[method.name]
     for t, (_, _, state, _) in enumerate(method.trajectory(RHO, method.params, 6, 0.9)):
         jax.effects_barrier()
         in_jvp = (t + 1) * (method.name == 'second_order_sam')
-        assert len(method.calls) == state.evaluations - in_jvp
-        if not method.options and documented:
-            expected += (documented(t) if callable(documented) else documented) - 1
+        assert len(method.calls) == state.evaluations + (t + 1) - in_jvp
+        documented = sharpness.gradients(method.name, t, **method.options)
+        if documented:
+            expected += documented - 1
             assert state.evaluations == expected
 
 
@@ -174,21 +175,51 @@ def test_bfloat16_params(method):
     assert kept <= {jnp.dtype(jnp.float32)}
 
 
-def test_perturbed_losses_are_handed_back(method):
+def test_the_report_is_of_both_passes(method):
     params, loss, _ = layers()
     tx = method()
-    clean = loss(params)
 
-    def with_aux(tree, *fraction):
-        return jax.grad(loss)(tree), loss(tree)
+    def evaluate(tree, **which):
+        return sharpness.Evaluation(
+            jax.grad(loss)(tree), loss(tree), 2 * loss(tree), {'thrice': 3 * loss(tree)})
 
-    (updates, aux), _ = drive(
-        tx, loss, params, aux=clean, grad_fn=with_aux, selected_grad_fn=with_aux,
-        previous_grad_fn=with_aux,
-        value_and_grad_fn=lambda tree: ((loss(tree), loss(tree)), jax.grad(loss)(tree)))
+    (updates, seen), _ = drive(tx, loss, params, evaluate=evaluate, with_report=True)
     helpers.assert_trees_close(updates, drive(tx, loss, params)[0], rtol=1e-6)
-    moves = method.name in ON_THE_SPHERE - {'momentum_sam'}
-    assert aux != clean if moves else np.isfinite(aux)
+    np.testing.assert_allclose(seen.clean.aux['thrice'], 3 * seen.clean.value, rtol=1e-6)
+    for at in (seen.clean, seen.perturbed):
+        np.testing.assert_allclose(at.reported, 2 * at.value, rtol=1e-6)
+    if method.name in ON_THE_SPHERE - {'momentum_sam'}:
+        assert seen.clean.value == loss(params) != seen.perturbed.value
+
+
+ASKS = {'sampa', 'esam', 'functional_sam', 'trace_sam', 'det_sam', 'frob_sam', 'saf', 'mesa'}
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=str)
+def test_a_link_is_given_gradients_or_a_loss(method, dtype):
+    """A chain's way, grads and grad_fn, and the train step's are the same; gates, scan and all."""
+    if method.name in ASKS:
+        pytest.skip('a gradient function is not enough, see below')
+    params, loss, _ = layers()
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    tx = method()
+
+    def in_a_chain(state, t):
+        key, gate_key = (jax.random.fold_in(jax.random.key(i), t) for i in (7, 8))
+        updates, state = optax.chain(tx, optax.scale(1.0)).update(
+            jax.grad(loss)(params), (state, optax.EmptyState()), params, grad_fn=jax.grad(loss),
+            key=key, gate_key=gate_key, momentum=params, learning_rate=0.1, value=loss(params))
+        return state[0], updates
+
+    def in_the_step(state, t):
+        updates, state = drive(tx, loss, params, state, t, corrected=False)
+        return state, updates
+
+    one, other = (jax.jit(lambda way=way: jax.lax.scan(
+        way, tx.init(params), jnp.arange(3)))() for way in (in_a_chain, in_the_step))
+    assert jax.tree.map(jax.typeof, one) == jax.tree.map(jax.typeof, other)
+    if dtype == jnp.float32:
+        helpers.assert_trees_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('rho', [-1.0, np.nan, np.inf])
@@ -215,14 +246,15 @@ BAD = [
     ('sampa', {'lam': 1.1}), ('bsam', {'beta1': 1.0}), ('bsam', {'damping': -1.0}),
     ('bsam', {'init_precision': 0.0}), ('bsam', {'data_factor': 0.0}), ('saf', {'tau': 0.0}),
     ('saf', {'epochs_ago': 0}),
-    ('saf', {'lam': -1.0}), ('mesa', {'start_epoch': -1}), ('esam', {'beta': 0.0}),
+    ('saf', {'lam': -1.0}), ('le_sam', {'sigma': 0.0}), ('wsam', {'max_norm': -1.0}),
+    ('mesa', {'start_epoch': -1}), ('esam', {'beta': 0.0}),
     ('esam', {'gamma': 1.1})]
 
 
 @pytest.mark.parametrize('name,settings', BAD, ids=str)
 def test_bad_settings(name, settings):
     with pytest.raises(ValueError, match='must be|needs? ') as e:
-        sharpness.create(name, rho=RHO, **settings)
+        make(name, rho=RHO, **settings)
     assert any(key in str(e.value) for key in settings)
 
 
@@ -236,31 +268,90 @@ def test_create_takes_what_the_method_takes():
 
 
 @pytest.mark.parametrize('method_name,words', [
-    ('random_sam', 'needs a key'), ('esam', 'selected_grad_fn'), ('rst', 'gate_key'),
-    ('trace_sam', 'value_and_grad_fn'), ('momentum_sam', 'momentum'), ('sampa', 'previous_grad_fn'),
-    ('bsam', 'gradient function'), ('extrapolated noise', 'key')])
+    ('random_sam', 'needs a key'), ('esam', 'needs a key'), ('rst', 'gate_key'),
+    ('trace_sam', 'needs a key'), ('momentum_sam', 'momentum'), ('sampa', 'learning rate'),
+    ('bsam', 'bSAM needs a key'), ('extrapolated noise', 'needs a key'),
+    ('saf', 'losses.trajectory'), ('mesa', 'added_loss=True'), ('functional_sam', 'cotangents_of')])
 def test_what_is_missing_is_named(method_name, words):
     params, loss, _ = layers()
     name, *by = method_name.split()
-    tx = sharpness.create(name, rho=RHO, **({'by': by[0]} if by else {}))
-    given = {} if name == 'bsam' else {'grad_fn': jax.grad(loss)}
+    tx = make(name, rho=RHO, **({'by': by[0]} if by else {}))
     with pytest.raises(TypeError, match=words):
-        tx.update(jax.grad(loss)(params), tx.init(params), params, **given)
+        tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss))
 
 
-def test_an_ascent_along_another_gradient():
-    """`ascent_grad_fn` is what further ascent steps and the Hessian are of; nobody else's."""
+@pytest.mark.parametrize('name,words', [
+    ('esam', 'most_risen'), ('sampa', 'previous'), ('trace_sam', 'from_loss_fn'),
+    ('functional_sam', 'sharpness.Loss')])
+def test_what_a_gradient_function_cannot_tell(name, words):
     params, loss, _ = layers()
+    tx = make(name, rho=RHO)
+    with pytest.raises(TypeError, match=words):
+        tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss),
+                  key=KEY, learning_rate=0.1)
 
-    def opposite(tree):
-        return jax.tree.map(lambda g: -g, jax.grad(loss)(tree))
 
-    for name in sharpness.METHODS:
-        tx = sharpness.create(name, rho=RHO)
-        usual, other = (drive(tx, loss, params, **extra)[0]
-                        for extra in ({}, {'ascent_grad_fn': opposite}))
-        same = np.allclose(flat(other), flat(usual), rtol=1e-6)
-        assert same == (name not in ('multistep_sam', 'second_order_sam')), name
+# What a plain chain is given: grad_fn, and the few things that are there anyway.
+def _in_a_plain_chain(name, params, loss_fn, steps=5, settings=(), **extra):
+    tx = optax.chain(make(name, rho=RHO, **dict(settings)), optax.sgd(0.1, momentum=0.9))
+    state, result = tx.init(params), []
+    for t in range(steps):
+        key = jax.random.fold_in(KEY, t)
+        given = {'key': key, 'gate_key': key, 'learning_rate': 0.1,
+                 'momentum': optax.tree.get(state, 'trace'), 'value': loss_fn(params), **extra}
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params, **given)
+        params = optax.apply_updates(params, updates)
+        result.append(flat(params))
+    return np.stack(result)
+
+
+@pytest.mark.parametrize('name', sorted(set(sharpness.METHODS) - {'sgd'}))
+def test_no_method_is_silently_sgd(name):
+    """Five steps in a plain chain differ from SGD's, or a sentence says what is missing."""
+    params, loss, _ = layers()
+    sgd = _in_a_plain_chain('sgd', params, loss, grad_fn=jax.grad(loss))
+    settings = {'total_steps': 5, 'start': 0.5} if name == 'late_phase_sam' else {}
+    if name in ASKS:
+        with pytest.raises(TypeError, match='tx.update|losses.trajectory'):
+            _in_a_plain_chain(name, params, loss, grad_fn=jax.grad(loss))
+        if name not in ('trace_sam', 'det_sam', 'frob_sam'):
+            return
+        ours = _in_a_plain_chain(name, params, loss, loss=sharpness.from_loss_fn(loss))
+    else:
+        ours = _in_a_plain_chain(name, params, loss, settings=settings, grad_fn=jax.grad(loss))
+    assert np.abs(ours - sgd).max() > 1e-4
+
+
+@pytest.mark.parametrize('name,missing', [
+    ('late_phase_sam', 'total_steps'), ('ae_sam', 'total_steps'), ('ae_looksam', 'total_steps'),
+    ('bsam', 'num_examples')])
+def test_what_only_the_caller_knows_has_no_default(name, missing):
+    with pytest.raises(ValueError, match=f'{missing} is not given'):
+        sharpness.create(name, rho=RHO)
+
+
+# What each gradient that a method asks for is for, in order, where that is not SAM's way.
+ASKED = {
+    **dict.fromkeys(['sgd', 'momentum_sam', 'extrapolated', 'saf', 'mesa'], [False]),
+    **dict.fromkeys(['trace_sam', 'det_sam', 'sampa'], [False, False]),
+    'frob_sam': [False] * 3, 'cr_sam': [True, False, False], 'multistep_sam': [True, True, False],
+    'second_order_sam': [True, False, True], 'late_phase_sam': [False]}
+
+
+@pytest.mark.parametrize('name', sharpness.METHODS)
+def test_what_is_climbed_is_asked_for_as_such(name):
+    """The gradient of an ascent and of a Hessian; that which descends is another (shake models)."""
+    params, loss, _ = layers()
+    asked = []
+
+    def evaluate(tree, climb=False, **which):
+        asked.append(bool(climb))
+        return sharpness.Evaluation(jax.grad(loss)(tree), loss(tree))
+
+    with jax.disable_jit():
+        drive(make(name, rho=RHO, probability=1.0, final_probability=1.0), loss, params,
+              evaluate=evaluate)
+    assert asked == ASKED.get(name, [True, False])
 
 
 # Random directions.

@@ -9,14 +9,16 @@ import pytest
 from helpers import ROOT
 
 STEP, GRADIENTS = 'sam_jax/train_step.py', 'sam_jax/gradients.py'
-TRANSFORM, ASCENT, COMBINE, GATE, SHIFTED, UNIVERSAL, DIRECTION, MASK = (
+ASCENT, TREES, COMBINE, GATE, DIRECTION, MASK, PROTOCOL, LINK = (
     f'sam_jax/sharpness/{name}.py' for name in (
-        'transform', 'ascent', 'combine', 'gate', 'shifted', 'universal', 'direction', 'mask'))
-BY_ASCENT, BY_OTHER_MEANS, TRAJECTORY = (
-    f'sam_jax/{name}.py' for name in (
-        'sharpness/by_ascent', 'sharpness/by_other_means', 'trajectory'))
+        'ascent', 'trees', 'combine', 'gate', 'direction', 'mask', 'protocol', 'as_optax'))
+PERTURBED, COMBINED, INTERMITTENT, ONE_GRADIENT, TWO_AT_ONCE, PROBES, OF_EXAMPLES = (
+    f'sam_jax/sharpness/methods/{name}.py' for name in (
+        'perturbed', 'combined', 'intermittent', 'one_gradient', 'two_at_once', 'probes',
+        'of_examples'))
+TRAJECTORY = 'sam_jax/trajectory.py'
 FORMS = ' '.join(f'tests/{name}_test.py' for name in (
-    'ascents', 'combinations', 'gates', 'other_means'))
+    'ascents', 'combinations', 'gates', 'other_means', 'contract'))
 BY_HAND = 'tests/methods_by_hand_test.py'
 OBJECTIVE, HESSIAN, SHARPNESS, LANDSCAPE = (
     f'sam_jax/analysis/{name}.py' for name in ('objective', 'hessian', 'sharpness', 'landscape'))
@@ -27,9 +29,9 @@ ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_
 
 MUTANTS = {
     'sign of the perturbation': (
-        ASCENT, 'promote(w) + sign * e', 'promote(w) - sign * e', ALGORITHM_1),
+        TREES, 'promote(w) + sign * e', 'promote(w) - sign * e', ALGORITHM_1),
     'no perturbation': (
-        ASCENT, 'promote(w) + sign * e', 'promote(w) + 0 * e', ALGORITHM_1),
+        TREES, 'promote(w) + sign * e', 'promote(w) + 0 * e', ALGORITHM_1),
     'perturbation of half the length': (
         ASCENT, 'rho / jnp.where(norm > 0, norm, 1.0), 0.0)', '0.5 * rho / norm, 0.0)',
         ALGORITHM_1),
@@ -37,7 +39,7 @@ MUTANTS = {
         ASCENT, 'jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)', 'rho / norm',
         'tests/sharpness_test.py'),
     'perturbed weights in the dtype of the params': (
-        ASCENT, 'promote(w) + sign * e', '(promote(w) + sign * e).astype(w.dtype)',
+        TREES, 'promote(w) + sign * e', '(promote(w) + sign * e).astype(w.dtype)',
         f'{STEP_TEST}::test_bfloat16_params_are_perturbed_in_float32'),
     'no mean over devices': (
         STEP, '    if layout.devices_per_group < len(layout.devices):\n'
@@ -48,9 +50,7 @@ MUTANTS = {
         '    result = mean_over_devices(result)', ALGORITHM_1),
     'statistics of the second pass': (
         GRADIENTS, "    return (updates, sharpness_state, aux['batch_stats'], report), kept",
-        '    moved = jax.tree.map(lambda w, g: w + 0.5 * g / sharpness.ascent.lp_norm(grads),\n'
-        '                         state.params, grads)\n'
-        "    return (updates, sharpness_state, at(moved)[1]['batch_stats'], report), kept",
+        "    return (updates, sharpness_state, seen.perturbed.aux[0]['batch_stats'], report), kept",
         ALGORITHM_1),
     'the same dropout in all replicas': (
         STEP, 'fold_in, key))(replica)', 'fold_in, key))(0 * replica)', ALGORITHM_1),
@@ -58,10 +58,10 @@ MUTANTS = {
     'augmentation by device': (
         STEP, '(\n        replica[0] * layout.replica_batch_size)', '0', 'tests/topology_test.py'),
     'no weight decay in the gradients': (
-        GRADIENTS, 'total = loss + losses.l2_penalty(', 'total = loss + 0 * losses.l2_penalty(',
+        GRADIENTS, 'return losses.l2_penalty(', 'return 0 * losses.l2_penalty(',
         ALGORITHM_1),
     'rho as a constant of the program': (
-        STEP, 'config.sam, hparams.rho,', 'config.sam, config.sam.rho,',
+        'sam_jax/schedules.py', 'config.sam, hparams.rho,', 'config.sam, config.sam.rho,',
         f'{STEP_TEST}::test_swept_values_are_not_constants_of_the_program'),
     'clipping forgotten': (
         'sam_jax/optimizers.py', 'if clip else optax.identity()', 'if False else optax.identity()',
@@ -126,16 +126,17 @@ MUTANTS = {
         f'{CONVOLUTIONS_TEST} -k window'),
     # A method each, or more.
     'second_order: no Hessian': (
-        TRANSFORM, 'jax.jvp(climbed, (params,), (by_grads,))[1]', 'by_grads',
+        PERTURBED, 'loss.hessian_product(params, by_grads)', 'by_grads',
         'tests/methods_test.py -k second_order_sam_of_a_quadratic'),
     'multistep: out of the ball': (
         ASCENT, 'project(jax.tree.map(jnp.add, eps, further), radius)',
         'jax.tree.map(jnp.add, eps, further)', 'tests/methods_test.py -k test_multistep'),
     'look_layersam: one radius for all': (
-        'sam_jax/sharpness/by_combination.py', 'ascent.layer_ball(rho), combine.reused',
+        INTERMITTENT, 'ascent.layer_ball(rho), combine.reused',
         'ascent.lp_ball(rho), combine.reused', f'{FORMS} -k looksam'),
     'ae_looksam: nothing reused': (
-        'sam_jax/sharpness/by_gate.py', 'combine.reused(alpha)', 'combine.perturbed()',
+        INTERMITTENT, 'combine.reused(alpha),\n        gate.adaptive',
+        'combine.perturbed(),\n        gate.adaptive',
         f'{FORMS} -k ae_looksam'),
     'a resumed SAMPa without its last batch': (
         'sam_jax/train.py', 'max(first_step - 1, 0) if', 'first_step if',
@@ -160,12 +161,12 @@ MUTANTS = {
     'layerwise: one radius for all': (
         ASCENT, 'radius * lp_norm(w), 2.0)', 'radius, 2.0)', f'{FORMS} -k layerwise'),
     'sam_on: everything': (
-        BY_ASCENT, 'rho, p, masks.normalization)', 'rho, p)', f'{FORMS} -k sam_on'),
+        PERTURBED, 'rho, p, masks.normalization)', 'rho, p)', f'{FORMS} -k sam_on'),
     'sparse: nothing left out': (
         MASK, 'jnp.where(m, e, 0.0)', 'jnp.where(m, e, e)', f'{FORMS} -k sparse'),
     'sparse: the least sensitive': (MASK, 'x >= threshold', 'x < threshold', f'{FORMS} -k sparse'),
     'random_sam: along the gradient': (
-        DIRECTION, 'return random_like(key, grads), state', 'return grads, state',
+        DIRECTION, 'return random_like(key, updates), state', 'return updates, state',
         'tests/methods_test.py -k test_random_sam'),
     'vasso: weights exchanged': (
         DIRECTION, '(1 - theta) * d + theta * g)', 'theta * d + (1 - theta) * g)',
@@ -178,7 +179,7 @@ MUTANTS = {
     'gsam: the sign of the gap': (
         COMBINE, '(promote(g_p) - alpha * (', '(promote(g_p) + alpha * (', f'{FORMS} -k gsam'),
     'wsam: the sign of the correction': (
-        COMBINE, 'alpha * (promote(g_p) - promote(g))', 'alpha * (promote(g) - promote(g_p))',
+        COMBINED, 'a * (y - x), g, g_p)', 'a * (x - y), g, g_p)',
         f'{FORMS} -k wsam'),
     'wsam: no correction': (
         STEP, '    updates = sharpness.add_correction(updates, sharpness_state, learning_rate)\n',
@@ -189,10 +190,34 @@ MUTANTS = {
         COMBINE, '(cosine <= low) & (low > 0)', '(cosine <= low)',
         f'{FORMS} -k gradient_constrained'),
     'cr_sam: the second difference': (
-        COMBINE, 'up + down - 2.0 * g', 'up + down - g', f'{FORMS} -k cr_sam'),
+        COMBINED, 'g_up + g_down - 2.0 * g', 'g_up + g_down - g', f'{FORMS} -k cr_sam'),
     'stable_sam: the ratio upside down': (
         COMBINE, '_ratio(lp_norm(grads), lp_norm(perturbed_grads))',
         '_ratio(lp_norm(perturbed_grads), lp_norm(grads))', f'{FORMS} -k stable'),
+    'wsam: the correction of gradients as they are': (
+        COMBINED, '(clipped(x.grads, max_norm) for x', '(x.grads for x',
+        'tests/contract_test.py -k wsam'),
+    'functional_sam: the derivative there': (
+        OF_EXAMPLES, 'clean, cotangents_of=clean)', 'clean)',
+        'tests/contract_test.py -k functional'),
+    'functional_sam: of a group, the derivative there': (
+        GRADIENTS, 'total = jnp.sum(logits * lax.stop_gradient(cotangents))',
+        'total = total', f'{BY_HAND} -k functional'),
+    'le_sam: the larger radius': (
+        ASCENT, '_ball_step(grads, jnp.minimum(', '_ball_step(grads, jnp.maximum(',
+        'tests/contract_test.py -k le_sam'),
+    'a memory keeps what is not finite': (
+        LINK, '_if_finite(memory, state.memory)', 'memory',
+        'tests/contract_test.py -k bad_step'),
+    'norms of entries as they are': (
+        TREES, 'unit = jnp.ldexp(\n        jnp.ones_like(largest), jnp.maximum(exponent - 1, '
+                'jnp.finfo(largest.dtype).minexp))', 'unit = jnp.ones_like(largest)',
+        'tests/contract_test.py -k tiny_and_huge'),
+    'a loss with memory that nobody adds': (
+        ONE_GRADIENT, "        now.need('added_loss', name)\n", '',
+        'tests/methods_test.py -k silently'),
+    'the edge of plain gradient descent': (
+        SHARPNESS, '8 * rho /', '0 * rho /', 'tests/analysis_sharpness_test.py -k edge'),
     'looksam: not orthogonal': (
         COMBINE, 'promote(y) - share.astype', 'promote(y) + share.astype', f'{FORMS} -k looksam'),
     'looksam: nothing reused': (
@@ -206,35 +231,34 @@ MUTANTS = {
         STEP, "'gate', state.step)", "'gate', 0)",
         'tests/methods_in_training_test.py -k coin_is_thrown'),
     'ae_sam: end and start exchanged': (
-        GATE, 'progress * lambda1 + (1 - progress) * lambda2',
-        'progress * lambda2 + (1 - progress) * lambda1', f'{FORMS} -k adaptive'),
+        GATE, 'past * lambda1 + (1 - past) * lambda2',
+        'past * lambda2 + (1 - past) * lambda1', f'{FORMS} -k adaptive'),
     'ae_sam: each group for itself': (
-        GRADIENTS, "key=group['group_key'][0], **shared)",
-        "key=group['group_key'][0], **{**shared, 'gate_norm': None})", f'{BY_HAND} -k adaptive'),
+        STEP, 'gate_norm=gate_norm)', 'gate_norm=None)', f'{BY_HAND} -k adaptive'),
     'trace: the sum of the probes': (
-        UNIVERSAL, 'lam / losses.size), jnp', 'lam), jnp', f'{FORMS} -k trace'),
-    'det: another power': (UNIVERSAL, 'half - 3 * log_mean', 'half - 2 * log_mean',
+        PROBES, 'lam / losses.size), jnp', 'lam), jnp', f'{FORMS} -k trace'),
+    'det: another power': (PROBES, 'half - 3 * log_mean', 'half - 2 * log_mean',
                            f'{FORMS} -k det'),
     'frob: the biased variance': (
-        UNIVERSAL, '/ (losses.size - 1)', '/ losses.size', f'{FORMS} -k frob'),
+        PROBES, '/ (losses.size - 1)', '/ losses.size', f'{FORMS} -k frob'),
     'losses without the penalty': (
-        GRADIENTS, "'objective': total.astype(float)", "'objective': loss.astype(float)",
+        GRADIENTS, "'objective': (total + penalty)", "'objective': (total + 0 * penalty)",
         f'{BY_HAND} -k whole_objective'),
     'momentum_sam: along the momentum': (
-        SHIFTED, 'jax.tree.map(jnp.negative, _taken(ball, momentum, params, count))',
-        '_taken(ball, momentum, params, count)', f'{FORMS} -k momentum'),
+        ONE_GRADIENT, "jax.tree.map(jnp.negative, now.need('momentum'))", "now.need('momentum')",
+        f'{FORMS} -k momentum'),
     'extrapolated: uphill': (
-        BY_OTHER_MEANS, '_times(rho, -1.0)', '_times(rho, 1.0)', f'{FORMS} -k extrapolated'),
+        ONE_GRADIENT, 'times(rho, -1.0)', 'times(rho, 1.0)', f'{FORMS} -k extrapolated'),
     'sampa: weights exchanged': (
-        SHIFTED, '(1.0 - lam) * promote(g_p) + lam * promote(g)',
-        '(1.0 - lam) * promote(g) + lam * promote(g_p)', f'{FORMS} -k sampa'),
+        TWO_AT_ONCE, '(1.0 - lam) * g_p + lam * g', '(1.0 - lam) * g + lam * g_p',
+        f'{FORMS} -k sampa'),
     'sampa: both on this batch': (
         STEP, 'previous, arrays, hparams', 'feed, arrays, hparams', f'{BY_HAND} -k sampa'),
     'bsam: the precision': (
-        SHIFTED, 'jnp.sqrt(s) * jnp.abs(g)', 'jnp.abs(g)', f'{FORMS} -k bsam'),
+        TWO_AT_ONCE, '(jnp.sqrt(s) * jnp.abs(g)', '(jnp.abs(g)', f'{FORMS} -k bsam'),
     'bsam: the variance for the deviation': (
-        SHIFTED, 'lambda z, s: z / jnp.sqrt(num_examples * s)',
-        'lambda z, s: z / (num_examples * s)', f'{FORMS} -k bsam_draws'),
+        TWO_AT_ONCE, 'lambda z, s: z / jnp.sqrt(number * s)',
+        'lambda z, s: z / (number * s)', f'{FORMS} -k bsam_draws'),
     'saf: another epoch': (TRAJECTORY, '== epoch - slots', '== epoch - slots + 1',
                            f'{BY_HAND} -k saf'),
     'mesa: its own teacher': (
@@ -254,7 +278,7 @@ MUTANTS = {
         GRADIENTS, 'lax.top_k(new - old_losses,', 'lax.top_k(old_losses - new,',
         f'{BY_HAND} -k esam'),
     'esam: not as far as 1 / beta': (
-        BY_OTHER_MEANS, '_times(rho, 1.0 / beta)', 'rho', f'{FORMS} -k esam'),
+        OF_EXAMPLES, 'times(rho, 1.0 / beta)', 'rho', f'{FORMS} -k esam'),
     'objective: of the first device alone': (
         OBJECTIVE, 'lax.psum(part(params, batch_stats, batch, *vectors), AXIS)',
         'part(params, batch_stats, batch, *vectors)', 'tests/hessian_test.py -k dense'),

@@ -1,5 +1,7 @@
 """Methods of random probes, one gradient, some examples and losses, against their formulas."""
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from numpy.linalg import norm
 from quadratics import RHO, drive, flat, ravel, under
 
 from sam_jax import sharpness
-from sam_jax.sharpness import universal
+from sam_jax.sharpness.methods import probes as universal
+from sam_jax.sharpness.methods import two_at_once
 
 pytestmark = pytest.mark.usefixtures('x64')
 
@@ -26,7 +29,7 @@ def _probes(tx, loss, params, n, draws, key=7):
     def one(key):
         updates, _ = tx.update(
             grads, tx.init(params), params, value=loss(params),
-            value_and_grad_fn=jax.value_and_grad(loss), key=key)
+            loss=sharpness.from_loss_fn(loss), key=key)
         return ravel(updates)
 
     values = np.asarray(one(jax.random.split(jax.random.key(key), draws)))
@@ -174,12 +177,17 @@ def test_sampa_takes_the_perturbed_gradient_on_the_previous_batch(problem):
     state = tx.init(params)._replace(memory=memory)
     places = []
 
-    def previous(tree):
+    def previous_gradient(tree):
         places.append(flat(tree))
         return jax.tree.map(lambda x: 7.0 * jnp.ones_like(x), tree)
 
-    outcomes = [tx.update(jax.tree.map(lambda x, c=c: c * x, memory), state, params,
-                          previous_grad_fn=previous, learning_rate=0.1)[0] for c in (1.0, 5.0)]
+    def evaluate(c, tree, previous=False):
+        if previous:
+            return sharpness.Evaluation(previous_gradient(tree))
+        return sharpness.Evaluation(jax.tree.map(lambda x: c * x, memory))
+
+    outcomes = [tx.update(None, state, params, learning_rate=0.1, loss=sharpness.Loss(
+        functools.partial(evaluate, c)))[0] for c in (1.0, 5.0)]
     np.testing.assert_array_equal(*places)
     np.testing.assert_allclose(places[0], w + RHO / np.sqrt(len(w)), rtol=1e-10)
     for c, updates in zip((1.0, 5.0), outcomes):
@@ -187,7 +195,7 @@ def test_sampa_takes_the_perturbed_gradient_on_the_previous_batch(problem):
 
 
 def test_bsam(problem):
-    """Three steps of the paper's rule, the draw read off the method's own point."""
+    """Three steps of the paper's rule, the draw read off the place of the first gradient."""
     params, loss, a, _, _ = problem
     b1, b2, damping, prior, n, lr = 0.8, 0.95, 0.1, 40.0, 500, 0.05
     tx = sharpness.bsam(RHO, prior, b1, b2, damping, 0.7, data_factor=2.0, num_examples=n / 2)
@@ -195,7 +203,7 @@ def test_bsam(problem):
     m, s, delta = np.zeros_like(w), np.full_like(w, 0.7), prior / n
     for t in range(3):
         key = jax.random.fold_in(jax.random.key(7), t)
-        theta = flat(tx.point(state, params, key=key))
+        theta = flat(two_at_once.drawn(key, params, state.memory.precision, n))
         g = a @ theta
         m = b1 * m + (1 - b1) * (a @ (w + RHO * g / s) + delta * w)
         updates, state = drive(tx, loss, params, state, t)
@@ -209,9 +217,9 @@ def test_bsam(problem):
 def test_bsam_draws_with_the_posterior_s_deviation(problem):
     params, *_ = problem
     n, s = 400, 0.25
-    tx = sharpness.bsam(RHO, init_precision=s, data_factor=1.0, num_examples=n)
-    state = tx.init(params)
-    draws = np.stack([flat(tx.point(state, params, key=jax.random.key(i))) for i in range(300)])
+    precision = jax.tree.map(lambda x: jnp.full_like(x, s), params)
+    draws = np.stack([flat(two_at_once.drawn(jax.random.key(i), params, precision, n))
+                      for i in range(300)])
     np.testing.assert_allclose(draws.mean(axis=0), flat(params), atol=0.03)
     np.testing.assert_allclose(draws.std(axis=0), 1 / np.sqrt(n * s), rtol=0.2)
 
@@ -238,10 +246,10 @@ def test_esam_climbs_with_some_leaves(problem):
             part = under(params, layer) & under(params, leaf)
             keep[part] = np.abs(eps[part]).max() > 1e-6
         seen.add(tuple(keep))
-        if keep.any():
-            np.testing.assert_allclose(
-                eps, RHO / beta * keep * g / norm(keep * g), rtol=1e-6, atol=1e-9)
-            np.testing.assert_allclose(state.perturbation_norm, RHO / beta, rtol=1e-9)
+        assert keep.any(), 'a step that climbs nowhere would pay for nothing'
+        np.testing.assert_allclose(
+            eps, RHO / beta * keep * g / norm(keep * g), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(state.perturbation_norm, RHO / beta, rtol=1e-9)
     assert len(seen) > 4
 
 
@@ -249,11 +257,14 @@ def test_esam_asks_for_its_share_of_the_examples(problem):
     params, loss, *_ = problem
     asked = []
 
-    def selected(tree, fraction):
-        asked.append(fraction)
-        return jax.tree.map(lambda x: 3.0 * jnp.ones_like(x), tree)
+    def evaluate(tree, climb=False, most_risen=None):
+        if most_risen is None:
+            return sharpness.Evaluation(jax.grad(loss)(tree), loss(tree))
+        asked.append(most_risen[0])
+        assert most_risen[1].value == loss(params), 'since the clean pass'
+        return sharpness.Evaluation(jax.tree.map(lambda x: 3.0 * jnp.ones_like(x), tree), 0.0)
 
-    updates, _ = drive(sharpness.esam(RHO, 1.0, 0.3), loss, params, selected_grad_fn=selected)
+    updates, _ = drive(sharpness.esam(RHO, 1.0, 0.3), loss, params, evaluate=evaluate)
     assert asked == [0.3] and (flat(updates) == 3.0).all()
 
 

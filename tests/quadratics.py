@@ -6,6 +6,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from sam_jax import sharpness
+
 PS = [2.0, 3.0, 1.5, np.inf]
 RHO = 0.3
 SIZES = [6, 4, 1]  # of the leaves of quadratic()'s params
@@ -35,6 +37,11 @@ def quadratic(dtype=np.float32, seed=0):
     a = rng.randn(w.size, w.size)
     a = (a @ a.T / w.size + np.eye(w.size)).astype(dtype)
     return params, lambda tree: unravel(a @ ravel(tree)), a
+
+
+def make(method, **settings):
+    """A method as `sharpness.create`, in a training of one step of one example."""
+    return sharpness.create(method, **{'total_steps': 1, 'num_examples': 1, **settings})
 
 
 def update(tx, grad_fn, params, state=None, **extra_args):
@@ -84,32 +91,29 @@ def under(tree, name):
 
 
 def drive(tx, loss, params, state=None, t=0, momentum=None, learning_rate=0.1, note=None,
-          **extra_args):
+          evaluate=None, **extra_args):
     """One update of any method, given all that a training loop gives; jax.grad of `loss`.
 
     Args:
       t: the step, of which the keys are.
       momentum: default the params.
-      note: called at each gradient besides that given.
+      note: called at each gradient.
+      evaluate: (params, **which) -> Evaluation, in place of that of `loss`.
     """
     state = tx.init(params) if state is None else state
 
-    def grad_fn(tree, *fraction):
+    def of_loss(tree, **which):
+        del which
         if note:
             jax.debug.callback(note)
-        return jax.tree.map(
-            lambda g, w: g.astype(w.dtype), jax.grad(loss)(tree), params)
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), jax.grad(loss)(tree), params)
+        return sharpness.Evaluation(grads, loss(tree))
 
     key = jax.random.fold_in(jax.random.key(7), t)
-    shared = dict(momentum=params if momentum is None else momentum, learning_rate=learning_rate,
-                  gate_key=jax.random.fold_in(jax.random.key(8), t), key=key)
-    point = tx.point(state, params, **shared) if getattr(tx, 'point', None) else params
-    grads = jax.tree.map(lambda g, w: g.astype(w.dtype), jax.grad(loss)(point), params)
-    return tx.update(
-        grads, state, params, **{**dict(
-            grad_fn=grad_fn, selected_grad_fn=grad_fn, previous_grad_fn=grad_fn,
-            value=loss(params), value_and_grad_fn=lambda tree: (loss(tree), grad_fn(tree))),
-            **shared, **extra_args})
+    return tx.update(None, state, params, **{**dict(
+        loss=sharpness.Loss(evaluate or of_loss), key=key, learning_rate=learning_rate,
+        momentum=params if momentum is None else momentum, added_loss=True, corrected=True,
+        gate_key=jax.random.fold_in(jax.random.key(8), t)), **extra_args})
 
 
 def nans(tree):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from quadratics import RHO, drive, flat, layers, ravel
+from quadratics import RHO, drive, flat, layers, make, ravel
 
 from sam_jax import sharpness
 from sam_jax.sharpness import combine, gate
@@ -41,13 +41,14 @@ def _trajectory(tx, steps=STEPS, momentum=0.9, lr=0.05, rho_of=None):
 
 
 def _make(name, **settings):
-    return sharpness.create(name, rho=RHO, **settings)
+    return make(name, rho=RHO, **settings)
 
 
 # Each is SAM.
 TO_SAM = [
     ('sam', {'mask': True}),
-    ('fisher_sam', {'eta': 0.0}), ('sparse_sam', {'sparsity': 0.0, 'period': 2}),
+    ('fisher_sam', {'eta': 0.0}), ('le_sam', {'sigma': 1e9}),
+    ('sparse_sam', {'sparsity': 0.0, 'period': 2}),
     ('multistep_sam', {'steps': 1}), ('vasso', {'theta': 1.0}), ('friendly_sam', {'sigma': 0.0}),
     ('gsam', {'alpha': 0.0}), ('wsam', {'gamma': 0.5, 'decoupled': False}), ('gnp', {'alpha': 1.0}),
     ('gradient_constrained', {'up': -1.0, 'low': 0.0}),
@@ -197,10 +198,11 @@ def _on_quadratic(tx, loss, params, mu, lr):
 
 def test_the_shift_by_the_next_step_is_nesterov(x64):
     """w - lr mu v in place of w - rho v / |v|: the look-ahead form of Nesterov's momentum."""
-    from sam_jax.sharpness import ascent, shifted
+    from sam_jax.sharpness import ascent
+    from sam_jax.sharpness.methods import one_gradient
     params, loss, a = layers(np.float64)
     mu, lr = 0.9, 0.05
-    tx = shifted.shifted(shifted.along_momentum(ascent.unnormalized(lr * mu)))
+    tx = one_gradient.elsewhere(ascent.unnormalized(lr * mu), one_gradient.against_momentum)
     w, v, expected = flat(params), 0.0, []
     for _ in range(STEPS):
         v = mu * v + a @ (w - lr * mu * v)

@@ -42,7 +42,8 @@ class Session:
         values = train_step.HParams.from_config(self.config).replace(**hparams)
         feed, previous = (self.layout.shard(self.dataset.train_feed(
             self.config.seed, i, self.layout)) for i in (step, max(step - 1, 0)))
-        feed = train_step.paired(feed, previous, train_step.needs(self.config))
+        if train_step.asks_for_previous(self.config):
+            feed = train_step.paired(feed, previous)
         return feed, self.arrays, self.layout.replicate(values)
 
     def run(self, steps, **hparams):

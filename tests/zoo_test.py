@@ -457,8 +457,8 @@ def test_ascent_alone_is_along_the_true_gradient():
     @jax.jit
     def gradient(params, true_gradient):
         return gradients.replica_gradient(
-            params, start.batch_stats, replica, model=model, config=config, weight_decay=0.0,
-            true_gradient=true_gradient)[0][0]
+            params, start.batch_stats, replica,
+            gradients.Training.from_config(config, model, 0.0), true_gradient)[0][0]
 
     true, shaken = (gradient(start.params, t) for t in (True, False))
     assert relative_distance(true, shaken) > 0.05

@@ -1,12 +1,16 @@
 """How flat the minimum is, measured between epochs of a training run."""
 
+import math
 import time
+
+import jax
 
 from sam_jax import rngs
 from sam_jax.analysis import hessian, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
 from sam_jax.sharpness.ascent import lp_ball
+from sam_jax.sharpness.trees import lp_norm
 
 # lambda_max over this one is the ratio of the SAM paper's Figure 3.
 RATIO_TO = 5
@@ -30,7 +34,7 @@ def chosen_examples(split, count, seed):
 class Monitor:
     """Measures a run's states as `config.analysis` says; changes nothing of them."""
 
-    def __init__(self, config, model, dataset, layout, arrays, state):
+    def __init__(self, config, model, dataset, layout, arrays, state, scheduled):
         """Places the examples; compiles nothing yet.
 
         Args:
@@ -38,9 +42,13 @@ class Monitor:
           model, dataset, layout: as the run uses them.
           arrays: the training split's arrays, on the devices.
           state: a TrainState on the devices.
+          scheduled: step -> (learning rate, rho).
         """
         settings = config.analysis
-        self._settings, self._layout = settings, layout
+        self._settings, self._layout, self._scheduled = settings, layout, scheduled
+        self._rho_counts = {'sgd': False, 'sam': True}.get(config.sam.method)
+        if config.sam.p != 2:
+            self._rho_counts = None
         split = chosen_examples(dataset.train, settings.examples, 0)
         # A product takes more memory than an evaluation: no more at once than training has.
         batch_size = min(
@@ -60,8 +68,8 @@ class Monitor:
 
         lambda_max and lambda_ratio of the Hessian, sharpness: the rise of the loss of all examples
         over the ball of radius rho, gap: that of groups of the run's own m (of all examples, if
-        they are fewer), seconds: it took. The loss is without penalty, BatchNorm in evaluation
-        mode; of the params themselves, also where the run keeps a moving average.
+        they are fewer), edge: see `_edge`, seconds: it took. The loss is without penalty, BatchNorm
+        in evaluation mode; of the params themselves, also where the run keeps a moving average.
         """
         began = time.perf_counter()
         objective = self._objective.with_statistics(state.batch_stats)
@@ -69,7 +77,8 @@ class Monitor:
         results = {
             'lambda_max': float(values[0]), 'lambda_ratio': lambda_ratio(values),
             'sharpness': sharpness.of_ball(objective, state.params, self._ascent).sharpness,
-            'gap': self._gap(state.params, state.batch_stats).sharpness}
+            'gap': self._gap(state.params, state.batch_stats).sharpness,
+            'edge': self._edge(objective, state)}
         results['seconds'] = time.perf_counter() - began
         self._seconds += results['seconds']
         return {f'analysis/{name}': x for name, x in results.items()}
@@ -84,6 +93,18 @@ class Monitor:
                 tolerance=0).values
         except FloatingPointError:
             return [float('nan')]
+
+    def _edge(self, objective, state):
+        """The curvature up to which the last step was stable, see `sharpness.edge_of_stability`.
+
+        NaN but for SGD and SAM in the 2-norm.
+        """
+        if self._rho_counts is None:
+            return math.nan
+        learning_rate, rho = self._scheduled(max(int(jax.device_get(state.step)) - 1, 0))
+        return sharpness.edge_of_stability(
+            float(lp_norm(objective.gradient(state.params))), float(learning_rate),
+            float(rho) if self._rho_counts else 0.0)
 
     def share(self):
         """Returns the part of the time since this was made that the measuring took."""

@@ -36,6 +36,7 @@ class Objective:
       batch_stats: BatchNorm's statistics, on the devices.
       arrays: the split's arrays, on the devices.
       steps: {kind: pmapped step}, of `create`.
+      placed: the batches, of `create`.
       label_smoothing, weight_decay, decay_norm_and_bias: as in a run's config.
     """
 
@@ -47,6 +48,7 @@ class Objective:
     batch_stats: Any
     arrays: Any
     steps: Any = None
+    placed: Any = None
     label_smoothing: float = 0.0
     weight_decay: float = 0.0
     decay_norm_and_bias: bool = True
@@ -54,22 +56,24 @@ class Objective:
     def __len__(self):
         return len(self.split)
 
-    @functools.cached_property
+    @property
     def feeds(self):
         """The batches of the split, on the devices."""
-        return place_feeds(self.dataset, self.split, self.batch_size, self.layout,
-                           self.layout.shard)
+        return self.placed.feeds
+
+    @property
+    def count(self):
+        """Examples in the mean: all but images that are passed over because they are damaged."""
+        return self.placed.count
 
     def with_statistics(self, batch_stats):
         """Returns the same loss with other statistics of BatchNorm; the batches stay in place."""
-        other = dataclasses.replace(self, batch_stats=batch_stats)
-        other.__dict__.update(feeds=self.feeds, count=self.count)
-        return other
+        return dataclasses.replace(self, batch_stats=batch_stats)
 
-    @functools.cached_property
-    def count(self):
-        """Examples in the mean: all but images that are passed over because they are damaged."""
-        return sum(float(self.steps['count'](feed['mask'])) for feed in self.feeds)
+    def of_split(self, split):
+        """Returns the same loss of other examples, of the same arrays."""
+        other = dataclasses.replace(self, split=split)
+        return dataclasses.replace(other, placed=_Placed(other))
 
     def logits(self, params, batch_stats, batch):
         """Logits of a batch; pure."""
@@ -152,7 +156,24 @@ def create(model, variables, dataset, split, layout, batch_size, arrays=None, **
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
     objective = Objective(model.clone(dtype=dtype), dataset, split, layout, batch_size, batch_stats,
                           arrays, **options)
-    return dataclasses.replace(objective, steps=_make_steps(objective)), params
+    objective = dataclasses.replace(objective, steps=_make_steps(objective))
+    return dataclasses.replace(objective, placed=_Placed(objective)), params
+
+
+class _Placed:
+    """The batches of an objective's split, placed on the devices when they are first asked for."""
+
+    def __init__(self, objective):
+        self._objective = objective
+
+    @functools.cached_property
+    def feeds(self):
+        of = self._objective
+        return place_feeds(of.dataset, of.split, of.batch_size, of.layout, of.layout.shard)
+
+    @functools.cached_property
+    def count(self):
+        return sum(float(self._objective.steps['count'](feed['mask'])) for feed in self.feeds)
 
 
 def place_feeds(dataset, split, batch_size, layout, place):

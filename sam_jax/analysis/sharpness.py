@@ -7,8 +7,8 @@ by the ascents of `sam_jax.sharpness.ascent`: the SAM step (`lp_ball`), projecte
 point of the ball and not always the highest: what is reported is a lower bound of the maximum.
 """
 
-import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,9 @@ from jax import lax
 from sam_jax import metrics, rngs
 from sam_jax.analysis import objective as objectives
 from sam_jax.replicas import AXIS
-from sam_jax.sharpness.ascent import lp_ball, move
+from sam_jax.sharpness.ascent import lp_ball
 from sam_jax.sharpness.direction import random_like
+from sam_jax.sharpness.trees import move
 
 # Entries of params that may be copied at once for groups that ascend side by side: 1 GiB. On CPU
 # XLA runs a convolution with kernels of several groups much slower than one after the other.
@@ -124,9 +125,8 @@ def _each_group(objective, m, ascent, params, batch_stats):
     """Groups too large or too few for a device each: one after the other, over all devices."""
     rises = []
     for start in range(0, len(objective) - m + 1, m):
-        group = dataclasses.replace(
-            objective, split=objective.split.subset(np.arange(start, start + m)),
-            batch_stats=batch_stats)
+        group = objective.of_split(
+            objective.split.subset(np.arange(start, start + m))).with_statistics(batch_stats)
         if group.count == m:  # else an image of it is damaged
             rises.append(of_ball(group, params, ascent))
     if not rises:
@@ -193,3 +193,25 @@ def _make_groups_at_once(objective, m, ascent):
         return Rise(loss, error_rate, perturbed, perturbed_error, error, int(n))
 
     return measure
+
+
+def edge_of_stability(gradient_norm, learning_rate, rho):
+    """The curvature up to which plain SAM is stable (Long and Bartlett, arXiv 2309.12488).
+
+    By the largest eigenvalue lambda of the Hessian SAM's step multiplies a small deviation along
+    its vector by 1 - lr lambda (1 + rho lambda / |g|), which is -1 at
+        lambda = |g| / (2 rho) (sqrt(1 + 8 rho / (lr |g|)) - 1),
+    here written so that rho = 0 (2 / lr, gradient descent's edge) and |g| = 0 (0) are no exception.
+    Of steps without momentum, on all examples at once.
+
+    Args:
+      gradient_norm: |g| >= 0, of the loss whose Hessian it is.
+      learning_rate: lr >= 0; infinite for 0.
+      rho: >= 0.
+    """
+    if not learning_rate:
+        return math.inf
+    if not gradient_norm and rho:
+        return 0.0
+    ratio = 8 * rho / (learning_rate * gradient_norm) if rho else 0.0
+    return 4 / (learning_rate * (1 + math.sqrt(1 + ratio)))

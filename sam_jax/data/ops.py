@@ -48,7 +48,7 @@ FAITHFUL = Constants(translate=250.0, cutout=100.0, true_mean=False, wrap=True)
 FAITHFUL_RANDAUGMENT = FAITHFUL._replace(translate=100.0, cutout=40.0)
 
 
-def corrected(side):
+def corrected(side: int) -> Constants:
     """Constants in proportion to the image, true mean, no wrap-around.
 
     AutoAugment's paper moves by up to 150 of 331 pixels and cuts a square of up to 60.
@@ -93,7 +93,7 @@ _LUMINANCE = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (
 _DIFFERENCES = np.arange(-255, 256, dtype=np.float32)
 
 
-def resolve(name, level, negative, shape, constants):
+def resolve(name: str, level: float, negative: bool, shape: tuple, constants: Constants) -> Op:
     """Returns the Op `name` at a level, of NumPy arrays.
 
     Args:
@@ -156,7 +156,7 @@ def _rotation(degrees, height, width):
     return (cos, -sin, (w - (cos * w - sin * h)) / 2, sin, cos, (h - (sin * w + cos * h)) / 2)
 
 
-def apply(op, image, center):
+def apply(op: Op, image: Any, center: Any) -> Any:
     """Carries out an operation on one image.
 
     Args:

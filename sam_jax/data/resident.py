@@ -8,7 +8,7 @@ from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Split:
     """Examples on the host.
 
@@ -25,7 +25,7 @@ class Split:
 
     def __post_init__(self):
         if self.index is None:
-            object.__setattr__(self, 'index', np.arange(len(self.labels), dtype=np.int32))
+            self.index = np.arange(len(self.labels), dtype=np.int32)
 
     def __len__(self):
         return len(self.labels)

@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import os
+import threading
 
 import numpy as np
 
@@ -32,12 +33,12 @@ class StreamingDataset(Dataset):
       skip_corrupt: whether a damaged image is passed over: in training the next example takes its
         place, in evaluation it does not count. Otherwise it ends the run.
       threads: that read and decode; 0 for one a core.
-      corrupt: names of the damaged images met so far.
+      corrupt: the damaged images met so far.
     """
 
     skip_corrupt: bool = False
     threads: int = 0
-    corrupt: set = dataclasses.field(default_factory=set)
+    corrupt: 'Corrupt' = dataclasses.field(default_factory=lambda: Corrupt())
 
     def device_arrays(self, split):
         """Nothing of a split lies on the devices."""
@@ -108,11 +109,27 @@ class StreamingDataset(Dataset):
             if not self.skip_corrupt:
                 raise UserError(f'{name} cannot be decoded ({e}); data.skip_corrupt=True passes '
                                 'over damaged images.') from e
-            if name not in self.corrupt:
-                self.corrupt.add(name)
-                _log.warning('%s cannot be decoded (%s); it is passed over, number %d so far.',
-                             name, e, len(self.corrupt))
+            self.corrupt.note(name, e)
             return None
+
+
+class Corrupt:
+    """The damaged images met so far, each named once in the log; reading threads share it."""
+
+    def __init__(self):
+        self._names, self._lock = set(), threading.Lock()
+
+    def __len__(self):
+        return len(self._names)
+
+    def note(self, name, error):
+        """Adds an image and says so, if it is new."""
+        with self._lock:
+            if name in self._names:
+                return
+            self._names.add(name)
+            _log.warning('%s cannot be decoded (%s); it is passed over, number %d so far.',
+                         name, error, len(self._names))
 
 
 class _TrainExamples:

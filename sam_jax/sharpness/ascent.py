@@ -11,51 +11,28 @@ Norms and perturbations are computed in at least float32: in bfloat16 a step of 
 leave more than nine coordinates of ten where they were.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_jax.sharpness import checks
+from sam_jax.sharpness import ranges
+from sam_jax.sharpness.trees import Rho, in_units, lp_norm, move, names_of, promote, radius_at
+
+# Which params climb: all (None), a pytree of bools, or a function from params to one.
+Mask = Any
+# Functions that a method is made of.
+Metric = Callable[[optax.Updates, optax.Params], Any]
+Ascent = optax.GradientTransformationExtraArgs
 
 # Which parameters ASAM adapts to, see `adaptive_metric`.
 ADAPT = ('weights', 'kernels', 'all')
 
 
-def promote(x):
-    """Returns x in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def wide_zeros(tree):
-    """Returns zeros of the shapes of a pytree, in at least float32."""
-    return jax.tree.map(lambda x: jnp.zeros_like(promote(x)), tree)
-
-
-def move(params, eps, sign=1.0):
-    """Returns w + sign eps, in at least float32."""
-    return jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps)
-
-
-def radius_at(rho, count):
-    """Returns rho, or its value at `count` where it is a schedule."""
-    return rho(count) if callable(rho) else rho
-
-
-def lp_norm(tree, p=2.0):
-    """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
-    leaves = [jnp.abs(promote(x)) for x in jax.tree.leaves(tree)]
-    if p == 2:
-        return jnp.sqrt(sum((jnp.sum(jnp.square(x)) for x in leaves), jnp.zeros(())))
-    largest = jnp.max(jnp.stack([jnp.max(x, initial=0.0) for x in leaves]))
-    if p == np.inf:
-        return largest
-    # In units of the largest entry, so that neither tiny nor huge entries leave the float range.
-    unit = jnp.where(largest > 0, largest, 1.0)
-    return unit * sum(jnp.sum((x / unit) ** p) for x in leaves) ** (1.0 / p)
-
-
-def lp_ball(rho, p=2.0, mask=None):
+def lp_ball(rho: Rho, p: float = 2.0, mask: Mask = None) -> Ascent:
     """The step of the linearised worst case in a p-ball (SAM paper, equation 2).
 
     eps = rho sign(g) |g|^(q-1) / (||g||_q^q)^(1/p) with 1/p + 1/q = 1, the maximiser of <g, eps>
@@ -76,7 +53,7 @@ def lp_ball(rho, p=2.0, mask=None):
     """
     if not p > 1:
         raise ValueError(f'p is {p}; it must be in (1, inf].')
-    checks.radius(rho)
+    ranges.radius(rho)
 
     def kept(params):
         return mask(params) if callable(mask) else mask
@@ -92,7 +69,25 @@ def lp_ball(rho, p=2.0, mask=None):
     return _ascent(rho, step, check=kept)
 
 
-def metric_ball(rho, metric):
+def limited_ball(rho: Rho, sigma: float) -> Ascent:
+    """The step of `lp_ball` with p = 2 and the radius min(sigma / ||g||, rho).
+
+    Raises:
+      ValueError: rho < 0 or sigma <= 0.
+    """
+    ranges.radius(rho)
+    ranges.above_zero(sigma=sigma)
+
+    def step(radius, grads, params, grad_fn):
+        del params, grad_fn
+        length = lp_norm(grads)
+        return _ball_step(grads, jnp.minimum(
+            sigma / jnp.where(length > 0, length, 1.0), radius), 2.0)
+
+    return _ascent(rho, step)
+
+
+def metric_ball(rho: Rho, metric: Metric) -> Ascent:
     """The step of the linearised worst case in an ellipsoid.
 
     eps = rho P g / sqrt(<g, P g>), the maximiser of <g, eps> under <eps, P^-1 eps> <= rho^2, with a
@@ -106,7 +101,7 @@ def metric_ball(rho, metric):
     Raises:
       ValueError: rho < 0.
     """
-    checks.radius(rho)
+    ranges.radius(rho)
 
     def step(radius, grads, params, grad_fn):
         del grad_fn
@@ -117,7 +112,7 @@ def metric_ball(rho, metric):
     return _ascent(rho, step)
 
 
-def metric_norm(metric):
+def metric_norm(metric: Metric) -> Callable[..., jax.Array]:
     """Returns the norm that `metric_ball` bounds: (eps, grads, params) -> sqrt(<eps, P^-1 eps>).
 
     Where P is 0, so is eps, and the entry does not count.
@@ -131,24 +126,24 @@ def metric_norm(metric):
     return norm
 
 
-def adaptive_metric(eta, adapt):
+def adaptive_metric(eta: float, adapt: str) -> Metric:
     """ASAM's metric P = T^2 with T = |w| + eta, and T = 1 where nothing is adapted.
 
     Args:
       eta: >= 0, added to |w|.
-      adapt: which parameters have T = |w| + eta: 'weights', all but those named 'bias' (as the
+      adapt: which parameters have T = |w| + eta: 'weights', all but biases (as the
         authors' code, where the scales of BatchNorm are weights); 'kernels', only those of two or
         more axes; 'all'.
 
     Raises:
       ValueError: eta < 0, or another `adapt`.
     """
-    checks.at_least(0, eta=eta)
+    ranges.at_least(0, eta=eta)
     if adapt not in ADAPT:
         raise ValueError(f'adapt is {adapt!r}; it must be one of {", ".join(ADAPT)}.')
 
     def adapted(path, w):
-        is_bias = bool(path) and getattr(path[-1], 'key', None) == 'bias'
+        is_bias = names_of(path)[-1:] in (('bias',), ('b',))  # the latter haiku's
         return adapt == 'all' or (w.ndim > 1 if adapt == 'kernels' else not is_bias)
 
     def metric(grads, params):
@@ -160,17 +155,17 @@ def adaptive_metric(eta, adapt):
     return metric
 
 
-def fisher_metric(eta):
+def fisher_metric(eta: float) -> Metric:
     """Fisher SAM's metric: P = 1 / (1 + eta g^2), entry by entry; eta >= 0.
 
     Raises:
       ValueError: eta < 0.
     """
-    checks.at_least(0, eta=eta)
+    ranges.at_least(0, eta=eta)
     return lambda grads, params: jax.tree.map(lambda g: 1.0 / (1.0 + eta * jnp.square(g)), grads)
 
 
-def layer_ball(rho):
+def layer_ball(rho: Rho) -> Ascent:
     """A ball for each leaf, its radius in units of the leaf's own norm.
 
     eps_l = rho ||w_l|| g_l / ||g_l||. A leaf of zeros stays where it is.
@@ -178,7 +173,7 @@ def layer_ball(rho):
     Raises:
       ValueError: rho < 0.
     """
-    checks.radius(rho)
+    ranges.radius(rho)
 
     def step(radius, grads, params, grad_fn):
         del grad_fn
@@ -188,7 +183,7 @@ def layer_ball(rho):
     return _ascent(rho, step)
 
 
-def layer_norm(eps, grads, params):
+def layer_norm(eps: Any, grads: Any, params: optax.Params) -> jax.Array:
     """The norm that `layer_ball` bounds: the largest of ||eps_l|| / ||w_l||."""
     del grads
     ratios = jax.tree.map(lambda e, w: lp_norm(e) / jnp.where(lp_norm(w) > 0, lp_norm(w), 1.0),
@@ -196,7 +191,7 @@ def layer_norm(eps, grads, params):
     return jnp.max(jnp.stack(jax.tree.leaves(ratios)))
 
 
-def unnormalized(rho):
+def unnormalized(rho: Rho) -> Ascent:
     """eps = rho g. `rho` may be negative: a step down, as an extrapolation takes."""
     def step(radius, grads, params, grad_fn):
         del params, grad_fn
@@ -215,16 +210,16 @@ def _ascent(rho, step, check=lambda params: None):
         check(params)
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(grads, state, params=None, *, grad_fn=None, count=None, **extra_args):
+    def update(updates, state, params=None, *, grad_fn=None, count=None, **extra_args):
         del extra_args
         radius = radius_at(rho, state.count if count is None else count)
-        eps = step(radius, jax.tree.map(promote, grads), params, grad_fn)
+        eps = step(radius, jax.tree.map(promote, updates), params, grad_fn)
         return eps, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def projected_steps(rho, steps, step_size=1.0, p=2.0):
+def projected_steps(rho: Rho, steps: int, step_size: float = 1.0, p: float = 2.0) -> Ascent:
     """Projected gradient ascent within the p-ball (SAM paper, appendix C.6).
 
     eps_0 = 0;  eps_k+1 = project(eps_k + step(grad L(w + eps_k))), where step is that of `lp_ball`
@@ -241,11 +236,11 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
     Raises:
       ValueError: rho < 0, steps < 1, step_size <= 0, or another p.
     """
-    checks.radius(rho)
+    ranges.radius(rho)
     if p not in (2, np.inf):
         raise ValueError(f'p is {p}; projected steps need 2 or inf.')
-    checks.at_least(1, steps=steps)
-    checks.positive(step_size=step_size)
+    ranges.at_least(1, steps=steps)
+    ranges.positive(step_size=step_size)
 
     def project(eps, radius):
         if p == np.inf:
@@ -270,19 +265,17 @@ def projected_steps(rho, steps, step_size=1.0, p=2.0):
 def _ball_step(grads, rho, p):
     if p == np.inf:
         return jax.tree.map(lambda g: jnp.asarray(rho, g.dtype) * jnp.sign(g), grads)
+    # The formula does not change when g is scaled; |g|^(q-1) leaves the float range for p near 1.
+    _, scaled = in_units(grads, p)
     if p == 2:
-        norm = lp_norm(grads)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(u))) for u in jax.tree.leaves(scaled)))
         scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
-        return jax.tree.map(lambda g: scale.astype(g.dtype) * g, grads)
-    # The formula does not change when g is scaled: divide by the largest entry, since |g|^(q-1)
-    # leaves the float range for p near 1.
+        return jax.tree.map(lambda u: scale.astype(u.dtype) * u, scaled)
     q = p / (p - 1.0)
-    largest = lp_norm(grads, np.inf)
-    unit = jax.tree.map(lambda g: g / jnp.where(largest > 0, largest, 1.0).astype(g.dtype), grads)
-    total = sum(jnp.sum(jnp.abs(u) ** q) for u in jax.tree.leaves(unit))
+    total = sum(jnp.sum(jnp.abs(u) ** q) for u in jax.tree.leaves(scaled))
     scale = jnp.where(total > 0, rho / jnp.where(total > 0, total, 1.0) ** (1.0 / p), 0.0)
     # Where an entry is 0, so is its power; p > 2 has no derivative there, and 0 is taken.
     power = jax.tree.map(
-        lambda u: jnp.where(u == 0, 0.0, jnp.abs(jnp.where(u == 0, 1.0, u)) ** (q - 1.0)), unit)
+        lambda u: jnp.where(u == 0, 0.0, jnp.abs(jnp.where(u == 0, 1.0, u)) ** (q - 1.0)), scaled)
     return jax.tree.map(
-        lambda u, x: scale.astype(u.dtype) * jnp.sign(u) * x.astype(u.dtype), unit, power)
+        lambda u, x: scale.astype(u.dtype) * jnp.sign(u) * x.astype(u.dtype), scaled, power)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax.sharpness.ascent import lp_norm, promote, wide_zeros
+from sam_jax.sharpness.trees import lp_norm, promote, wide_zeros
 
 
 class Combine(NamedTuple):
@@ -21,39 +21,35 @@ class Combine(NamedTuple):
       init: params -> state.
       combine: (grads, perturbed_grads, state, params) -> (updates, state), when the gate is open.
       skip: (grads, state, params) -> (updates, state), when it is shut.
-      signs: where gradients are taken, w + sign * eps for each sign. With several signs
-        perturbed_grads is a tuple, one a sign.
     """
 
     init: Callable[[Any], Any]
     combine: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
     skip: Callable[[Any, Any, Any], tuple[Any, Any]]
-    signs: tuple = (1.0,)
 
 
-def _stateless(function, signs=(1.0,)):
+def _stateless(function):
     """A combination (g, g_p) -> updates without state; where the gate is shut, g."""
     return Combine(
         init=lambda params: (),
         combine=lambda grads, perturbed_grads, state, params: (
             function(grads, perturbed_grads), state),
-        skip=lambda grads, state, params: (grads, state),
-        signs=signs)
+        skip=lambda grads, state, params: (grads, state))
 
 
-def perturbed():
+def perturbed() -> Combine:
     """SAM's own: g_p. No state."""
     return _stateless(lambda grads, perturbed_grads: perturbed_grads)
 
 
-def lerp(alpha):
+def lerp(alpha: float) -> Combine:
     """(1 - alpha) g + alpha g_p: SAM at alpha = 1; may be greater than 1. No state."""
     return _stateless(lambda grads, perturbed_grads: jax.tree.map(
         lambda g, g_p: ((1.0 - alpha) * promote(g) + alpha * promote(g_p)).astype(g.dtype),
         grads, perturbed_grads))
 
 
-def surrogate_gap(alpha):
+def surrogate_gap(alpha: float) -> Combine:
     """GSAM's: g_p - alpha (g - <g, g_p> / <g_p, g_p> g_p), descent of the gap L(w + eps) - L(w).
 
     The part of g orthogonal to g_p is taken away from it. No state.
@@ -68,7 +64,7 @@ def surrogate_gap(alpha):
     return _stateless(function)
 
 
-def renormalized():
+def renormalized() -> Combine:
     """Stable-SAM's: (|g| / |g_p|) g_p, the perturbed direction as long as the clean one. No state.
 
     0 where g_p is 0.
@@ -80,7 +76,7 @@ def renormalized():
     return _stateless(function)
 
 
-def gradient_constrained(low, up, per_leaf=True):
+def gradient_constrained(low: float, up: float, per_leaf: bool = True) -> Combine:
     """GCSCoOp's (2309.07866): which gradient goes on depends on the angle between the two.
 
     With c = cos(g_p, g) and z = (g_p + g) / |g_p + g|:
@@ -106,59 +102,31 @@ def gradient_constrained(low, up, per_leaf=True):
     return _stateless(lambda g, g_p: jax.tree.map(of, g, g_p) if per_leaf else of(g, g_p))
 
 
-def curvature(gamma, beta):
-    """CR-SAM's (2312.13555), as its code has it: g+ + gamma (g+ + g- - 2 g) + beta (g+ - g-).
-
-    g+ and g- are the gradients at w + eps and w - eps, which do not wait for each other: three
-    gradients, two of them in sequence. The text divides the two differences by those of the losses
-    (L+ + L- - 2 L, L+ - L-); the code leaves that to the constants. No state.
-    """
-    def function(grads, both):
-        return jax.tree.map(
-            lambda g, up, down: (up + gamma * (up + down - 2.0 * g) + beta * (up - down)).astype(
-                g.dtype), grads, *both)
-
-    return _stateless(function, signs=(1.0, -1.0))
-
-
-class DecoupledState(NamedTuple):
-    """State of `decoupled`: what the last step adds to the updates, in units of -learning rate."""
+class Correction(NamedTuple):
+    """What `wsam` adds past the optimizer at this step, in units of -learning rate."""
 
     correction: Any
 
 
-def decoupled(alpha):
-    """WSAM's decoupled form: g for the optimizer, and alpha (g_p - g) past it.
-
-    w <- (optimizer's step with g) - lr alpha (g_p - g). The second term is the state's
-    `correction`, which `sam_jax.sharpness.add_correction` applies; clipping, which comes before the
-    optimizer, does not see it. State: one pytree, of that step alone.
-    """
-    def combine(grads, perturbed_grads, state, params):
-        del state, params
-        return grads, DecoupledState(jax.tree.map(
-            lambda g, g_p: alpha * (promote(g_p) - promote(g)), grads, perturbed_grads))
-
-    def zero(params):
-        return DecoupledState(wide_zeros(params))
-
-    return Combine(init=zero, combine=combine,
-                   skip=lambda grads, state, params: (grads, zero(grads)))
-
-
-def add_correction(updates, state, learning_rate):
-    """Returns the optimizer's updates with `decoupled`'s correction added, if there is one.
+def add_correction(updates: optax.Updates, state: Any, learning_rate: Any) -> optax.Updates:
+    """Returns the optimizer's updates with the corrections added that a state holds.
 
     Args:
       updates: of the optimizer.
-      state: of the sharpness-aware method, or of a chain that holds it.
+      state: of the sharpness-aware method, or of whatever holds it: a chain, `optax.masked`,
+        `optax.multi_transform`, several of them.
       learning_rate: of this step.
     """
-    correction = optax.tree.get(state, 'correction')
-    if correction is None:
-        return updates
-    return jax.tree.map(
-        lambda u, c: u - (learning_rate * c).astype(u.dtype), updates, correction)
+    def is_one(x):
+        return isinstance(x, Correction)
+
+    for found in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
+        if jax.tree.leaves(found):  # the coupled form has none
+            updates = jax.tree.map(
+                lambda c, u: u if isinstance(c, optax.MaskedNode) else (
+                    u - (learning_rate * c).astype(u.dtype)),
+                found.correction, updates, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    return updates
 
 
 class OrthogonalState(NamedTuple):
@@ -167,7 +135,7 @@ class OrthogonalState(NamedTuple):
     orthogonal: Any
 
 
-def reused(alpha, per_leaf=False):
+def reused(alpha: float, per_leaf: bool = False) -> Combine:
     """LookSAM's (2203.02714): what the ascent adds is kept and used until the next one.
 
     Gate open: g_p; g_v = g_p - <g, g_p> / <g, g> g is kept.

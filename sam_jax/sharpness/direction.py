@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import promote, wide_zeros
+from sam_jax.sharpness import ranges
+from sam_jax.sharpness.trees import promote, wide_zeros
 
 
-def gaussian():
+def gaussian() -> optax.GradientTransformationExtraArgs:
     """A direction that knows nothing of the loss: z ~ N(0, I) in place of the gradient.
 
     In front of `lp_ball` with p = 2 it gives eps = rho z / ||z||_2 (SAM paper, appendix C.5, which
@@ -23,17 +24,17 @@ def gaussian():
     Raises (from update):
       TypeError: no `key`.
     """
-    def update(grads, state, params=None, *, key=None, **extra_args):
+    def update(updates, state, params=None, *, key=None, **extra_args):
         del params, extra_args
         if key is None:
             raise TypeError(
                 'A random ascent needs a key: tx.update(..., key=jax.random.key(step)).')
-        return random_like(key, grads), state
+        return random_like(key, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def random_like(key, tree):
+def random_like(key: jax.Array, tree: Any) -> Any:
     """Returns z ~ N(0, I) of the shapes of a pytree, in at least float32."""
     leaves, structure = jax.tree.flatten(jax.tree.map(promote, tree))
     keys = jax.random.split(key, len(leaves))
@@ -44,7 +45,7 @@ def random_like(key, tree):
 class AverageState(NamedTuple):
     """State of the directions that remember: how many ascents there were, and their average."""
 
-    count: jax.Array
+    count: ArrayLike
     average: Any
 
 
@@ -52,7 +53,7 @@ def _start(params):
     return AverageState(jnp.zeros((), jnp.int32), wide_zeros(params))
 
 
-def averaged(theta):
+def averaged(theta: float) -> optax.GradientTransformation:
     """VaSSO's direction: d <- g at the first ascent, then (1 - theta) d + theta g (2309.15639).
 
     State: one pytree. theta = 1 is the gradient itself.
@@ -60,19 +61,19 @@ def averaged(theta):
     Raises:
       ValueError: theta is not in (0, 1].
     """
-    checks.share(theta=theta)
+    ranges.above_zero_to_one(theta=theta)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
         average = jax.tree.map(
             lambda d, g: jnp.where(state.count == 0, g, (1 - theta) * d + theta * g),
-            state.average, jax.tree.map(promote, grads))
+            state.average, jax.tree.map(promote, updates))
         return average, AverageState(optax.safe_increment(state.count), average)
 
     return optax.GradientTransformation(_start, update)
 
 
-def without_average(sigma, lam):
+def without_average(sigma: float, lam: float) -> optax.GradientTransformation:
     """Friendly SAM's direction: the gradient without its persistent part (2403.12350).
 
     d = g - sigma m, then m <- lam m + (1 - lam) g; at the first ascent d = m = g. In this order as
@@ -82,12 +83,12 @@ def without_average(sigma, lam):
     Raises:
       ValueError: sigma is not finite, or lam is not in [0, 1).
     """
-    checks.finite(sigma=sigma)
-    checks.below_one(lam=lam)
+    ranges.finite(sigma=sigma)
+    ranges.zero_to_below_one(lam=lam)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        grads = jax.tree.map(promote, grads)
+        grads = jax.tree.map(promote, updates)
         first = state.count == 0
         direction = jax.tree.map(
             lambda m, g: jnp.where(first, g, g - sigma * m), state.average, grads)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import lp_norm
+from sam_jax.sharpness import ranges
+from sam_jax.sharpness.trees import lp_norm, progress
 
 
 class Gate(NamedTuple):
@@ -35,32 +35,32 @@ def _stateless(decide):
                 decide=lambda grads, state, count, **extra: (decide(count, **extra), state))
 
 
-def always():
+def always() -> Gate:
     """Open at every step."""
     return _stateless(lambda count, **extra: True)
 
 
-def never():
+def never() -> Gate:
     """Shut at every step: the base gradient, for one gradient evaluation."""
     return _stateless(lambda count, **extra: False)
 
 
-def every(k):
+def every(k: int) -> Gate:
     """Open at the updates 0, k, 2k, ...
 
     Raises:
       ValueError: k < 1.
     """
-    checks.at_least(1, k=k)
+    ranges.at_least(1, k=k)
     return always() if k == 1 else _stateless(lambda count, **extra: count % k == 0)
 
 
-def window(start, end):
+def window(start: float, end: float) -> Gate:
     """Open at the updates start <= count < end; numbers, which need not be whole."""
     return _stateless(lambda count, **extra: (count >= start) & (count < end))
 
 
-def bernoulli(probability):
+def bernoulli(probability: float | Callable[[jax.Array], jax.Array]) -> Gate:
     """Open with a probability, by a draw from `gate_key`, which is the step's and not a group's.
 
     Args:
@@ -71,7 +71,7 @@ def bernoulli(probability):
       TypeError (from update): no `gate_key`.
     """
     if not callable(probability):
-        checks.fraction(probability=probability)
+        ranges.zero_to_one(probability=probability)
 
     def decide(count, *, gate_key=None, **extra):
         del extra
@@ -92,7 +92,7 @@ class AdaptiveState(NamedTuple):
     variance: jax.Array
 
 
-def adaptive(delta, lambda1, lambda2, total_steps):
+def adaptive(delta: float, lambda1: float, lambda2: float, total_steps: int) -> Gate:
     """AE-SAM's gate (2304.14647): open where the gradient is long, measured by its own history.
 
     With s = |g|^2, at every step, whatever is decided:
@@ -110,8 +110,8 @@ def adaptive(delta, lambda1, lambda2, total_steps):
     Raises:
       ValueError: delta is not in [0, 1), or a lambda not finite.
     """
-    checks.below_one(delta=delta)
-    checks.finite(lambda1=lambda1, lambda2=lambda2)
+    ranges.zero_to_below_one(delta=delta)
+    ranges.finite(lambda1=lambda1, lambda2=lambda2)
 
     def decide(grads, state, count, *, gate_norm=None, **extra):
         del extra
@@ -120,8 +120,8 @@ def adaptive(delta, lambda1, lambda2, total_steps):
         mean = jnp.where(first, square, delta * state.mean + (1 - delta) * square)
         variance = jnp.where(
             first, 0.0, delta * state.variance + (1 - delta) * jnp.square(square - mean))
-        progress = count / total_steps
-        c = progress * lambda1 + (1 - progress) * lambda2
+        past = progress(count, total_steps)
+        c = past * lambda1 + (1 - past) * lambda2
         return square >= mean + c * jnp.sqrt(variance), AdaptiveState(mean, variance)
 
     return Gate(init=lambda params: AdaptiveState(jnp.zeros((), float), jnp.zeros((), float)),

@@ -5,41 +5,44 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from sam_jax.sharpness import checks
-from sam_jax.sharpness.ascent import promote, wide_zeros
+from sam_jax.sharpness import ranges
+from sam_jax.sharpness.trees import names_of, promote, wide_zeros
 
 
-def normalization(params):
+def normalization(params: optax.Params) -> Any:
     """SAM-ON's mask (2306.04226): True for the params of normalisation layers, else False.
 
-    Such a layer is a dict with an entry 'scale', as those of flax (BatchNorm, LayerNorm, GroupNorm)
-    are; its bias belongs to it. For `lp_ball`, whose norm is over the True leaves alone.
+    Such a layer has a parameter `scale` (BatchNorm, LayerNorm, GroupNorm of flax, linen and nnx,
+    and of haiku), or a `weight` of one axis (of equinox); its bias belongs to it. For `lp_ball`,
+    whose norm is over the True leaves alone.
 
     Raises:
       ValueError: there is no such layer.
     """
-    def marked(tree):
-        return {name: marked(x) if isinstance(x, dict) else 'scale' in tree
-                for name, x in tree.items()}
-
-    mask = marked(params) if isinstance(params, dict) else False
-    if not any(jax.tree.leaves(mask)):
-        raise ValueError('the params have no normalisation layer (a dict with an entry "scale") '
-                         'that could be perturbed.')
-    return mask
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [names_of(path) for path, _ in leaves]
+    layers = {name[:-1] for name, (_, w) in zip(names, leaves)
+              if name[-1:] == ('scale',) or (name[-1:] == ('weight',) and jnp.ndim(w) == 1)}
+    mask = [name[:-1] in layers for name in names]
+    if not any(mask):
+        raise ValueError('the params have no normalisation layer (one with a parameter "scale", or '
+                         'a "weight" of one axis) that could be perturbed.')
+    return jax.tree.unflatten(structure, mask)
 
 
 class SparseState(NamedTuple):
     """State of `sparse`: number of ascents, mean squared gradient since the mask was made, mask."""
 
-    count: jax.Array
+    count: ArrayLike
     squares: Any
     mask: Any
     ball: Any
 
 
-def sparse(ball, sparsity, period):
+def sparse(ball: optax.GradientTransformation, sparsity: float,
+           period: int) -> optax.GradientTransformationExtraArgs:
     """Sparse SAM (2210.05177): the ball's step on the entries with the largest squared gradients.
 
     eps = m * ball(g): the mask comes after the normalisation, so ||eps|| <= rho. m keeps the
@@ -54,8 +57,8 @@ def sparse(ball, sparsity, period):
     Raises:
       ValueError: sparsity is not in [0, 1), or period < 1.
     """
-    checks.below_one(sparsity=sparsity)
-    checks.at_least(1, period=period)
+    ranges.zero_to_below_one(sparsity=sparsity)
+    ranges.at_least(1, period=period)
     ball = optax.with_extra_args_support(ball)
 
     def init(params):
@@ -65,46 +68,51 @@ def sparse(ball, sparsity, period):
 
     def top(squares):
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(squares)])
-        threshold = jnp.sort(flat)[min(int(sparsity * flat.size), flat.size - 1)]
+        index = jnp.floor(jnp.asarray(sparsity, float) * flat.size).astype(int)
+        threshold = jnp.sort(flat)[jnp.minimum(index, flat.size - 1)]
         return jax.tree.map(lambda x: x >= threshold, squares)
 
-    def update(grads, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         mask = jax.lax.cond(
             (state.count > 0) & (state.count % period == 0),
             lambda: top(state.squares), lambda: state.mask)
         age = state.count % period
         squares = jax.tree.map(
             lambda s, g: jnp.where(age == 0, 0.0, s) * (age / (age + 1)) + (
-                jnp.square(promote(g)) / (age + 1)).astype(s.dtype), state.squares, grads)
-        eps, ball_state = ball.update(grads, state.ball, params, **extra_args)
+                jnp.square(promote(g)) / (age + 1)).astype(s.dtype), state.squares, updates)
+        eps, ball_state = ball.update(updates, state.ball, params, **extra_args)
         eps = jax.tree.map(lambda m, e: jnp.where(m, e, 0.0), mask, eps)
         return eps, SparseState(optax.safe_increment(state.count), squares, mask, ball_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def random_leaves(beta):
+def random_leaves(beta: float) -> optax.GradientTransformationExtraArgs:
     """ESAM's stochastic weight perturbation (2110.03141): each leaf climbs with probability beta.
 
     The gradient of the other leaves becomes 0. In front of a ball of radius rho / beta, so that
     over the draws a small eps has the mean that it has without. Drawn anew at each step, whereas
-    the authors keep all leaves at their first. No state. beta = 1 leaves everything.
+    the authors keep all leaves at their first. Where none was drawn one is, any with the same
+    probability: a step that climbs nowhere would pay for nothing. No state. beta = 1 leaves
+    everything.
 
     Raises:
       ValueError: beta is not in (0, 1].
       TypeError (from update): no `key`.
     """
-    checks.share(beta=beta)
+    ranges.above_zero_to_one(beta=beta)
 
-    def update(grads, state, params=None, *, key=None, **extra_args):
+    def update(updates, state, params=None, *, key=None, **extra_args):
         del params, extra_args
         if beta == 1:
-            return grads, state
+            return updates, state
         if key is None:
             raise TypeError('A random choice of leaves needs a key: tx.update(..., '
                             'key=jax.random.key(step)).')
-        leaves, structure = jax.tree.flatten(grads)
+        leaves, structure = jax.tree.flatten(updates)
         keep = jax.random.bernoulli(key, beta, (len(leaves),))
+        one = jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(leaves))
+        keep = keep | (~jnp.any(keep) & (jnp.arange(len(leaves)) == one))
         return jax.tree.unflatten(structure, [
             jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(keep, leaves)]), state
 

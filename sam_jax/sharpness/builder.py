@@ -1,0 +1,99 @@
+"""Methods of three parts: when to climb (gate), where to (ascent), what to make of it (combine)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sam_jax.sharpness import combine as combinations
+from sam_jax.sharpness import gate as gates
+from sam_jax.sharpness.as_optax import Link, as_optax
+from sam_jax.sharpness.protocol import Evaluation, Loss, Method, Now, Report, gated
+from sam_jax.sharpness.trees import lp_norm
+
+
+class Parts(NamedTuple):
+    """The states of the three parts."""
+
+    ascent: Any
+    combine: Any
+    gate: Any
+
+
+def sharpness_aware(
+    ascent: optax.GradientTransformation,
+    combine: combinations.Combine | None = None,
+    gate: gates.Gate | None = None,
+    norm: Callable[[Any, Any, Any], jax.Array] | None = None,
+) -> Link:
+    """Builds a method: gradient at w -> sharpness-aware gradient at w.
+
+    If the gate is open: eps = ascent(g), g_p = gradient at w + eps, result = combine(g, g_p); else
+    result = combine.skip(g). w + eps is at least float32 whatever the dtype of w. Where eps = 0
+    (rho = 0, zero gradient) the result is g itself, bit for bit. Behind a shut gate the states of
+    ascent and combination stay as they are; a schedule of rho still is one of the updates.
+
+    Args:
+      ascent: transformation from the gradient to eps, see `sam_jax.sharpness.ascent`. It is given
+        the keyword arguments of the update that are in `Now.given`.
+      combine: default `combine.perturbed()`.
+      gate: default `gate.always()`.
+      norm: (eps, grads, params) -> the norm that rho bounds, for
+        `SharpnessState.perturbation_norm`; default that of all entries together, p = 2.
+
+    Returns:
+      A `Link`, see `as_optax`.
+    """
+    ascent = optax.with_extra_args_support(ascent)
+    combine = combine or combinations.perturbed()
+    gate = gate or gates.always()
+    norm = norm or (lambda eps, grads, params: lp_norm(eps))
+
+    def init(params):
+        return Parts(ascent.init(params), combine.init(params), gate.init(params))
+
+    def step(loss, params, state, now):
+        clean, opens, gate_state = _decide(gate, loss, params, state.gate, now)
+
+        def climb(loss):
+            eps, ascent_state = climbed(ascent, loss, clean, params, state.ascent, now)
+            there = loss.moved(params, eps, clean)
+            grads, combine_state = combine.combine(
+                clean.grads, there.grads, state.combine, params)
+            return (unless_still(eps, grads, clean), (ascent_state, combine_state),
+                    Report(clean, there, norm(eps, clean.grads, params).astype(float)))
+
+        def stay(loss):
+            del loss
+            grads, combine_state = combine.skip(clean.grads, state.combine, params)
+            return grads, (state.ascent, combine_state), Report(clean, clean, jnp.zeros((), float))
+
+        grads, parts, report = gated(opens, climb, stay, loss)
+        return grads, Parts(parts[0], parts[1], gate_state), report._replace(clean=clean)
+
+    return as_optax(Method(init, step), gate_norm=gate.looks)
+
+
+def _decide(gate, loss, params, state, now):
+    """Returns (clean Evaluation, decision, gate's state)."""
+    if gate.looks:
+        clean = loss(params, climb=True)
+        return clean, *gate.decide(clean.grads, state, now.count, **now.given)
+    # A gradient that nothing climbs along descends; shake models tell the two apart.
+    opens, state = gate.decide(None, state, now.count, **now.given)
+    return loss(params, climb=opens), opens, state
+
+
+def climbed(ascent: optax.GradientTransformationExtraArgs, loss: Loss, clean: Evaluation,
+            params: optax.Params, state: Any, now: Now) -> tuple[Any, Any]:
+    """Returns (eps, the ascent's new state): an ascent from an Evaluation at the params."""
+    return ascent.update(clean.grads, state, params, count=now.count,
+                         grad_fn=lambda w: loss(w, climb=True).grads, **now.given)
+
+
+def unless_still(eps: Any, grads: Any, clean: Evaluation) -> Any:
+    """Returns grads, and the clean gradient bit for bit where eps = 0."""
+    still = lp_norm(eps) == 0
+    return jax.tree.map(lambda g, u: jnp.where(still, g, u.astype(g.dtype)), clean.grads, grads)

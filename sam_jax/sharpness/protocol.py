@@ -1,0 +1,201 @@
+"""What a method is: it asks the loss for the gradients that it wants, and makes one of them.
+
+    init(params) -> state
+    step(loss, params, state, now) -> (grads, state, Report)
+
+SAM's step, whole:
+
+    clean = loss(params, climb=True)
+    eps, state = ball.update(clean.grads, state, params, count=now.count)
+    there = loss.moved(params, eps, clean)
+    return there.grads, state, Report(clean, there, lp_norm(eps))
+
+`as_optax.py` makes such a pair a link of an optax chain; a method never sees where its loss comes
+from, be it a user's gradient function or a group of replicas of the train step.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sam_jax.sharpness.trees import lp_norm, move, promote
+
+
+class Evaluation(NamedTuple):
+    """What the loss tells of one point.
+
+    Attributes:
+      grads: the gradient, a pytree like the params; a `Loss` gives it in at least float32.
+      value: the loss whose gradient it is, a scalar, in at least float32; None where nobody told.
+      reported: what reports call the loss, where that is another scalar.
+      aux: whatever else came out, of any structure.
+    """
+
+    grads: Any
+    value: Any = None
+    reported: Any = None
+    aux: Any = ()
+
+
+class Report(NamedTuple):
+    """What a step saw, for those who watch it.
+
+    Attributes:
+      clean: Evaluation at the params, or at the place that the method has in place of them.
+      perturbed: Evaluation at the perturbed params; `clean` where none was made. Behind a gate only
+        its value and what it reports.
+      norm: of the perturbation, in the norm that rho bounds; 0 where there was none.
+      evaluations: gradients that the loss has not counted, since they were asked for on one of two
+        ways, int32.
+    """
+
+    clean: Evaluation
+    perturbed: Evaluation
+    norm: Any
+    evaluations: Any = 0
+
+
+class Method(NamedTuple):
+    """A method.
+
+    Attributes:
+      init: params -> state, any pytree.
+      step: (Loss, params, state, Now) -> (grads, state, Report). Pure.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[..., tuple[Any, Any, Report]]
+
+
+class Loss:
+    """The loss of a step as a method sees it: a function of the params, counting what it costs.
+
+    Every point is asked about on the same examples with the same randomness. `taken` is the number
+    of gradients asked for so far, a Python int, since it is counted while the step is traced.
+
+    Args:
+      evaluate: (params, **which) -> Evaluation, with `which` of the keywords of a call.
+    """
+
+    def __init__(self, evaluate):
+        self.evaluate, self.taken = evaluate, 0
+
+    def __call__(self, params, **which) -> Evaluation:
+        """Evaluates the loss.
+
+        Args:
+          params: pytree.
+          **which: nothing for the gradient that descends, or one of
+            climb: True (or a traced bool) for that of the loss itself, along which an ascent goes.
+              The two differ for models that know a gradient for each (shake models);
+            previous: True for the examples of the step before;
+            most_risen: (fraction, since), for the gradient of only that fraction of the examples
+              whose loss has risen most since that Evaluation;
+            cotangents_of: an Evaluation, whose derivative by the network's outputs is pulled back
+              here in place of the one here.
+        """
+        self.taken += 1
+        evaluation = self.evaluate(params, **which)
+        value = evaluation.value
+        return evaluation._replace(
+            grads=jax.tree.map(promote, evaluation.grads),
+            value=None if value is None else promote(jnp.asarray(value)))
+
+    def moved(self, params, eps, clean, sign=1.0, **which) -> Evaluation:
+        """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit.
+
+        A selection and not a blend: a NaN of the gradient not chosen must not leak.
+        """
+        there = self(move(params, eps, sign), **which)
+        still = lp_norm(eps) == 0
+        return there._replace(grads=jax.tree.map(
+            lambda g, g_p: jnp.where(still, g, g_p.astype(g.dtype)), clean.grads, there.grads))
+
+    def hessian_product(self, params: Any, vector: Any) -> Any:
+        """The Hessian of the climbed loss times a vector, forward over reverse: two gradients."""
+        self.taken += 2
+        vector = jax.tree.map(lambda v, w: v.astype(w.dtype), vector, params)
+        return jax.jvp(
+            lambda w: self.evaluate(w, climb=True).grads, (params,), (vector,))[1]
+
+    def knowing(self, params, clean) -> 'Loss':
+        """The same loss, of which the Evaluation at these very params is there already.
+
+        Asking for it counts as any other: it was a gradient too.
+        """
+        def evaluate(at, **which):
+            if at is params and not which.keys() - {'climb'}:
+                return clean
+            return self.evaluate(at, **which)
+
+        return Loss(evaluate)
+
+
+class Now:
+    """What a step is given besides loss, params and state.
+
+    Attributes:
+      count: number of updates so far, int32; schedules are read there.
+      given: the keyword arguments of the update, of which methods know
+        key: a JAX key of the step (of the group, where there are several);
+        gate_key: one that all groups share;
+        gate_norm: a gradient's norm that all groups share, for gates that look at it;
+        learning_rate: of this step;
+        momentum: the optimizer's, before the step, a pytree;
+        added_loss: True where the caller's loss has the term that `saf` and `mesa` are;
+        corrected: True where the caller adds `add_correction` to the optimizer's updates.
+    """
+
+    _SAY = {
+        'gate_key': 'needs a key that all groups share: tx.update(..., '
+                    'gate_key=jax.random.key(step)).',
+        'key': 'needs a key: tx.update(..., key=jax.random.key(step)).',
+        'learning_rate': 'needs the learning rate of the step: tx.update(..., learning_rate=...).',
+        'momentum': "needs the optimizer's momentum, before the step: tx.update(..., "
+                    'momentum=optax.tree.get(opt_state, "trace")).',
+        'added_loss': 'is a term of the loss, sam_jax.losses.trajectory, and leaves the gradient '
+                      'as it is: add the term to your loss, and say so by '
+                      'tx.update(..., added_loss=True).'}
+
+    def __init__(self, count, given):
+        self.count, self.given = count, given
+
+    def need(self, name, who='This method'):
+        """Returns what was given by that name.
+
+        Raises:
+          TypeError: nothing was; says what is to be done.
+        """
+        value = self.given.get(name)
+        if value is None or value is False:
+            raise TypeError(f'{who} {self._SAY[name]}')
+        return value
+
+
+def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any, Any, Report]:
+    """Goes one of two ways.
+
+    Args:
+      opens: a Python bool decides while tracing; a traced one becomes a `lax.cond` and must be the
+        same on all devices.
+      climb, stay: loss -> (grads, state, Report), of equal structures.
+      loss: of the step; each way has its own, which counts what is asked for on that way.
+
+    Returns:
+      (grads, state, Report) of the way gone, but for the clean Evaluation, which is None.
+    """
+    def way(step):
+        def go():
+            own = Loss(loss.evaluate)
+            grads, state, report = step(own)
+            # A gradient and what a network keeps would be copied out of the branch for nothing.
+            seen = report.perturbed._replace(grads=(), aux=())
+            return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken))
+
+        return go
+
+    if isinstance(opens, bool):
+        return way(climb if opens else stay)()
+    return jax.lax.cond(opens, way(climb), way(stay))

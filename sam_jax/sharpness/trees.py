@@ -1,0 +1,82 @@
+"""Arithmetic of pytrees of params and gradients, in at least float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+# A radius: a number, a traced scalar, or an optax schedule of the number of updates.
+Rho = float | jax.Array | optax.Schedule
+
+
+def names_of(path) -> tuple:
+    """Returns the names on the way to a parameter, a tuple, in whatever pytree a framework has.
+
+    Of dictionaries, dataclasses (equinox) and flax nnx, whose variables keep their array one step
+    further, in `value`; of a sequence the position.
+    """
+    names = [getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry)))
+             for entry in path]
+    is_variable = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
+    return tuple(names[:-1] if is_variable and names[-1] == 'value' else names)
+
+
+def promote(x: jax.Array) -> jax.Array:
+    """Returns x in float32, or in its own dtype if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def wide_zeros(tree: Any) -> Any:
+    """Returns zeros of the shapes of a pytree, in at least float32."""
+    return jax.tree.map(lambda x: jnp.zeros_like(promote(x)), tree)
+
+
+def move(params: optax.Params, eps: Any, sign: float = 1.0) -> optax.Params:
+    """Returns w + sign eps, in at least float32."""
+    return jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps)
+
+
+def radius_at(rho: Rho, count: jax.Array) -> Any:
+    """Returns rho, or its value at `count` where it is a schedule."""
+    return rho(count) if callable(rho) else rho
+
+
+def progress(count: jax.Array, total: float) -> jax.Array:
+    """Returns count / total, at most 1; in float64 where JAX has it, whatever integer count is."""
+    return jnp.minimum(jnp.asarray(count, float) / total, 1.0)
+
+
+def times(rho: Rho, factor: float) -> Rho:
+    """Returns factor rho, of a number or of a schedule."""
+    return (lambda count: factor * rho(count)) if callable(rho) else factor * rho
+
+
+def lp_norm(tree: Any, p: float = 2.0) -> jax.Array:
+    """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
+    if p == np.inf:
+        return _largest(tree)
+    unit, scaled = in_units(tree, p)
+    sizes = map(jnp.abs, jax.tree.leaves(scaled))
+    total = sum((jnp.sum(jnp.square(x) if p == 2 else x ** p) for x in sizes), jnp.zeros(()))
+    return unit * (jnp.sqrt(total) if p == 2 else total ** (1.0 / p))
+
+
+def _largest(tree):
+    leaves = [jnp.max(jnp.abs(promote(x)), initial=0.0) for x in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
+
+
+def in_units(tree: Any, p: float) -> tuple[jax.Array, Any]:
+    """Returns (unit, entries / unit, a pytree), so that powers of tiny and huge entries are finite.
+
+    The unit is the largest entry, for p = 2 the power of two at or below it, so that nothing is
+    rounded; of a tree of zeros, or with NaN or infinity, it is 1.
+    """
+    largest = jax.lax.stop_gradient(_largest(tree))
+    largest = jnp.where((largest > 0) & (largest < np.inf), largest, 1.0)
+    mantissa, _ = jnp.frexp(largest)
+    unit = largest if p != 2 else jnp.maximum(
+        largest / (2 * mantissa), jnp.finfo(largest.dtype).tiny)
+    return unit, jax.tree.map(lambda x: promote(x) / unit.astype(promote(x).dtype), tree)
