@@ -390,7 +390,7 @@ COMMANDS = [
     ([CONFIG, WORKDIR, '--coordinator_address=localhost:1'],
      ['--coordinator_address', '--num_processes', '--process_id', 'localhost:1']),
     (['--config=configs/digits.py:noise=2', WORKDIR], ['data.label_noise is 2.0', 'at most 1']),
-    (['--config=configs/digits.py:method=sma', WORKDIR], ['sam.method is \'sma\'', 'sam, sgd']),
+    (['--config=configs/digits.py:method=sma', WORKDIR], ['sam.method is \'sma\'', 'sgd, sam']),
     ([CONFIG, WORKDIR, '--config.optimizer.learnig_rate=3'],
      ['key optimizer.learnig_rate (did you mean optimizer.learning_rate?).']),
     ([CONFIG, WORKDIR, '--config.batchsize=3'], ['key batchsize (did you mean batch_size?).']),
