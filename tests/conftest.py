@@ -8,8 +8,10 @@ import tempfile
 # so would XLA's newer way to make kernels of fused operations. Processes that tests start as users
 # do have both.
 QUICK = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
-if importlib.metadata.version('jaxlib').startswith('0.10.'):  # later ones have no other way
-    QUICK.append('--xla_cpu_use_fusion_emitters=false')
+EMITTERS = 'xla_cpu_use_fusion_emitters'
+TWO_WAYS = importlib.metadata.version('jaxlib').startswith('0.10.')  # later ones have one alone
+if TWO_WAYS:
+    QUICK.append(f'--{EMITTERS}=false')
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *QUICK]).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -44,6 +46,18 @@ def problem(x64):
     params, loss, a = quadratics.layers(np.float64)
     w = quadratics.flat(params)
     return params, loss, a, w, a @ w
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_users(request, monkeypatch):
+    """Compiles as users' programs are, where two programs must agree to the last bit."""
+    if TWO_WAYS and request.node.get_closest_marker('bitwise'):
+        from jax._src import compiler
+        options = compiler.get_compile_options
+        monkeypatch.setattr(
+            compiler, 'get_compile_options', lambda *args, env_options_overrides=None, **kwargs:
+            options(*args, env_options_overrides={**(env_options_overrides or {}), EMITTERS: True},
+                    **kwargs))
 
 
 @pytest.fixture(autouse=True, scope='module')

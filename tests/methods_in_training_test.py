@@ -79,6 +79,7 @@ KINDS = {'random_sam', 'sparse_sam', 'wsam', 'rst', 'ae_looksam', 'sampa', 'saf'
          'functional_sam'}
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize('method', [
     pytest.param(method, marks=() if method in KINDS else pytest.mark.slow)
     for method in sharpness.METHODS])

@@ -66,6 +66,7 @@ def step_config(**overrides):
                            **overrides})
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize('dropout_rate', [0.0, 0.3])
 def test_rho_zero_is_the_base_optimizer_bit_for_bit(dropout_rate):
     common = dict(model__dropout_rate=dropout_rate, data__augment='basic', data__padding=2)
