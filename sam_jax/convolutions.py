@@ -25,6 +25,7 @@ import inspect
 import itertools
 import logging
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def install() -> bool:
 
 
 @contextlib.contextmanager
-def as_jax_does():
+def as_jax_does() -> Iterator[None]:
     """Within it programs are lowered by JAX's own rule: what tests and benchmarks compare with."""
     mlir.register_lowering(lax.conv_general_dilated_p, _rule_of_jax(), platform='cpu')
     jax.clear_caches()
@@ -83,7 +84,7 @@ def _rule_of_jax():
 
 def _lower(original, ctx, lhs, rhs, **settings):
     """The lowering rule: by the first rewriting that applies, or as JAX does."""
-    rewritten = _rewriting(*ctx.avals_in, *ctx.avals_out, _is_whole(ctx), settings)
+    rewritten = _rewriting(*ctx.avals_in, *ctx.avals_out, whole=_is_whole(ctx), settings=settings)
     if rewritten is None:
         return original(ctx, lhs, rhs, **settings)
     settings['out_sharding'] = None  # of replicated or device-local arrays: says nothing

@@ -12,7 +12,8 @@ from sam_jax.errors import UserError
 _HEARTBEAT_TIMEOUT = 30
 
 
-def initialize(coordinator_address='', num_processes=0, process_id=-1, cluster=False):
+def initialize(coordinator_address: str = '', num_processes: int = 0, process_id: int = -1,
+               cluster: bool = False) -> None:
     """Connects this process to the others of the run; does nothing where it is alone.
 
     Under Slurm (`srun`) nothing need be given. On a TPU pod `cluster` lets JAX ask where the others
@@ -46,26 +47,26 @@ def _inside_cluster():
     return len(tpu_workers) > 1 or int(slurm_tasks) > 1
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this process writes files and talks."""
     return jax.process_index() == 0
 
 
-def broadcast(value):
+def broadcast(value: float) -> float:
     """Returns process 0's `value` (a number) on every process; a collective."""
     if jax.process_count() == 1:
         return value
     return multihost_utils.broadcast_one_to_all(np.asarray(value)).item()
 
 
-def any_process(flag):
+def any_process(flag: bool) -> bool:
     """Returns whether `flag` is true on any process; a collective."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def barrier(name):
+def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -9,7 +9,7 @@ class UserError(ValueError):
     """
 
 
-def first_line(error):
+def first_line(error: BaseException | str) -> str:
     """Returns what an exception says, or a text, in one line of at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]

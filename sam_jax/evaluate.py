@@ -1,15 +1,19 @@
 """Evaluation: exact sums over a whole split, on any number of devices."""
 
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 from jax import lax
 
 from sam_jax import losses, metrics
-from sam_jax.replicas import AXIS
+from sam_jax.replicas import AXIS, Layout
 
 
-def eval_step(params, batch_stats, arrays, feed, *, apply_fn, batch_fn, top5=False):
+def eval_step(params: Any, batch_stats: Any, arrays: Any, feed: Any, *,
+              apply_fn: Callable[..., jax.Array], batch_fn: Callable[..., dict[str, jax.Array]],
+              top5: bool = False) -> dict[str, jax.Array]:
     """Sums over one batch, over all devices of the axis; pure.
 
     Args:
@@ -33,7 +37,8 @@ def eval_step(params, batch_stats, arrays, feed, *, apply_fn, batch_fn, top5=Fal
     return lax.psum(metrics.masked_sums(values, batch['mask']), AXIS)
 
 
-def make_eval_step(model, layout, dataset, top5=False):
+def make_eval_step(model: Any, layout: Layout, dataset: Any,
+                   top5: bool = False) -> Callable[..., dict[str, jax.Array]]:
     """Returns the pmapped evaluation step: (params, batch_stats, arrays, feed) -> sums."""
     step = functools.partial(
         eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5)
@@ -42,7 +47,7 @@ def make_eval_step(model, layout, dataset, top5=False):
         devices=layout.devices)
 
 
-def make_predict_step(model, layout, dataset):
+def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[..., jax.Array]:
     """Returns the pmapped step (params, batch_stats, arrays, feed) -> class probabilities.
 
     Float32 (devices of this process, examples of a device, classes), one row a device.
@@ -56,7 +61,8 @@ def make_predict_step(model, layout, dataset):
         step, axis_name=AXIS, in_axes=(None, None, None, 0), devices=layout.devices)
 
 
-def evaluate(step, params, batch_stats, arrays, feeds, layout):
+def evaluate(step: Callable[..., dict[str, jax.Array]], params: Any, batch_stats: Any, arrays: Any,
+             feeds: Iterable[Any], layout: Layout) -> dict[str, float]:
     """Runs an evaluation step over all feeds of a split.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from sam_jax import losses, metrics, sharpness
-from sam_jax.replicas import AXIS
+from sam_jax.replicas import AXIS, Layout
 
 
-def mean_over(function, xs, unroll):
+def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any, unroll: bool) -> tuple[Any, Any]:
     """Returns the mean of a function over the leading axis of the pytree xs, and what it keeps.
 
     One after the other, so only one x's intermediates are in memory; integer leaves (counters) are
@@ -52,7 +53,7 @@ def mean_over(function, xs, unroll):
         lambda t: t / n if jnp.issubdtype(t.dtype, jnp.inexact) else t, total), kept
 
 
-def mean_over_devices(tree, axis_index_groups=None):
+def mean_over_devices(tree: Any, axis_index_groups: list[list[int]] | None = None) -> Any:
     """Mean over the devices of the axis, or over each group of them; integer leaves stay."""
     leaves, structure = jax.tree.flatten(tree)
     inexact = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -79,28 +80,31 @@ class Training(NamedTuple):
     added: Any = None
 
     @classmethod
-    def from_config(cls, config, model, weight_decay, added=None):
+    def from_config(cls, config: Any, model: Any, weight_decay: Any,
+                    added: Any = None) -> 'Training':
         return cls(model, config.label_smoothing, config.optimizer.decay_norm_and_bias,
                    weight_decay, added)
 
-    def forward(self, params, batch_stats, replica, **options):
+    def forward(self, params: Any, batch_stats: Any, replica: dict[str, Any],
+                **options) -> tuple[jax.Array, Any]:
         """Returns (logits, updated variables) of a training pass of one replica."""
         return self.model.apply(
             {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
             mutable=['batch_stats'], rngs=replica['rngs'], **options)
 
-    def of_logits(self, logits, replica):
+    def of_logits(self, logits: jax.Array, replica: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns (sum of all terms but the penalty, cross entropy of each example)."""
         each = losses.cross_entropy(logits, replica['label'], self.label_smoothing)
         total = jnp.mean(each)
         return (total if self.added is None else total + self.added(logits, replica)), each
 
-    def penalty(self, params):
+    def penalty(self, params: Any) -> Any:
         return losses.l2_penalty(params, self.weight_decay, self.decay_norm_and_bias)
 
 
-def replica_gradient(params, batch_stats, replica, training, true_gradient=False,
-                     cotangents=None):
+def replica_gradient(params: Any, batch_stats: Any, replica: dict[str, Any], training: Training,
+                     true_gradient: bool | jax.Array = False,
+                     cotangents: jax.Array | None = None) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of one replica's mean cross entropy plus the L2 penalty.
 
     Args:
@@ -137,7 +141,8 @@ def replica_gradient(params, batch_stats, replica, training, true_gradient=False
     return (grads, aux), kept
 
 
-def risen_most(params, batch_stats, replica, old_losses, fraction, training):
+def risen_most(params: Any, batch_stats: Any, replica: dict[str, Any], old_losses: jax.Array,
+               fraction: float, training: Training) -> tuple[dict[str, Any], jax.Array]:
     """The share of a replica's examples whose loss rises most, and the mean of all new losses.
 
     ESAM's selection (arXiv 2110.03141): of R examples max(1, ceil(fraction R)).
@@ -149,7 +154,8 @@ def risen_most(params, batch_stats, replica, old_losses, fraction, training):
     return {**replica, **chosen}, jnp.mean(new).astype(float)
 
 
-def over_group(gradient, group, layout):
+def over_group(gradient: Callable[[Any], tuple[Any, Any]], group: Any,
+               layout: Layout) -> tuple[Any, Any]:
     """Means over all replicas of a group, of which this device holds some; and what they keep."""
     result, kept = mean_over(gradient, group, layout.unroll)
     if layout.devices_per_group > 1:
@@ -157,7 +163,8 @@ def over_group(gradient, group, layout):
     return result, kept
 
 
-def group_loss(batch_stats, group, training, layout, climbable=True) -> sharpness.Loss:
+def group_loss(batch_stats: Any, group: dict[str, Any], training: Training, layout: Layout,
+               climbable: bool | jax.Array = True) -> sharpness.Loss:
     """The loss of one group as a method sees it, by the replicas that this device holds of it.
 
     Its Evaluations report the cross entropy, and have aux = (aux, kept) of `replica_gradient`, the
@@ -197,7 +204,7 @@ def group_loss(batch_stats, group, training, layout, climbable=True) -> sharpnes
     def of_most_risen(params, fraction, since):
         _, kept = since.aux
 
-        def gradient(pair):
+        def gradient(pair: tuple[Any, jax.Array]):
             chosen, loss = risen_most(params, batch_stats, *pair, fraction, training)
             (grads, _), _ = replica_gradient(params, batch_stats, chosen, training)
             return (grads, loss), ()
@@ -208,7 +215,8 @@ def group_loss(batch_stats, group, training, layout, climbable=True) -> sharpnes
     return sharpness.Loss(evaluate)
 
 
-def group_step(state, loss, link, shared, clean=None):
+def group_step(state: Any, loss: sharpness.Loss, link: sharpness.Link, shared: dict[str, Any],
+               clean: sharpness.Evaluation | None = None) -> tuple[Any, Any]:
     """One group's sharpness-aware gradient.
 
     Args:

@@ -1,5 +1,6 @@
 """Per-example counts of right and wrong; they are summed and divided once, under a mask."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,7 +9,7 @@ def _true_class(labels):
     return labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=-1)
 
 
-def top1_error(logits, labels):
+def top1_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns 1.0 where the largest logit is not the true class, else 0.0; shape (...,).
 
     Of equal logits the first counts as largest. A NaN among the logits is an error.
@@ -21,7 +22,7 @@ def top1_error(logits, labels):
     return (wrong | jnp.isnan(logits).any(axis=-1)).astype(jnp.float32)
 
 
-def topk_error(logits, labels, k=5):
+def topk_error(logits: jax.Array, labels: jax.Array, k: int = 5) -> jax.Array:
     """Returns 1.0 where k or more other classes score at least as high as the true one, else 0.0.
 
     Ties therefore count against the model, as does a NaN. (The original code multiplied an (N, 1)
@@ -37,7 +38,7 @@ def topk_error(logits, labels, k=5):
     return (not_below >= k).astype(jnp.float32)
 
 
-def masked_sums(values, mask):
+def masked_sums(values: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Array]:
     """Returns {name: sum of values where mask is 1} and 'count', the sum of the mask.
 
     Where the mask is 0 the value is ignored, even if it is not finite.
@@ -50,6 +51,6 @@ def masked_sums(values, mask):
     return {**sums, 'count': jnp.sum(mask)}
 
 
-def standard_error(samples):
+def standard_error(samples: np.ndarray) -> float:
     """Returns the standard error of the mean of NumPy samples (n,); NaN for one."""
     return float(np.std(samples, ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else np.nan

@@ -1,5 +1,7 @@
 """Descent: what happens to the mean gradient. Optax's parts, in the order of the paper's code."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,7 +9,7 @@ import optax
 OPTIMIZERS = ('sgd', 'rmsprop', 'adam')
 
 
-def create(settings, learning_rate):
+def create(settings: Any, learning_rate: float | jax.Array) -> optax.GradientTransformation:
     """Returns clipping by global norm, then the optimizer, as one optax chain.
 
     sgd: m <- g + momentum m; w <- w - lr (g + momentum m) if nesterov, else w - lr m.
@@ -35,7 +37,7 @@ def create(settings, learning_rate):
     return optax.chain(clipping, descent)
 
 
-def momentum(settings, opt_state):
+def momentum(settings: Any, opt_state: optax.OptState) -> optax.Updates:
     """Returns the optimizer's momentum v, a pytree like the params; it descends along -v.
 
     Of sgd the sum of gradients, of adam its first moment, of rmsprop (whose momentum comes after
@@ -47,7 +49,8 @@ def momentum(settings, opt_state):
     return jax.tree.map(jnp.negative, trace) if settings.name == 'rmsprop' else trace
 
 
-def ema_update(average, values, step, decay, warmup_steps=0):
+def ema_update(average: Any, values: Any, step: jax.Array, decay: float,
+               warmup_steps: int = 0) -> Any:
     """One step of an exponential moving average, with TensorFlow's warm-up rule.
 
     With s = step - warmup_steps: average <- d average + (1 - d) values with

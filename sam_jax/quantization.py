@@ -11,13 +11,16 @@ are the caller's. `scripts/quantize_digits.py` is a worked example, `docs/quanti
 what it gains.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 
-def fake_quantize(w, bits, per_channel=False):
+def fake_quantize(w: jax.Array, bits: int, per_channel: bool = False) -> jax.Array:
     """Rounds weights to a uniform grid that is symmetric about 0, and keeps them as floats.
 
     Q(w) = s round(w / s) with s = max|w| / n, n = 2^(bits - 1) - 1: one of 2^bits - 1 levels
@@ -43,7 +46,7 @@ def fake_quantize(w, bits, per_channel=False):
     return lax.stop_gradient(rounded) + (w - lax.stop_gradient(w))
 
 
-def quantize_kernels(params, bits, per_channel=False):
+def quantize_kernels(params: optax.Params, bits: int, per_channel: bool = False) -> optax.Params:
     """Fake-quantises the kernels of a model, each with a scale (or scales) of its own.
 
     Kernels are the leaves with more than one axis; biases and what BatchNorm learns stay.
@@ -56,7 +59,9 @@ def quantize_kernels(params, bits, per_channel=False):
         lambda w: fake_quantize(w, bits, per_channel) if jnp.ndim(w) > 1 else w, params)
 
 
-def min_max_step(f, x, y, states, descent, ascent, **extra_args):
+def min_max_step(f: Callable[[Any, Any], jax.Array], x: Any, y: Any, states: tuple[Any, Any],
+                 descent: optax.GradientTransformation, ascent: optax.GradientTransformation,
+                 **extra_args) -> tuple[Any, Any, tuple[Any, Any]]:
     """One step of min over x, max over y of f(x, y): x descends, then y ascends at the new x.
 
     With descent = chain(sam(rho), sgd(a)), ascent = sgd(b) and n(v) = v / ||v||_2:

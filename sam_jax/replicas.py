@@ -9,6 +9,8 @@ lies within one device or covers several whole ones.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sam_jax.errors import UserError
 
 AXIS = 'batch'
+
+# jax.Device, of which jaxlib tells type checkers nothing.
+Device = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +43,19 @@ class Layout:
     unroll: bool
 
     @property
-    def replicas_per_device(self):
+    def replicas_per_device(self) -> int:
         return self.num_replicas // len(self.devices)
 
     @property
-    def devices_per_group(self):
+    def devices_per_group(self) -> int:
         return max(self.replicas_per_group // self.replicas_per_device, 1)
 
     @property
-    def groups_per_device(self):
+    def groups_per_device(self) -> int:
         return max(self.replicas_per_device // self.replicas_per_group, 1)
 
     @property
-    def axis_index_groups(self):
+    def axis_index_groups(self) -> list[list[int]] | None:
         """Positions of the devices of each group; None where a group covers all devices."""
         size = self.devices_per_group
         if size == len(self.devices):
@@ -58,7 +63,7 @@ class Layout:
         return [list(range(i, i + size)) for i in range(0, len(self.devices), size)]
 
     @functools.cached_property
-    def local_positions(self):
+    def local_positions(self) -> list[int]:
         """Positions on the pmap axis of this process's devices, ascending."""
         here = jax.process_index()
         return [i for i, d in enumerate(self.devices) if d.process_index == here]
@@ -68,16 +73,16 @@ class Layout:
         # pmap takes and returns the rows of its process's devices alone.
         return Mesh(np.array([self.devices[i] for i in self.local_positions]), (AXIS,))
 
-    def replicate(self, tree):
+    def replicate(self, tree: Any) -> Any:
         """Places a pytree of host arrays, the same on all processes, on every device."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
 
-    def shard(self, tree):
+    def shard(self, tree: Any) -> Any:
         """Places arrays of shape (devices of this process, ...), one row a device."""
         return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
 
 
-def free_memory(devices):
+def free_memory(devices: Sequence[Device]) -> tuple[float, int]:
     """Returns (free bytes of the memory that holds this process's arrays, devices that share it).
 
     Of accelerators the least, which each has for itself; on CPU all devices share the machine's.
@@ -90,7 +95,7 @@ def free_memory(devices):
     return free_host_memory(), len(local)
 
 
-def free_host_memory():
+def free_host_memory() -> float:
     """Returns the free bytes of this machine; infinite where it does not tell."""
     try:
         with open('/proc/meminfo') as file:
@@ -100,7 +105,8 @@ def free_host_memory():
         return float('inf')
 
 
-def make_layout(batch_size, replica_batch_size, replicas_per_group, loop='auto', devices=None):
+def make_layout(batch_size: int, replica_batch_size: int, replicas_per_group: int,
+                loop: str = 'auto', devices: Sequence[Device] | None = None) -> tuple[Layout, str]:
     """Cuts the batch and chooses the devices.
 
     Args:
@@ -157,7 +163,7 @@ def _fits(num_replicas, replicas_per_group, num_devices):
         per_device % replicas_per_group == 0 or replicas_per_group % per_device == 0)
 
 
-def neighbour_order(devices, group_size):
+def neighbour_order(devices: Sequence[Device], group_size: int) -> list[Device]:
     """Orders devices so that each run of `group_size` is a block of neighbours on a TPU's mesh.
 
     TPU devices carry `coords` (x, y, z) and `core_on_chip`; the mesh is tiled by boxes of

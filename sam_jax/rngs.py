@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 
-def key(seed, purpose, *ids):
+def key(seed: int | jax.Array, purpose: str, *ids) -> jax.Array:
     """Returns the JAX key for `purpose`, folded with each of `ids`.
 
     Args:
@@ -32,11 +32,11 @@ def _bits(seed, purpose, n, *ids):
     return np.random.Philox(np.random.SeedSequence(words)).random_raw(n)
 
 
-def permutation(seed, purpose, n, *ids):
+def permutation(seed: int, purpose: str, n: int, *ids) -> np.ndarray:
     """Returns a permutation of range(n), int32, made on the host for (seed, purpose, *ids)."""
     return np.argsort(_bits(seed, purpose, n, *ids), kind='stable').astype(np.int32)
 
 
-def integers(seed, purpose, n, high, *ids):
+def integers(seed: int, purpose: str, n: int, high: int, *ids) -> np.ndarray:
     """Returns n uniform int32 in [0, high), made on the host for (seed, purpose, *ids)."""
     return (_bits(seed, purpose, n, *ids) % np.uint64(high)).astype(np.int32)

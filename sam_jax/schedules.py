@@ -1,6 +1,14 @@
 """Schedules of the learning rate and of rho: functions step -> value, finite at every step."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+# Step -> value.
+Schedule = Callable[[ArrayLike], jax.Array]
 
 # The original's exponential schedule ends at 1.2 % of the start.
 EXPONENTIAL_END = 0.012
@@ -11,19 +19,19 @@ def _share(step, steps):
     return jnp.asarray(step, float) / steps
 
 
-def constant(base, total_steps):
+def constant(base: float | jax.Array, total_steps: float) -> Schedule:
     """value(t) = base."""
     del total_steps
     return lambda step: jnp.asarray(base, dtype=float)
 
 
-def cosine(base, total_steps):
+def cosine(base: float | jax.Array, total_steps: float) -> Schedule:
     """value(t) = base * (1 + cos(pi * t / total_steps)) / 2, and 0 from total_steps on."""
     return lambda step: base * 0.5 * (
         1.0 + jnp.cos(jnp.pi * jnp.minimum(_share(step, total_steps), 1.0)))
 
 
-def exponential(base, total_steps):
+def exponential(base: float | jax.Array, total_steps: float) -> Schedule:
     """value(t) = base * 0.012^(t / total_steps): 1.2 % of the start at the end."""
     return lambda step: base * EXPONENTIAL_END ** _share(step, total_steps)
 
@@ -31,7 +39,8 @@ def exponential(base, total_steps):
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'exponential': exponential}
 
 
-def create(name, base, total_steps, warmup_steps=0):
+def create(name: str, base: float | jax.Array, total_steps: float,
+           warmup_steps: float = 0) -> Schedule:
     """Returns the schedule `name` times a linear warm-up min(t / warmup_steps, 1).
 
     Args:
@@ -49,7 +58,8 @@ def create(name, base, total_steps, warmup_steps=0):
     return lambda step: schedule(step) * jnp.minimum(_share(step, warmup_steps), 1.0)
 
 
-def of_run(config, hparams, step, steps_per_epoch):
+def of_run(config: Any, hparams: Any, step: ArrayLike,
+           steps_per_epoch: int) -> tuple[jax.Array, jax.Array]:
     """Returns (learning rate, rho) at a step; `hparams` have the values that are scheduled."""
     total_steps = config.total_epochs * steps_per_epoch
 

@@ -7,8 +7,10 @@
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,8 @@ from jax import lax
 
 from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajectory
 from sam_jax.errors import UserError
-from sam_jax.models import pretrained
-from sam_jax.replicas import AXIS
+from sam_jax.models import layers, pretrained
+from sam_jax.replicas import AXIS, Layout
 
 # Reported as means over the steps since the last report, in this order; the rest as last values.
 _AVERAGED = ('loss', 'perturbed_loss', 'error_rate', 'clean_grad_norm', 'grad_norm',
@@ -35,7 +37,7 @@ class HParams(flax.struct.PyTreeNode):
     seed: Any
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Any) -> 'HParams':
         return cls(
             learning_rate=jnp.asarray(config.optimizer.learning_rate, float),
             rho=jnp.asarray(config.sam.rho, float),
@@ -76,7 +78,7 @@ def _method(config, rho, **run):
     return sharpness.create(**settings)
 
 
-def paired(feed, previous):
+def paired(feed: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the feed of a step with that of the step before, see `asks_for_previous`.
 
     Args:
@@ -86,12 +88,13 @@ def paired(feed, previous):
     return {**feed, 'previous': feed if previous is None else previous}
 
 
-def asks_for_previous(config):
+def asks_for_previous(config: Any) -> bool:
     """Returns whether the config's method takes gradients on the batch of the step before."""
     return _method(config, 0.0).previous
 
 
-def create_train_state(config, model, image_shape, num_images=0):
+def create_train_state(config: Any, model: nn.Module, image_shape: tuple[int, ...],
+                       num_images: int = 0) -> TrainState:
     """Initialises params, statistics and all states, on the host's default device.
 
     Args:
@@ -133,7 +136,7 @@ def create_train_state(config, model, image_shape, num_images=0):
         bad_step=jnp.zeros((), jnp.int32))
 
 
-def load_pretrained(state, model, path):
+def load_pretrained(state: TrainState, model: layers.Network, path: str) -> TrainState:
     """Returns the state with the weights of a file, see `models.pretrained.load`.
 
     Args:
@@ -147,8 +150,10 @@ def load_pretrained(state, model, path):
     return state.replace(ema=ema, **variables)
 
 
-def train_step(state, feed, arrays, hparams, *, model, config, layout, batch_fn,
-               steps_per_epoch):
+def train_step(state: TrainState, feed: dict[str, Any], arrays: dict[str, jax.Array],
+               hparams: HParams, *, model: nn.Module, config: Any, layout: Layout,
+               batch_fn: Callable[..., dict[str, jax.Array]],
+               steps_per_epoch: int) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on one device of the pmap axis; pure.
 
     Args:
@@ -245,7 +250,9 @@ def _over_groups(state, groups, training, method, layout, shared, climbable):
     return result, kept
 
 
-def keyed_replicas(step, feed, arrays, hparams, layout, batch_fn):
+def keyed_replicas(step: jax.Array, feed: dict[str, Any], arrays: dict[str, jax.Array],
+                   hparams: HParams, layout: Layout,
+                   batch_fn: Callable[..., dict[str, jax.Array]]) -> dict[str, Any]:
     """Returns this device's replicas, with leading axis replicas.
 
     {'image', 'label', 'rngs', 'group_key'}: the keys, of the examples' augmentation, of the
@@ -283,7 +290,8 @@ def _report(state, report, finite, log_every_steps):
     return sums, bad_step, logged
 
 
-def make_train_step(model, config, layout, dataset):
+def make_train_step(model: nn.Module, config: Any, layout: Layout,
+                    dataset: Any) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the pmapped step: (state, feed, arrays, hparams) -> (state, metrics).
 
     `feed` is sharded over the devices (`layout.shard`), everything else replicated

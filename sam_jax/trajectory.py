@@ -1,16 +1,21 @@
 """SAF's memory of logits and the loss on them, and MESA's (arXiv 2205.14083)."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sam_jax import losses
+from sam_jax import losses, sharpness
 from sam_jax.replicas import AXIS
 
 # No epoch is this one, and none lies so far back.
 _NEVER = -2 ** 30
 
 
-def create_memory(trajectory, num_images, num_classes, dtype):
+def create_memory(trajectory: sharpness.Trajectory | None, num_images: int, num_classes: int,
+                  dtype: Any) -> dict[str, jax.Array] | None:
     """Returns an empty memory, or None for a method that has none.
 
     {'logits': (epochs_ago, images, classes), 'epoch': (epochs_ago, images)}: the logits of each
@@ -23,7 +28,8 @@ def create_memory(trajectory, num_images, num_classes, dtype):
             'epoch': jnp.full(shape, _NEVER, jnp.int32)}
 
 
-def recall(memory, index, epoch):
+def recall(memory: dict[str, jax.Array], index: jax.Array,
+           epoch: jax.Array) -> dict[str, jax.Array]:
     """The logits of `index` from as many epochs ago as the memory is long, where it has them."""
     slots = memory['epoch'].shape[0]
     slot = epoch % slots
@@ -31,7 +37,8 @@ def recall(memory, index, epoch):
             'known': memory['epoch'][slot, index] == epoch - slots}
 
 
-def memorise(memory, index, logits, epoch):
+def memorise(memory: dict[str, jax.Array], index: jax.Array, logits: jax.Array,
+             epoch: jax.Array) -> dict[str, jax.Array]:
     """The memory with the logits of this step's global batch, in place of the oldest."""
     index, logits = lax.all_gather((index, logits.reshape(*index.shape, -1)), AXIS)
     slot = epoch % memory['epoch'].shape[0]
@@ -39,7 +46,8 @@ def memorise(memory, index, logits, epoch):
             'epoch': memory['epoch'].at[slot, index].set(epoch)}
 
 
-def trajectory_loss(trajectory, state, model, epoch):
+def trajectory_loss(trajectory: sharpness.Trajectory | None, state: Any, model: Any,
+                    epoch: jax.Array) -> Callable[[jax.Array, dict[str, Any]], jax.Array] | None:
     """Returns SAF's or MESA's loss as a function (logits, replica) -> scalar, or None."""
     if trajectory is None:
         return None
