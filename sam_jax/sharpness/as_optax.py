@@ -42,6 +42,7 @@ class Link(optax.GradientTransformationExtraArgs):
       trajectory: None, or the `Trajectory` whose loss the training loop adds.
     """
 
+    update: Callable[..., tuple[Any, Any]]  # optax's takes no None and gives no Report
     gate_norm: bool
     previous: bool
     trajectory: Any
@@ -107,6 +108,7 @@ def _loss(grads, params, grad_fn, loss):
             'grad_fn=sharpness.fill_masked(grad_fn, params), or the same of loss.')
     if loss is not None:
         return Loss(loss.evaluate)
+    assert grad_fn is not None  # as was seen above
     loss = Loss(lambda params, climb=False, **more: _known_of('grad_fn', more) or Evaluation(
         grad_fn(params)))
     return loss if grads is None else loss.knowing(params, Evaluation(grads))

@@ -43,7 +43,8 @@ class Report(NamedTuple):
     """What a step saw, for those who watch it.
 
     Attributes:
-      clean: Evaluation at the params, or at the place that the method has in place of them.
+      clean: Evaluation at the params, or at the place that the method has in place of them; None
+        from `gated` alone.
       perturbed: Evaluation at the perturbed params; `clean` where none was made. Behind a gate only
         its value and what it reports.
       norm: of the perturbation, in the norm that rho bounds; 0 where there was none.
@@ -51,7 +52,7 @@ class Report(NamedTuple):
         ways, int32.
     """
 
-    clean: Evaluation
+    clean: Evaluation | None
     perturbed: Evaluation
     norm: Any
     evaluations: Any = 0
@@ -79,10 +80,10 @@ class Loss:
       evaluate: (params, **which) -> Evaluation, with `which` of the keywords of a call.
     """
 
-    def __init__(self, evaluate):
+    def __init__(self, evaluate: Callable[..., Evaluation]) -> None:
         self.evaluate, self.taken = evaluate, 0
 
-    def __call__(self, params, **which) -> Evaluation:
+    def __call__(self, params: Any, **which) -> Evaluation:
         """Evaluates the loss.
 
         Args:
@@ -103,7 +104,8 @@ class Loss:
             grads=jax.tree.map(promote, evaluation.grads),
             value=None if value is None else promote(jnp.asarray(value)))
 
-    def moved(self, params, eps, clean, sign=1.0, **which) -> Evaluation:
+    def moved(self, params: Any, eps: Any, clean: Evaluation, sign: float = 1.0,
+              **which) -> Evaluation:
         """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit.
 
         A selection and not a blend: a NaN of the gradient not chosen must not leak.
@@ -120,7 +122,7 @@ class Loss:
         return jax.jvp(
             lambda w: self.evaluate(w, climb=True).grads, (params,), (vector,))[1]
 
-    def knowing(self, params, clean) -> 'Loss':
+    def knowing(self, params: Any, clean: Evaluation) -> 'Loss':
         """The same loss, of which the Evaluation at these very params is there already.
 
         Asking for it counts as any other: it was a gradient too.
@@ -159,10 +161,10 @@ class Now:
                       'as it is: add the term to your loss, and say so by '
                       'tx.update(..., added_loss=True).'}
 
-    def __init__(self, count, given):
+    def __init__(self, count: Any, given: dict[str, Any]) -> None:
         self.count, self.given = count, given
 
-    def need(self, name, who='This method'):
+    def need(self, name: str, who: str = 'This method') -> Any:
         """Returns what was given by that name.
 
         Raises:

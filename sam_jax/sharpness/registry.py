@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sam_jax.sharpness.as_optax import Link
 
@@ -41,9 +41,12 @@ class Entry(NamedTuple):
 
 METHODS: dict[str, Entry] = {}
 
+Make = TypeVar('Make', bound=Callable[..., Link])
 
-def enter(gives, gradients, *, name=None, cost='', norm='rho', uphill=True, late=False,
-           refuses=None, why=''):
+
+def enter(gives: str, gradients: Any, *, name: str | None = None, cost: str = '', norm: str = 'rho',
+          uphill: bool = True, late: bool = False, refuses: dict[str, Any] | None = None,
+          why: str = '') -> Callable[[Make], Make]:
     """Enters a constructor among the methods, under its own name or `name`; see `Entry`."""
     def of(make):
         METHODS[name or make.__name__] = Entry(

@@ -1,5 +1,6 @@
 """Arithmetic of pytrees of params and gradients, in at least float32."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 Rho = float | jax.Array | optax.Schedule
 
 
-def names_of(path) -> tuple:
+def names_of(path: Sequence[Any]) -> tuple:
     """Returns the names on the way to a parameter, a tuple, in whatever pytree a framework has.
 
     Of dictionaries, dataclasses (equinox) and flax nnx, whose variables keep their array one step

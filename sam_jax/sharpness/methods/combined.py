@@ -4,6 +4,8 @@ eps = rho g / ||g|| and g_p = grad L(w + eps) as of `sam`. Two gradient evaluati
 counters, unless said otherwise.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -86,7 +88,7 @@ def wsam(rho: Rho, gamma: float = 0.9, decoupled: bool = True,
     return as_optax(Method(init, step))
 
 
-def clipped(grads, max_norm):
+def clipped(grads: Any, max_norm: float | None) -> Any:
     """Returns the gradient, no longer than max_norm; as it is where that is None."""
     if max_norm is None:
         return grads

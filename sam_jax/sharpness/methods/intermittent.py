@@ -5,13 +5,16 @@ the optimizer go on through both kinds of step. Of shake models, which know a gr
 another to descend, `ae_sam` and `ae_looksam` take the first at all steps: their gate looks at it.
 """
 
+from typing import Any
+
 from sam_jax.sharpness import ascent, combine, gate, ranges, registry
 from sam_jax.sharpness.as_optax import Link
 from sam_jax.sharpness.builder import sharpness_aware
 from sam_jax.sharpness.trees import Rho, progress
 
 # Gradients of what climbs at every k-th step.
-_EVERY_K = {'gradients': lambda options, step: 1 + (step % options['k'] == 0), 'cost': '1 + 1/`k`'}
+_EVERY_K: dict[str, Any] = {
+    'gradients': lambda options, step: 1 + (step % options['k'] == 0), 'cost': '1 + 1/`k`'}
 
 
 @registry.enter('g_p at every k-th step; what it added reused in between', **_EVERY_K)
@@ -73,6 +76,7 @@ def late_phase_sam(rho: Rho, start: float = 0.9, end: float = 1.0,
       ValueError: the fractions are not in order, or total_steps is not given.
     """
     ranges.given(total_steps=total_steps)
+    assert total_steps is not None  # so `given` has said
     ranges.zero_to_one(start=start, end=end)
     ranges.ordered(start=start, end=end)
     return sharpness_aware(
@@ -129,6 +133,7 @@ def ae_sam(rho: Rho, delta: float = 0.9, lambda1: float = -1.0, lambda2: float =
       ValueError: total_steps is not given, or another setting out of its range.
     """
     ranges.given(total_steps=total_steps)
+    assert total_steps is not None  # so `given` has said
     return sharpness_aware(
         ascent.lp_ball(rho), gate=gate.adaptive(delta, lambda1, lambda2, total_steps))
 
@@ -143,6 +148,7 @@ def ae_looksam(rho: Rho, alpha: float = 0.7, delta: float = 0.9, lambda1: float 
       alpha: as of `looksam`. State: one pytree and two scalars.
     """
     ranges.given(total_steps=total_steps)
+    assert total_steps is not None  # so `given` has said
     ranges.finite(alpha=alpha)
     return sharpness_aware(
         ascent.lp_ball(rho), combine.reused(alpha),

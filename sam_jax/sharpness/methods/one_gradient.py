@@ -3,7 +3,8 @@
 The params themselves stay the centre: they are what is evaluated and saved.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from sam_jax.sharpness import ascent, ranges, registry, trees
 from sam_jax.sharpness.as_optax import Link, as_optax
 from sam_jax.sharpness.builder import sharpness_aware
 from sam_jax.sharpness.direction import random_like
-from sam_jax.sharpness.protocol import Method, Report
+from sam_jax.sharpness.protocol import Method, Now, Report
 from sam_jax.sharpness.trees import Rho, lp_norm, move, wide_zeros
 
 
-def elsewhere(ball, along, init=lambda params: (), remember=lambda state, grads: state):
+def elsewhere(ball: ascent.Ascent, along: Callable[[Any, Any, Now], Any],
+              init: Callable[[Any], Any] = lambda params: (),
+              remember: Callable[[Any, Any], Any] = lambda state, grads: state) -> Link:
     """Builds a method of one gradient, that at w + ball(direction), handed on as it is.
 
     Args:
@@ -33,12 +36,12 @@ def elsewhere(ball, along, init=lambda params: (), remember=lambda state, grads:
     return as_optax(Method(init, step))
 
 
-def taken(ball, direction, params, now):
+def taken(ball: ascent.Ascent, direction: Any, params: Any, now: Now) -> Any:
     """Returns the step of an ascent that has no state but a counter."""
     return ball.update(direction, ball.init(params), params, count=now.count)[0]
 
 
-def against_momentum(state, params, now):
+def against_momentum(state: Any, params: Any, now: Now) -> Any:
     """The direction -v, v the optimizer's momentum; for `elsewhere`."""
     del state, params
     return jax.tree.map(jnp.negative, now.need('momentum'))
@@ -113,7 +116,7 @@ class Trajectory(NamedTuple):
     start_epoch: int
     epochs_ago: int
 
-    def check(self):
+    def check(self) -> 'Trajectory':
         """Returns self. Raises ValueError if something is out of its range."""
         ranges.at_least(0, lam=self.lam, start_epoch=self.start_epoch)
         ranges.positive(tau=self.tau)

@@ -5,6 +5,9 @@ Trace and Det the exact gradient of L + lam rho^2 S descends, of Frob that of a 
 Losses are differences of near-equal numbers: they are taken in at least float32.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,14 +17,19 @@ from sam_jax.sharpness.direction import random_like
 from sam_jax.sharpness.protocol import Method, Report
 from sam_jax.sharpness.trees import Rho, lp_norm, move, promote, radius_at
 
+# What `probing` takes: (key, params) -> z, and (L, [L_1 ... L_n], rho) -> (a, b).
+Draw = Callable[[jax.Array, Any], Any]
+Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
 # Det's weight exp(D) is cut here: e^30 leaves room for a gradient's square in float32.
 LARGEST_EXPONENT = 30.0
 
 # What takes a gradient at each of n probes.
-_PROBES = {'gradients': lambda options, step: 1 + options['n'], 'cost': '1 + `n`',
-           'norm': 'of its own', 'uphill': False}
+_PROBES: dict[str, Any] = {
+    'gradients': lambda options, step: 1 + options['n'], 'cost': '1 + `n`', 'norm': 'of its own',
+    'uphill': False}
 # What divides differences of losses by rho^2.
-_NEEDS_RHO = {
+_NEEDS_RHO: dict[str, Any] = {
     'refuses': {'sam.schedule': 'constant', 'sam.warmup_epochs': 0.0},
     'why': 'divides differences of losses by rho^2, of which a small rho leaves only rounding'}
 
@@ -82,7 +90,7 @@ def frob_sam(rho: Rho, lam: float = 0.005, n: int = 2) -> Link:
     return probing(rho, n, gaussian, frob_weights(lam))
 
 
-def probing(rho, n, draw, weigh):
+def probing(rho: Rho, n: int, draw: Draw, weigh: Weigh) -> Link:
     """Builds a method from the losses and gradients at n random probes.
 
     result = sum_i a_i (g_i - g) + g + sum_i b_i g_i, with g the gradient at w, g_i that at
@@ -127,7 +135,7 @@ def _told(value):
     return promote(value)
 
 
-def trace_weights(lam):
+def trace_weights(lam: float) -> Weigh:
     """psi(t) = t, phi(t) = t: a_i = lam / n."""
     def weigh(value, losses, rho):
         del value, rho
@@ -136,7 +144,7 @@ def trace_weights(lam):
     return weigh
 
 
-def det_weights(lam):
+def det_weights(lam: float) -> Weigh:
     """psi(t) = exp(-t / 2), phi(t) = t^-2: a_i = lam exp(-D_i / 2) / (n mean_j(exp(-D_j / 2))^3).
 
     For n = 1 lam exp(D). The exponent is at most 30, so that a probe far above w does not overflow.
@@ -150,7 +158,7 @@ def det_weights(lam):
     return weigh
 
 
-def frob_weights(lam):
+def frob_weights(lam: float) -> Weigh:
     """lam / rho^2 times the sample covariance of losses and gradients.
 
     b_i = lam / rho^2 (L_i - mean_j L_j) / (n - 1): the gradient of
@@ -164,12 +172,12 @@ def frob_weights(lam):
     return weigh
 
 
-def gaussian(key, params):
+def gaussian(key: jax.Array, params: Any) -> Any:
     """z ~ N(0, I)."""
     return random_like(key, params)
 
 
-def cube(h):
+def cube(h: float) -> Draw:
     """z uniform in [-h, h]^d, as a function (key, params) -> z."""
     def draw(key, params):
         leaves, structure = jax.tree.flatten(jax.tree.map(promote, params))

@@ -89,6 +89,7 @@ def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: flo
       ValueError: something is out of its range.
     """
     ranges.given(num_examples=num_examples)
+    assert num_examples is not None  # so `given` has said
     ranges.radius(rho)
     ranges.positive(data_factor=data_factor, num_examples=num_examples,
                     init_precision=init_precision)
@@ -120,7 +121,7 @@ def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: flo
     return as_optax(Method(init, step))
 
 
-def drawn(key, params, precision, number):
+def drawn(key: jax.Array, params: Any, precision: Any, number: float) -> Any:
     """Returns theta ~ N(w, 1 / (number precision)), in at least float32."""
     return move(params, jax.tree.map(
         lambda z, s: z / jnp.sqrt(number * s), random_like(key, params), precision))
