@@ -8,15 +8,20 @@ of cutout, the weight of mixup).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from sam_jax import losses
 from sam_jax.data import ops
 from sam_jax.data.policies import POLICIES
+
+# Key -> (rows of a table of operations, places of their squares).
+Draw = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 # The names that config.data.augment may take, and who uses them.
 RECIPES = {
@@ -67,11 +72,11 @@ class Augmentation:
     image_size: int = 0
 
     @property
-    def parts(self):
+    def parts(self) -> tuple[str, ...]:
         return RECIPES[self.recipe]
 
 
-def augment(images, keys, augmentation):
+def augment(images: jax.Array, keys: jax.Array, augmentation: Augmentation) -> jax.Array:
     """Carries out the parts of a recipe that work on pixels.
 
     Args:
@@ -102,7 +107,8 @@ def augment(images, keys, augmentation):
     return images
 
 
-def finish(images, keys, batch_key, augmentation, mean, std):
+def finish(images: jax.Array, keys: jax.Array, batch_key: jax.Array, augmentation: Augmentation,
+           mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """Normalises, and empties cutout's squares: 0 there, which is the mean colour.
 
     Args:
@@ -126,18 +132,18 @@ def finish(images, keys, batch_key, augmentation, mean, std):
 # Flip and shift
 
 
-def flip(image, flipped):
+def flip(image: jax.Array, flipped: ArrayLike) -> jax.Array:
     """Mirrors the image (H, W, C) left to right where `flipped` is true."""
     return jnp.where(flipped, image[:, ::-1], image)
 
 
-def shift(image, padding, dy, dx):
+def shift(image: jax.Array, padding: int, dy: ArrayLike, dx: ArrayLike) -> jax.Array:
     """Pads by reflection and crops back to (H, W, C) at offset (dy, dx) in [0, 2 padding]."""
     padded = jnp.pad(image, [(padding, padding), (padding, padding), (0, 0)], mode='reflect')
     return jax.lax.dynamic_slice(padded, (dy, dx, 0), image.shape)
 
 
-def basic(image, key, padding):
+def basic(image: jax.Array, key: jax.Array, padding: int) -> jax.Array:
     """The paper's basic recipe: flip with probability 1/2, then a uniformly random shift crop."""
     flip_key, y_key, x_key = jax.random.split(key, 3)
     image = flip(image, jax.random.bernoulli(flip_key))
@@ -151,7 +157,8 @@ def basic(image, key, padding):
 # Policies: a table of operations, of which each image gets some
 
 
-def autoaugment(policy, shape, constants):
+def autoaugment(policy: tuple, shape: tuple[int, ...],
+                constants: ops.Constants) -> tuple[ops.Op, Draw]:
     """Returns (table, draw) of an AutoAugment policy.
 
     Args:
@@ -184,7 +191,8 @@ def autoaugment(policy, shape, constants):
     return _stack(table), draw
 
 
-def randaugment(layers, magnitude, shape, constants):
+def randaugment(layers: int, magnitude: int, shape: tuple[int, ...],
+                constants: ops.Constants) -> tuple[ops.Op, Draw]:
     """Returns (table, draw) of RandAugment (Cubuk et al. 2020): `layers` operations, each uniform.
 
     All have the same magnitude; signs are turned with chance 1/2. As `autoaugment` otherwise.
@@ -205,7 +213,7 @@ def _stack(table):
     return jax.tree.map(lambda *x: np.stack(x), *table)
 
 
-def apply_ops(images, table, rows, places):
+def apply_ops(images: jax.Array, table: ops.Op, rows: jax.Array, places: jax.Array) -> jax.Array:
     """Carries out on each image the operations of its rows of the table, one after the other.
 
     On CPU image after image, each in the branch of its operation alone; elsewhere all images at
@@ -238,7 +246,7 @@ def _center(key, shape):
                       for k, n in zip(jax.random.split(key), shape)])
 
 
-def cutout(image, center, size):
+def cutout(image: jax.Array, center: jax.Array, size: int) -> jax.Array:
     """Zeroes the square of side `size` around the pixel `center` (y, x), cut at the border.
 
     It begins size // 2 above and to the left of the pixel. Source: DeVries and Taylor 2017.
@@ -251,7 +259,7 @@ def cutout(image, center, size):
     return jnp.where(inside, jnp.zeros((), image.dtype), image)
 
 
-def normalize(images, mean, std):
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """Returns (images / 255 - mean) / std in float: uint8 (..., C), mean and std of length C.
 
     Float is float32, or float64 where that is enabled.
@@ -264,7 +272,9 @@ def normalize(images, mean, std):
 # Pairs of examples
 
 
-def mix(images, labels, keys, batch_key, augmentation, num_classes, axis_name=None):
+def mix(images: jax.Array, labels: jax.Array, keys: jax.Array, batch_key: jax.Array,
+        augmentation: Augmentation, num_classes: int,
+        axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Mixes each example with the one at the mirrored place of the global batch.
 
     With w ~ Beta(alpha, alpha), one for the batch or one an image:
@@ -308,7 +318,7 @@ def _mixing(key, alpha, shape, dtype):
     return jax.random.beta(weight_key, alpha, alpha, dtype=dtype), _center(center_key, shape)
 
 
-def mirrored(x, axis_name=None):
+def mirrored(x: jax.Array, axis_name: str | None = None) -> jax.Array:
     """Reverses the order of the global batch, which the devices of an axis hold in rows."""
     x = x[::-1]
     if axis_name is None:
@@ -317,12 +327,13 @@ def mirrored(x, axis_name=None):
     return lax.ppermute(x, axis_name, [(i, n - 1 - i) for i in range(n)])
 
 
-def mixup(image, other, weight):
+def mixup(image: jax.Array, other: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (weight image + (1 - weight) other, weight)."""
     return weight * image + (1 - weight) * other, weight
 
 
-def cutmix(image, other, weight, center):
+def cutmix(image: jax.Array, other: jax.Array, weight: jax.Array,
+           center: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (the image with a box of the other one around `center`, its share outside of it)."""
     inside = True
     share = 1.0
@@ -339,7 +350,7 @@ def cutmix(image, other, weight, center):
 # Size
 
 
-def enlarge(images, size):
+def enlarge(images: jax.Array, size: int) -> jax.Array:
     """Resizes float images (N, H, W, C) to (N, size, size, C) by TensorFlow's v1 bicubic kernel.
 
     For fine-tuning on small images, as the SAM paper's code; size 0 leaves them as they are.

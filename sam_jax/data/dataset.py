@@ -7,7 +7,10 @@ nor a restart changes what the network sees.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from sam_jax import rngs
@@ -39,21 +42,21 @@ class Dataset:
     augmentation: augment.Augmentation
 
     @property
-    def num_train_examples(self):
+    def num_train_examples(self) -> int:
         return len(self.train)
 
     @property
-    def num_images(self):
+    def num_images(self) -> int:
         """Number of training images that a resident feed's `index` may name; 0 if streamed."""
         return 0
 
     @property
-    def image_shape(self):
+    def image_shape(self) -> tuple[int, ...]:
         """(H, W, C) of the images that reach the network."""
         size = self.augmentation.image_size
         return (size, size, self.pixel_shape[2]) if size else self.pixel_shape
 
-    def train_index(self, seed, step, layout):
+    def train_index(self, seed: int, step: int, layout: Any) -> np.ndarray:
         """Returns the training examples of step `step` (0-based), as positions in `train`.
 
         Returns:
@@ -66,7 +69,8 @@ class Dataset:
         return index.reshape(len(layout.devices), layout.replicas_per_device, -1)[
             layout.local_positions]
 
-    def eval_index(self, split, batch_size, layout):
+    def eval_index(self, split: Any, batch_size: int,
+                   layout: Any) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the examples of evaluation steps: every one once, padded under a mask.
 
         Yields:
@@ -81,7 +85,8 @@ class Dataset:
             yield tuple(x.reshape(num_devices, per_device)[layout.local_positions]
                         for x in (np.minimum(index, len(split) - 1), mask))
 
-    def train_feeds(self, seed, first_step, last_step, layout):
+    def train_feeds(self, seed: int, first_step: int, last_step: int,
+                    layout: Any) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the training steps first_step ... last_step - 1 of this process receive.
 
         Whatever is read ahead, feed t is a function of (seed, t) alone.
@@ -89,7 +94,8 @@ class Dataset:
         for step in range(first_step, last_step):
             yield self.train_feed(seed, step, layout)
 
-    def train_batch(self, arrays, feed, keys, batch_key, axis_name=None):
+    def train_batch(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array], keys: jax.Array,
+                    batch_key: jax.Array, axis_name: str | None = None) -> dict[str, jax.Array]:
         """Augments and normalises; runs inside the compiled step.
 
         Args:
@@ -112,7 +118,8 @@ class Dataset:
         return {'image': images.reshape(*shape, *self.image_shape),
                 'label': labels.reshape(*shape, *labels.shape[1:])}
 
-    def eval_batch(self, arrays, feed):
+    def eval_batch(self, arrays: dict[str, jax.Array],
+                   feed: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Normalises; runs inside the compiled evaluation step.
 
         Returns:
@@ -124,7 +131,7 @@ class Dataset:
         return {'image': images.reshape(*shape, *self.image_shape), 'label': feed['label'],
                 'mask': feed['mask']}
 
-    def to_pixels(self, images):
+    def to_pixels(self, images: jax.Array) -> np.ndarray:
         """Undoes the normalisation: float images -> NumPy images in [0, 1], for pictures."""
         return np.clip(np.asarray(images) * np.array(self.std) + np.array(self.mean), 0.0, 1.0)
 

@@ -6,6 +6,7 @@ is one TensorFlow function, so that a thread which decodes does not hold Python'
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ CROP_PADDING = 32
 
 
 @functools.cache
-def tensorflow():
+def tensorflow() -> Any:
     """Returns the module, which here works on the host: the accelerator's memory is JAX's."""
     import tensorflow as tf
 
@@ -24,7 +25,7 @@ def tensorflow():
     return tf
 
 
-def random_crop(encoded, size, seed):
+def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     """A random window of the image, resized: uint8 (size, size, 3).
 
     The window has 8 to 100 % of the area and an aspect ratio between 3/4 and 4/3; after 10 vain
@@ -41,7 +42,7 @@ def random_crop(encoded, size, seed):
     return _run(_function(random_window, size), encoded, seed)
 
 
-def center_crop(encoded, size):
+def center_crop(encoded: bytes, size: int) -> np.ndarray:
     """The central square of size / (size + 32) of the shorter side, resized: (size, size, 3).
 
     Arguments and errors as of `random_crop`.
@@ -49,7 +50,7 @@ def center_crop(encoded, size):
     return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
 
 
-def random_window(shape, size, seed):
+def random_window(shape: Any, size: int, seed: Any) -> Any:
     """The window of `random_crop` as a tensor (y, x, height, width) of an image (H, W, 3)."""
     tf = tensorflow()
 
@@ -63,7 +64,7 @@ def random_window(shape, size, seed):
                     tf.concat([begin[:2], extent[:2]], axis=0))
 
 
-def center_window(shape, size, seed):
+def center_window(shape: Any, size: int, seed: Any) -> Any:
     """The window of `center_crop`; arguments as of `random_window`."""
     tf = tensorflow()
 

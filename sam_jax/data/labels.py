@@ -4,11 +4,16 @@ A relabelling is a function (positions in the training set, their true labels) -
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from sam_jax import rngs
 from sam_jax.errors import UserError
+
+# (positions in the training set, their true labels) -> labels.
+Relabelling = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # What becomes of a label that is hit by noise: (true label, a draw, number of classes) -> label.
 LABEL_NOISE = {
@@ -22,13 +27,14 @@ LABEL_NOISE = {
 }
 
 
-def unchanged(index, labels):
+def unchanged(index: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The relabelling that changes nothing."""
     del index
     return labels
 
 
-def noise(num_examples, rate, num_classes, seed, kind='uniform'):
+def noise(num_examples: int, rate: float, num_classes: int, seed: int,
+          kind: str = 'uniform') -> Relabelling:
     """Returns the relabelling that gives a fraction `rate` of the examples another label.
 
     Args:
@@ -49,7 +55,7 @@ def noise(num_examples, rate, num_classes, seed, kind='uniform'):
     return relabel
 
 
-def predicted(path, name, num_examples, num_classes, soft):
+def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: bool) -> Relabelling:
     """Returns the relabelling by a file of predictions, as `python -m sam_jax.predict` writes it.
 
     Args:
@@ -81,7 +87,7 @@ def predicted(path, name, num_examples, num_classes, soft):
     return lambda index, labels: table[index]
 
 
-def create(settings, name, num_examples, num_classes):
+def create(settings: Any, name: str, num_examples: int, num_classes: int) -> Relabelling:
     """Returns the relabelling that `config.data` asks for.
 
     Args:
@@ -97,6 +103,6 @@ def create(settings, name, num_examples, num_classes):
     return unchanged
 
 
-def true_class(labels):
+def true_class(labels: np.ndarray) -> np.ndarray:
     """Classes of labels that are classes already, or distributions (their largest entry)."""
     return labels if labels.ndim == 1 else labels.argmax(axis=-1)

@@ -1,5 +1,7 @@
 """`load_dataset`: from `config.data` to a dataset of either input path."""
 
+from typing import Any
+
 import numpy as np
 
 from sam_jax.data import augment, labels, records
@@ -11,7 +13,7 @@ from sam_jax.errors import UserError
 NAMES = (*SOURCES, *records.STREAMS)
 
 
-def load_dataset(settings):
+def load_dataset(settings: Any) -> ResidentDataset | StreamingDataset:
     """Reads, or for the streaming path opens, the dataset that `config.data` names.
 
     Args:

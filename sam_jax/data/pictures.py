@@ -1,6 +1,7 @@
 """Pictures of what the network sees: a batch after augmentation, and operation by operation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 
 from sam_jax import rngs
 from sam_jax.data import ops
+from sam_jax.data.augment import Augmentation
+from sam_jax.data.dataset import Dataset
 
 
-def training_images(dataset, seed, step, layout, count=64):
+def training_images(dataset: Dataset, seed: int, step: int, layout: Any,
+                    count: int = 64) -> np.ndarray:
     """Returns the first images of a training step as the network gets them, of this process.
 
     Args:
@@ -38,7 +42,8 @@ def training_images(dataset, seed, step, layout, count=64):
     return dataset.to_pixels(batch['image'][:count])
 
 
-def operations(images, augmentation, levels=(2, 5, 8)):
+def operations(images: np.ndarray, augmentation: Augmentation,
+               levels: tuple[int, ...] = (2, 5, 8)) -> tuple[list[str], np.ndarray]:
     """Returns each image after each operation of the policies, a row an operation and level.
 
     Args:
@@ -64,7 +69,7 @@ def operations(images, augmentation, levels=(2, 5, 8)):
     return names, np.concatenate([np.asarray(row) for row in rows]) / 255
 
 
-def grid(images, columns=None):
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """Returns images (n, H, W, C) side by side as one, (1, rows * H, columns * W, C).
 
     Args:

@@ -32,7 +32,7 @@ _SIDE = flags.DEFINE_integer('side', 64, 'Smaller images are drawn at least so l
 _log = logging.getLogger(__name__)
 
 
-def main():
+def main() -> None:
     """Draws what the flags say."""
     from PIL import Image, ImageDraw
 

@@ -41,16 +41,16 @@ class Records:
         encoded, true, name = self.source[int(self.index[i])]
         return encoded, self.relabel(np.array([i]), np.array([true], np.int32))[0], name
 
-    def part(self, chosen):
+    def part(self, chosen: slice | np.ndarray) -> 'Records':
         return dataclasses.replace(self, index=self.index[chosen])
 
-    def subset(self, chosen):
+    def subset(self, chosen: slice | np.ndarray) -> 'Records':
         """Returns the chosen examples with the labels that they have here."""
         places = np.arange(len(self))[chosen]
         return dataclasses.replace(
             self, index=self.index[chosen], relabel=lambda i, true: self.relabel(places[i], true))
 
-    def relabelled(self, relabel):
+    def relabelled(self, relabel: labels_lib.Relabelling) -> 'Records':
         return dataclasses.replace(self, relabel=relabel)
 
 
@@ -69,7 +69,7 @@ class Stream:
     train: str = 'train'
     test: str = 'test'
 
-    def open(self, data_dir):
+    def open(self, data_dir: str) -> tuple['TfdsSource', 'TfdsSource', int]:
         """Returns (training source, test source, class names' number)."""
         train, test = (TfdsSource(self.tfds_name, data_dir, split, self.num_classes)
                        for split in (self.train, self.test))
@@ -79,7 +79,7 @@ class Stream:
 class FolderStream:
     """A folder in the layout of TFDS's ImageFolder: train/CLASS/IMAGE and test/CLASS/IMAGE."""
 
-    def open(self, data_dir):
+    def open(self, data_dir: str) -> tuple['FolderSource', 'FolderSource', int]:
         """As `Stream.open`; the test split is `test`, or else `validation` or `val`."""
         root = os.path.expanduser(data_dir)
         if not data_dir or not os.path.isdir(root):

@@ -1,7 +1,10 @@
 """The resident input path: uint8 data lies on every device, a step receives indices."""
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from sam_jax.data.dataset import Dataset
@@ -30,15 +33,15 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def part(self, chosen):
+    def part(self, chosen: slice | np.ndarray) -> 'Split':
         """Returns the chosen examples of a whole split, as a split with images of its own."""
         return Split(self.images[chosen], self.labels[chosen])
 
-    def subset(self, chosen):
+    def subset(self, chosen: slice | np.ndarray) -> 'Split':
         """Returns the chosen examples, on the same images."""
         return Split(self.images, self.labels[chosen], self.index[chosen])
 
-    def relabelled(self, labels):
+    def relabelled(self, labels: np.ndarray) -> 'Split':
         """Returns the same images with other labels."""
         return Split(self.images, labels, self.index)
 
@@ -47,18 +50,18 @@ class ResidentDataset(Dataset):
     """A dataset whose images lie on the devices; its splits are `Split`s."""
 
     @property
-    def num_images(self):
+    def num_images(self) -> int:
         return len(self.train.images)
 
-    def original_images(self, count):
+    def original_images(self, count: int) -> np.ndarray:
         """Returns the first training images before augmentation, uint8 (n, H, W, C)."""
         return self.train.images[self.train.index[:count]]
 
-    def device_arrays(self, split):
+    def device_arrays(self, split: Split) -> dict[str, np.ndarray]:
         """Returns the arrays of a split that the compiled functions take, on the host."""
         return {'images': split.images}
 
-    def train_feed(self, seed, step, layout):
+    def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
         """Returns what the training step `step` (0-based) of this process's devices receives.
 
         Returns:
@@ -68,16 +71,17 @@ class ResidentDataset(Dataset):
         index = self.train_index(seed, step, layout)
         return {'index': self.train.index[index], 'label': self.train.labels[index]}
 
-    def eval_feeds(self, split, batch_size, layout):
+    def eval_feeds(self, split: Split, batch_size: int,
+                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
         """Yields {'index', 'label', 'mask'} of the evaluation steps, see `eval_index`."""
         for index, mask in self.eval_index(split, batch_size, layout):
             yield {'index': split.index[index], 'label': split.labels[index], 'mask': mask}
 
-    def pixels(self, arrays, feed):
+    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
         """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
         return arrays['images'][feed['index'].reshape(-1)]
 
-    def check_memory(self, splits, memory, num_devices):
+    def check_memory(self, splits: list[Split], memory: float, num_devices: int) -> None:
         """Refuses what the devices cannot hold.
 
         Args:

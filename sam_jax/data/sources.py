@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Source:
     validation_size: int = 0
 
 
-def read_digits(data_dir):
+def read_digits(data_dir: str) -> tuple[Split, Split]:
     """scikit-learn's handwritten digits: 1,797 real images, 8x8x1; a fixed split of 1,297/500.
 
     The split is stratified: each class gives its share of the 500 (largest remainders), chosen by a
@@ -58,7 +59,7 @@ def read_digits(data_dir):
     return everything.part(train), everything.part(test)
 
 
-def tfds_builder(name, data_dir, file_format=''):
+def tfds_builder(name: str, data_dir: str, file_format: str = '') -> Any:
     """Opens a TensorFlow dataset that lies prepared in `data_dir`.
 
     Args:
@@ -86,7 +87,7 @@ def tfds_builder(name, data_dir, file_format=''):
     return builder
 
 
-def prepare_command(name, data_dir, file_format=''):
+def prepare_command(name: str, data_dir: str, file_format: str = '') -> str:
     """Returns the shell command that prepares a TensorFlow dataset."""
     where = f", data_dir='{data_dir}'" if data_dir else ''
     form = f", file_format='{file_format}'" if file_format else ''
@@ -94,7 +95,7 @@ def prepare_command(name, data_dir, file_format=''):
             f"tfds.builder('{name}'{where}{form}).download_and_prepare()\"")
 
 
-def tfds_splits(builder, splits):
+def tfds_splits(builder: Any, splits: list[str]) -> None:
     """Raises UserError if one of the splits, 'a' or 'a+b', is not on disk."""
     absent = sorted(set('+'.join(splits).split('+')) - set(builder.info.splits))
     if absent:
@@ -103,7 +104,7 @@ def tfds_splits(builder, splits):
             f'{", ".join(sorted(builder.info.splits)) or "none"}.')
 
 
-def check_labels(labels, num_classes, what):
+def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     """Raises UserError, naming the example, if a label is not in [0, num_classes)."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
@@ -112,7 +113,7 @@ def check_labels(labels, num_classes, what):
             f'least 0 and below {num_classes}, the number of classes.')
 
 
-def read_tfds(name, data_dir, extra=''):
+def read_tfds(name: str, data_dir: str, extra: str = '') -> tuple[Split, Split]:
     """Reads the train and test splits of a TensorFlow dataset that lies prepared in `data_dir`.
 
     Args:
@@ -157,7 +158,7 @@ def _decoded_split(builder, split):
     return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
 
 
-def read_fake_cifar(data_dir):
+def read_fake_cifar(data_dir: str) -> tuple[Split, Split]:
     """Random images of CIFAR's shape, 5,000 and 1,000 of them: for benchmarks and smoke runs."""
     del data_dir
 

@@ -11,11 +11,14 @@ import itertools
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
 
 from sam_jax import rngs
-from sam_jax.data import decode
+from sam_jax.data import decode, records
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 
@@ -40,27 +43,28 @@ class StreamingDataset(Dataset):
     threads: int = 0
     corrupt: 'Corrupt' = dataclasses.field(default_factory=lambda: Corrupt())
 
-    def device_arrays(self, split):
+    def device_arrays(self, split: records.Records) -> dict[str, np.ndarray]:
         """Nothing of a split lies on the devices."""
         del split
         return {}
 
-    def check_memory(self, splits, memory, num_devices):
+    def check_memory(self, splits: list[records.Records], memory: float, num_devices: int) -> None:
         """What does not lie on the devices fits."""
         del splits, memory, num_devices
 
-    def pixels(self, arrays, feed):
+    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
         """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
         del arrays
         return feed['pixels'].reshape(-1, *self.pixel_shape)
 
-    def original_images(self, count):
+    def original_images(self, count: int) -> np.ndarray:
         """Returns the first training images before augmentation, uint8 (n, H, W, C)."""
         crop = functools.partial(decode.center_crop, size=self.pixel_shape[0])
         examples = (self.decoded(self.train, i, crop) for i in range(len(self.train)))
         return np.stack([e['pixels'] for e in itertools.islice(filter(None, examples), count)])
 
-    def train_feeds(self, seed, first_step, last_step, layout):
+    def train_feeds(self, seed: int, first_step: int, last_step: int,
+                    layout: Any) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the training steps of this process's devices receive, read ahead.
 
         Yields:
@@ -73,11 +77,12 @@ class StreamingDataset(Dataset):
         examples = _TrainExamples(self, seed, first_step, last_step, layout)
         return self._read(examples, examples.shape)
 
-    def train_feed(self, seed, step, layout):
+    def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
         """Returns one of `train_feeds`."""
         return next(iter(self.train_feeds(seed, step, step + 1, layout)))
 
-    def eval_feeds(self, split, batch_size, layout):
+    def eval_feeds(self, split: records.Records, batch_size: int,
+                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
         """Yields {'pixels', 'label', 'mask'} of the evaluation steps, see `eval_index`."""
         batches = list(self.eval_index(split, batch_size, layout))
         examples = _EvalExamples(self, split, *(np.concatenate([x.ravel() for x in part])
@@ -94,7 +99,8 @@ class StreamingDataset(Dataset):
         for feed in grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1):
             yield {name: x.reshape(*shape, *x.shape[1:]) for name, x in feed.items()}
 
-    def decoded(self, split, i, crop):
+    def decoded(self, split: records.Records, i: int,
+                crop: Callable[[bytes], np.ndarray]) -> dict[str, Any] | None:
         """Returns {'pixels', 'label'} of the i-th example, None if it is passed over.
 
         Args:
@@ -122,7 +128,7 @@ class Corrupt:
     def __len__(self):
         return len(self._names)
 
-    def note(self, name, error):
+    def note(self, name: str, error: Exception) -> None:
         """Adds an image and says so, if it is new."""
         with self._lock:
             if name in self._names:

@@ -5,7 +5,7 @@ import re
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
-from sam_jax.models import efficientnet, resnet
+from sam_jax.models import efficientnet, layers, resnet
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.pyramidnet import PyramidNet
@@ -64,7 +64,7 @@ NAMES = (
     *resnet.SIZES, *(f'efficientnet-{size}' for size in efficientnet.SIZES))
 
 
-def create_model(name, num_classes, **options):
+def create_model(name: str, num_classes: int, **options) -> layers.Network:
     """Returns the flax module `name` with a head of `num_classes` outputs.
 
     Called as `module.init(rngs, images, train=False)` and

@@ -55,7 +55,7 @@ _depthwise_init = nn.initializers.variance_scaling(
     2.0, 'fan_out', 'truncated_normal', in_axis=-1, out_axis=-2)
 
 
-def scale_channels(channels, width):
+def scale_channels(channels: int, width: float) -> int:
     """channels x width to the nearest multiple of 8, but never below nine tenths of it."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
@@ -90,7 +90,7 @@ class EfficientNet(layers.Network, kw_only=True):
         super().__post_init__()
 
     @property
-    def repeats(self):
+    def repeats(self) -> list[int]:
         """Blocks of each stage."""
         return [math.ceil(stage.repeats * self.depth) for stage in self.stages]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sam_jax.models.efficientnet import EfficientNet
+from sam_jax.models.layers import Network
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -27,7 +28,7 @@ class Format(NamedTuple):
     separator: str
     layout: Callable[[str, Any, int], Any]
 
-    def name(self, model, path):
+    def name(self, model: Network, path: str) -> str:
         """Foreign name of our 'params/module/leaf' or 'batch_stats/module/leaf'."""
         _, module, leaf = path.split('/')
         rules = next(r for cls, r in self.modules.items() if isinstance(model, cls))

@@ -1,5 +1,6 @@
 """What the architectures share: initialisers, BatchNorm, convolutions, blocks, the head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +13,12 @@ from sam_jax.errors import UserError
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
-def dense_init(key, shape, dtype=jnp.float32):
+def dense_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """U[-1, 1] / sqrt(number of outputs)."""
     return jax.random.uniform(key, shape, dtype, -1.0) * shape[1] ** -0.5
 
 
-def add_shortcut(x, shortcut):
+def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
     """Returns x + shortcut, the latter average-pooled and padded with zero channels to fit."""
     stride = shortcut.shape[-2] // x.shape[-2]
     if stride > 1:
@@ -56,14 +57,15 @@ class Network(nn.Module):
     kernel_init = staticmethod(conv_init)
     head_init = staticmethod(dense_init)
 
-    def conv(self, x, channels, kernel, stride, name, **options):
+    def conv(self, x: jax.Array, channels: int, kernel: int, stride: int, name: str,
+             **options) -> jax.Array:
         """Convolution, `kernel` x `kernel`, padded as 'SAME' and without bias unless asked for."""
         options = {'padding': 'SAME', 'use_bias': False, 'kernel_init': self.kernel_init, **options}
         return nn.Conv(
             channels, (kernel, kernel), (stride, stride), dtype=self.dtype,
             param_dtype=self.param_dtype, name=name, **options)(x)
 
-    def norm(self, x, train, name, **options):
+    def norm(self, x: jax.Array, train: bool, name: str, **options) -> jax.Array:
         """BatchNorm with the biased variance E[x^2] - E[x]^2, in float32 at least."""
         return nn.BatchNorm(
             use_running_average=not train or self.frozen_batch_norm,
@@ -71,22 +73,22 @@ class Network(nn.Module):
             axis_name=self.batch_norm_axis, dtype=self.dtype, param_dtype=self.param_dtype,
             name=name, **options)(x)
 
-    def pool(self, x):
+    def pool(self, x: jax.Array) -> jax.Array:
         """Mean over the image, in float32 at least."""
         return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
-    def head(self, x):
+    def head(self, x: jax.Array) -> jax.Array:
         """The last layer: features (N, C) -> logits, in float32 at least."""
         return nn.Dense(
             self.num_classes, kernel_init=self.head_init, dtype=x.dtype,
             param_dtype=self.param_dtype, name='head')(x)
 
-    def run_block(self, block, x):
+    def run_block(self, block: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
         """block(self, x), the activations within it kept or computed anew as `remat` says."""
         return (nn.remat(block) if self.remat else block)(self, x)
 
 
-def require_rate(name, rate):
+def require_rate(name: str, rate: float) -> None:
     """Raises UserError unless 0 <= rate < 1."""
     if not 0 <= rate < 1:
         raise UserError(f'model.{name} is {rate}; it must be at least 0 and below 1.')

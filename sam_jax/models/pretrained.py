@@ -7,6 +7,7 @@ What the parameters are called there stands in `formats`.
 import os
 import pathlib
 import re
+from typing import Any
 
 import flax
 import flax.serialization
@@ -17,9 +18,11 @@ import numpy as np
 from sam_jax import models
 from sam_jax.errors import UserError
 from sam_jax.models.formats import FORMATS
+from sam_jax.models.layers import Network
 
 
-def load_reference_checkpoint(source, model_name, num_classes, seed=0, **options):
+def load_reference_checkpoint(source: str | os.PathLike | dict[str, np.ndarray], model_name: str,
+                              num_classes: int, seed: int = 0, **options) -> dict[str, Any]:
     """Reads a checkpoint of the SAM paper's code, or of any other format known here.
 
     Args:
@@ -45,7 +48,8 @@ def load_reference_checkpoint(source, model_name, num_classes, seed=0, **options
     return load(source, model, variables)
 
 
-def load(source, model, variables):
+def load(source: str | os.PathLike | dict[str, np.ndarray], model: Network,
+         variables: dict[str, Any]) -> dict[str, Any]:
     """Returns `variables` of `model` with the weights of a file in their place.
 
     The head is kept as initialised if the file's has another number of classes.
@@ -89,7 +93,7 @@ def load(source, model, variables):
     return flax.traverse_util.unflatten_dict({**ours, **values}, sep='/')
 
 
-def read(path):
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns the arrays of a file as {name: array}.
 
     Args:

@@ -20,7 +20,7 @@ def _forward_and_backward(forward, backward):
     return backward + lax.stop_gradient(forward - backward)
 
 
-def shake_shake(a, b, forward, backward):
+def shake_shake(a: jax.Array, b: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
     """a c + b (1 - c), with c = `forward` for the value and c = `backward` for the gradient.
 
     Args:
@@ -33,14 +33,15 @@ def shake_shake(a, b, forward, backward):
         a * forward + b * (1 - forward), a * backward + b * (1 - backward))
 
 
-def random_shake_shake(a, b, key, true_gradient=False):
+def random_shake_shake(a: jax.Array, b: jax.Array, key: jax.Array,
+                       true_gradient: bool | jax.Array = False) -> jax.Array:
     """`shake_shake` with coefficients from U[0, 1], independent unless `true_gradient`."""
     forward, backward = (
         jax.random.uniform(k, _shape(a)).astype(a.dtype) for k in jax.random.split(key))
     return shake_shake(a, b, forward, jnp.where(true_gradient, forward, backward))
 
 
-def shake_drop(x, mask, forward, backward):
+def shake_drop(x: jax.Array, mask: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
     """x (m + c - m c): as it is where the mask m is 1, times a random c where it is 0.
 
     Args:
@@ -54,7 +55,8 @@ def shake_drop(x, mask, forward, backward):
         *(x * (mask + c - mask * c) for c in (forward, backward)))
 
 
-def random_shake_drop(x, key, keep_rate, true_gradient=False):
+def random_shake_drop(x: jax.Array, key: jax.Array, keep_rate: float,
+                      true_gradient: bool | jax.Array = False) -> jax.Array:
     """`shake_drop` with P(mask = 1) = keep_rate, forward from U[-1, 1] and backward from U[0, 1].
 
     With `true_gradient` the forward coefficient serves for both.
@@ -66,7 +68,7 @@ def random_shake_drop(x, key, keep_rate, true_gradient=False):
     return shake_drop(x, mask, forward, jnp.where(true_gradient, forward, backward))
 
 
-def stochastic_depth(x, keep, keep_rate):
+def stochastic_depth(x: jax.Array, keep: jax.Array, keep_rate: float) -> jax.Array:
     """x / keep_rate where `keep` is 1, and 0 where it is 0, so that the mean is x.
 
     Args:
@@ -79,7 +81,7 @@ def stochastic_depth(x, keep, keep_rate):
     return x / keep_rate * keep
 
 
-def random_stochastic_depth(x, key, keep_rate):
+def random_stochastic_depth(x: jax.Array, key: jax.Array, keep_rate: float) -> jax.Array:
     """`stochastic_depth` with P(keep = 1) = keep_rate for each image."""
     keep = jax.random.bernoulli(key, keep_rate, _shape(x)).astype(x.dtype)
     return stochastic_depth(x, keep, keep_rate)
