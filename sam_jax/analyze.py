@@ -52,7 +52,7 @@ _NUMBERS = [
 _log = logging.getLogger(__name__)
 
 
-def main():
+def main() -> None:
     """Analyses the runs that the flags name."""
     if jax.process_count() > 1:
         raise UserError(f'There are {jax.process_count()} processes; a run is analysed by one.')

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,11 +52,11 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only))
 
-    def steps(self):
+    def steps(self) -> list[int]:
         """Returns the steps with a checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step, state, meta):
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copies the state to the host and writes it in the background.
 
         Args:
@@ -70,7 +71,7 @@ class Checkpoints:
         self._manager.save(step, args=self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)))
 
-    def restore_newest(self, target):
+    def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
 
         A damaged checkpoint is named in the log and moved to `damaged/`, and the one before it is
@@ -101,7 +102,7 @@ class Checkpoints:
                 'workdir to start anew.')
         return None
 
-    def restore(self, step, target):
+    def restore(self, step: int, target: Any) -> tuple[int, Any, dict[str, Any]]:
         """Returns (step, state, meta) of one checkpoint.
 
         Raises:
@@ -117,7 +118,7 @@ class Checkpoints:
                             f'{first_line(e)}.') from e
         return step, _unflatten(arrays, target, step), meta
 
-    def read_meta(self, step):
+    def read_meta(self, step: int) -> dict[str, Any] | None:
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
         try:
             return self._manager.restore(
@@ -146,11 +147,11 @@ class Checkpoints:
         distributed.barrier(f'set_aside_{step}')
         self._manager.reload()
 
-    def wait(self):
+    def wait(self) -> None:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
         """Waits until everything is written and lets go of the directory."""
         self._manager.close()
 

@@ -4,6 +4,8 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -23,7 +25,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 
-def leave(message, status=EXIT_USER_ERROR):
+def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     """Ends the process with a line on stderr, which tells of an error if the status does."""
     print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
     sys.exit(status)
@@ -47,7 +49,7 @@ def _keep_compiled_programs():
         jax.config.update('jax_compilation_cache_dir', os.path.join(caches, 'sam_jax', 'compiled'))
 
 
-def run(main, positional=False):
+def run(main: Callable[..., None], positional: bool = False) -> None:
     """Parses the command line and calls main(); a UserError ends with its sentence and status 2.
 
     With positional, main is called with the list of the arguments that are no flags; without, there

@@ -7,13 +7,18 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import jax
 import ml_collections
 
 from sam_jax import data, models, optimizers, schedules, sharpness
+from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
-from sam_jax.replicas import AXIS
+from sam_jax.models.layers import Network
+from sam_jax.replicas import AXIS, Layout
 
 # Every key and its type. Further keys under `model` are options of the model's family, and under
 # `sam` of the method.
@@ -84,7 +89,7 @@ FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoi
                   'analysis.')
 
 
-def flatten(config):
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns {'section.key': value} of a ConfigDict."""
     flat = {}
     for name, value in config.items():
@@ -95,7 +100,7 @@ def flatten(config):
     return flat
 
 
-def unflatten(flat):
+def unflatten(flat: dict[str, Any]) -> ml_collections.ConfigDict:
     """Returns the locked ConfigDict of {'section.key': value}, as a run's config.json holds it."""
     config = ml_collections.ConfigDict()
     for key, value in flat.items():
@@ -114,7 +119,7 @@ ADDED = {'analysis.every_epochs': 0, 'analysis.examples': 1000, 'analysis.steps'
           'analysis.rho': 0.05}
 
 
-def of_run(workdir):
+def of_run(workdir: str) -> ml_collections.ConfigDict:
     """Returns the config of the run in a folder.
 
     Raises:
@@ -130,7 +135,7 @@ def of_run(workdir):
     return unflatten({**ADDED, **settings})
 
 
-def override(config, key, value):
+def override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
     """Sets a key of a config; text is read as the type that the key has.
 
     Raises:
@@ -154,13 +159,13 @@ def override(config, key, value):
         config[name] = kind(value)
 
 
-def short_names(keys):
+def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Returns {key: its last part, or all of it where two keys end the same}."""
     last = [key.rpartition('.')[2] for key in keys]
     return {key: short if last.count(short) == 1 else key for key, short in zip(keys, last)}
 
 
-def nearest(name, known):
+def nearest(name: str, known: Sequence[str]) -> str:
     """Returns ' (did you mean X?)' with the known name, or names, most like `name`, or ''."""
     close = difflib.get_close_matches(name, known, 1)
     if not close:
@@ -170,7 +175,7 @@ def nearest(name, known):
     return f' (did you mean {" or ".join(close)}?)' if close else ''
 
 
-def check(config):
+def check(config: ml_collections.ConfigDict) -> None:
     """Checks a config by itself: keys, types, names, ranges, the model and its options.
 
     Raises:
@@ -312,7 +317,7 @@ def _check_value(key, kind, value):
             raise UserError(f'{key} is {value}; it must be at least {low}{upper}.')
 
 
-def check_with_data(config, dataset):
+def check_with_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
     """Checks a config against its dataset.
 
     Raises:
@@ -334,7 +339,7 @@ def check_with_data(config, dataset):
             f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')
 
 
-def check_with_layout(config, layout):
+def check_with_layout(config: ml_collections.ConfigDict, layout: Layout) -> None:
     """Checks a config against the devices.
 
     Raises:
@@ -347,7 +352,7 @@ def check_with_layout(config, layout):
             f'replica_batch_size to {config.batch_size // len(layout.devices)}.')
 
 
-def create_model(config, num_classes):
+def create_model(config: ml_collections.ConfigDict, num_classes: int) -> Network:
     """Builds the model of `config.model`: its other keys are the family's options.
 
     Raises:
@@ -369,7 +374,7 @@ def create_model(config, num_classes):
             f"config.model: {e} To change the family use the config's argument, model=NAME.") from e
 
 
-def check_same_mathematics(config, before):
+def check_same_mathematics(config: ml_collections.ConfigDict, before: dict[str, Any]) -> None:
     """Refuses to resume with settings that change what is computed.
 
     Args:
@@ -390,7 +395,7 @@ def check_same_mathematics(config, before):
             'resume it, or choose a new workdir.')
 
 
-def check_flags(argv, default):
+def check_flags(argv: Sequence[str], default: str) -> None:
     """Checks the file of --config and the names of the --config.KEY flags.
 
     Args:
@@ -413,7 +418,7 @@ def check_flags(argv, default):
             raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')
 
 
-def load(flag):
+def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
     """Loads a config as --config names it.
 
     Args:

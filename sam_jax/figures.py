@@ -1,7 +1,7 @@
 """Pictures, in one style: curves with intervals, and reductions of the error."""
 
 import math
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, colors, rc_context, ticker
@@ -55,7 +55,7 @@ class Panel(NamedTuple):
     log_y: bool = False
 
 
-def shade(position):
+def shade(position: float) -> tuple[float, float, float, float]:
     """Returns a color for a place between 0 and 1 in an ordered family of curves."""
     return colormaps['viridis'](0.9 * position)
 
@@ -65,7 +65,7 @@ def _axes(rows, columns, width=4.2, height=3.0):
     return figure, [ax for row in figure.subplots(rows, columns, squeeze=False) for ax in row]
 
 
-def panels(described, columns=2):
+def panels(described: list[Panel], columns: int = 2) -> mpl_figure.Figure:
     """Draws Panels side by side."""
     with rc_context(STYLE):
         columns = min(columns, len(described))
@@ -77,7 +77,7 @@ def panels(described, columns=2):
         return figure
 
 
-def save(figure, file, **options):
+def save(figure: mpl_figure.Figure, file: str | IO, **options) -> None:
     """Writes a figure to a file; the style is in force then as well as when it is drawn."""
     with rc_context(STYLE):
         figure.savefig(file, **options)
@@ -115,7 +115,7 @@ def _draw(ax, panel):
         ax.legend()
 
 
-def reductions(rows):
+def reductions(rows: dict[str, list[tuple[float, float | None]]]) -> mpl_figure.Figure:
     """Draws the paper's Figure 1, left: a dot for each switch to SAM, a row for each kind of data.
 
     Args:
@@ -153,7 +153,8 @@ class Surface(NamedTuple):
     loss: list
 
 
-def surfaces(described, xlabel='direction 1', ylabel='direction 2'):
+def surfaces(described: list[Surface], xlabel: str = 'direction 1',
+             ylabel: str = 'direction 2') -> mpl_figure.Figure:
     """Draws Surfaces side by side: contours above, the same as hills below (paper, Figure 1).
 
     All share one logarithmic scale of the loss, so that colors and heights compare.
@@ -210,7 +211,7 @@ class Spectrum(NamedTuple):
     top: list
 
 
-def spectra(described):
+def spectra(described: list[Spectrum]) -> mpl_figure.Figure:
     """Draws Spectra one below the other on the same axes (paper, Figure 3)."""
     with rc_context(STYLE):
         figure, axes = _axes(len(described), 1, width=6.0, height=2.2)

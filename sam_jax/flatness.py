@@ -6,6 +6,7 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,9 @@ from sam_jax.analysis import during, hessian, landscape, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
 from sam_jax.sharpness import ascent, trees
+
+# Takes (what, done, total) of the progress.
+Tell = Callable[[str, int, int], None]
 
 WHAT = ('spectrum', 'sharpness', 'landscape')
 SPLIT, EXAMPLES = 'train', 1000
@@ -89,8 +93,9 @@ class Run(NamedTuple):
     params: Any
 
 
-def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, data_dir='',
-             epoch=None, batch_size=0, devices=None):
+def open_run(workdir: str, split: str = SPLIT, examples: int = EXAMPLES, penalty: bool = False,
+             seed: int = 0, data_dir: str = '', epoch: int | None = None, batch_size: int = 0,
+             devices: Sequence[replicas.Device] | None = None) -> Run:
     """Opens a checkpoint of a run on some examples; its moving average where it keeps one.
 
     Args:
@@ -129,7 +134,8 @@ def open_run(workdir, split=SPLIT, examples=EXAMPLES, penalty=False, seed=0, dat
     return Run(name, step, split, objective, params)
 
 
-def measure_spectrum(run, settings, tell=_quiet):
+def measure_spectrum(run: Run, settings: Settings,
+                     tell: Tell = _quiet) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns (what analysis.json says of the spectrum, arrays for the picture)."""
     layout, product = run.objective.layout, run.objective.hessian_product
     flat = hessian.flat(product, run.params, layout)
@@ -171,7 +177,8 @@ def _top_eigenpairs(run, flat, k, steps, seed, tell):
                         f'{e}') from e
 
 
-def measure_sharpness(run, settings, tell=_quiet):
+def measure_sharpness(run: Run, settings: Settings,
+                      tell: Tell = _quiet) -> dict[str, dict[str, float]]:
     """Returns what analysis.json says of the sharpness: {measure: Rise as a dict}."""
     objective, params, rho = run.objective, run.params, settings.rho
     metric = ascent.adaptive_metric(0.01, 'weights')
@@ -196,7 +203,8 @@ def measure_sharpness(run, settings, tell=_quiet):
     return said
 
 
-def measure_surface(run, directions, places, path, key, tell=_quiet):
+def measure_surface(run: Run, directions: list[Any], places: np.ndarray, path: str, key: str,
+                    tell: Tell = _quiet) -> dict[str, np.ndarray]:
     """Returns {'loss', 'error_rate'} at the places; what is measured is kept in a file.
 
     Args:
@@ -246,7 +254,8 @@ def _axes_of(run, settings, tell):
     return [flat.unflatten(length * v) for v in top.vectors]
 
 
-def analyze(runs, out, settings=Settings(), tell=_quiet):
+def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
+            tell: Tell = _quiet) -> dict[str, Any]:
     """Measures one run or two and writes everything into a folder.
 
     Args:
@@ -343,7 +352,7 @@ def _path_between(runs, out, points, tell):
         os.path.join(out, 'path.png'))
 
 
-def report(said):
+def report(said: dict[str, Any]) -> str:
     """Returns the Markdown report of what analysis.json says: a column for each run."""
     runs, what = said['runs'], said['settings']['what']
     lines = ['# How flat it is', '',

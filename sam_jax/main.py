@@ -5,6 +5,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -23,7 +24,7 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
 
 
-def main():
+def main() -> None:
     """Trains what the flags say."""
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
                            _DISTRIBUTED.value)
@@ -33,12 +34,12 @@ def main():
         commands.leave(str(e), commands.EXIT_PREEMPTED)
 
 
-def run():
+def run() -> None:
     """Console command `sam-jax-train`."""
     commands.run(main)
 
 
-def run_tests():
+def run_tests() -> NoReturn:
     """Console command `sam-jax-test`: the suite of the checkout this package lies in."""
     import pytest
     arguments = sys.argv[1:]

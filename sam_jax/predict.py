@@ -9,12 +9,14 @@ retrained from scratch on the labels predicted by the initially trained model".
 
 import logging
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from sam_jax import commands, evaluate, train
+from sam_jax import commands, evaluate, replicas, train
 from sam_jax import config as config_lib
 from sam_jax.errors import UserError
 
@@ -25,7 +27,8 @@ _DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the datasets lie; default
 _log = logging.getLogger(__name__)
 
 
-def predictions(config, workdir, devices=None):
+def predictions(config: Any, workdir: str,
+                devices: Sequence[replicas.Device] | None = None) -> dict[str, Any]:
     """Predicts the training set of a run with its newest checkpoint, without augmentation.
 
     Args:
@@ -59,7 +62,7 @@ def predictions(config, workdir, devices=None):
             'step': step, 'error_rate': float(np.mean(probabilities.argmax(-1) != true))}
 
 
-def main():
+def main() -> None:
     """Writes the file that the flags name."""
     if jax.process_count() > 1:
         raise UserError(f'There are {jax.process_count()} processes; predictions are made by one.')

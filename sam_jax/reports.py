@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -14,6 +16,7 @@ import sam_jax
 from sam_jax import config as config_lib
 from sam_jax import sharpness
 from sam_jax.errors import UserError
+from sam_jax.replicas import Layout
 
 # Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
 _IN_FLIGHT = 2
@@ -30,13 +33,13 @@ class Reports:
         self._checked = first_step > 0
         self._bad_step = 0
 
-    def add(self, step, metrics):
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step just dispatched; handles those that are ready."""
         self._waiting.append((step, metrics))
         while len(self._waiting) > _IN_FLIGHT:
             self._take()
 
-    def flush(self, refuse_bad=False):
+    def flush(self, refuse_bad: bool = False) -> None:
         """Waits for all steps; with refuse_bad raises if any of them was not finite."""
         while self._waiting:
             self._take()
@@ -66,7 +69,7 @@ class Reports:
         self._progress.line(step, metrics['train/loss'], metrics['train/error_rate'], speed)
 
 
-def refuse_bad_step(bad_step):
+def refuse_bad_step(bad_step: int | jax.Array) -> None:
     """Raises UserError if a step (its number, or 0) was not finite."""
     if bad_step:
         raise UserError(
@@ -74,7 +77,7 @@ def refuse_bad_step(bad_step):
             'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.')
 
 
-def sharpness_check(config, metrics, say):
+def sharpness_check(config: Any, metrics: dict[str, float], say: Callable[[str], None]) -> bool:
     """Says whether the sharpness-aware gradient is really on; a warning where it is not.
 
     Args:
@@ -111,19 +114,19 @@ def sharpness_check(config, metrics, say):
     return True
 
 
-def jsonable(config):
+def jsonable(config: Any) -> dict[str, Any]:
     """Returns the flat settings as JSON holds them."""
     return {k: list(v) if isinstance(v, tuple) else v
             for k, v in config_lib.flatten(config).items()}
 
 
-def hparams(config):
+def hparams(config: Any) -> dict[str, int | float | str]:
     """Returns the settings as TensorBoard's hparams take them."""
     return {k: v if isinstance(v, (int, float, str)) else str(v)
             for k, v in config_lib.flatten(config).items()}
 
 
-def provenance(config, layout):
+def provenance(config: Any, layout: Layout) -> dict[str, Any]:
     """Content of config.json: settings, versions, revision, hardware."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
@@ -139,7 +142,7 @@ def provenance(config, layout):
     }
 
 
-def summary(result, workdir):
+def summary(result: dict[str, Any], workdir: str) -> str:
     """The few lines at the end of a run."""
     minutes, seconds = divmod(round(result['wall_time']), 60)
     lines = [f'test error     {100 * result["test/error_rate"]:.2f} %']

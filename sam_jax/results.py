@@ -13,6 +13,8 @@ import math
 import os
 import shlex
 import statistics
+from collections.abc import Iterable
+from typing import Any
 
 from scipy import stats
 
@@ -30,7 +32,7 @@ _FILES = ('model.init_from', 'data.labels_from')
 _OF_METHOD = ('sam.', 'total_epochs')
 
 
-def mean_and_interval(values):
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
     """Returns (mean, half width of the 95 % t-interval of the mean); NaN for one value."""
     if len(values) < 2:
         return values[0], math.nan
@@ -38,7 +40,7 @@ def mean_and_interval(values):
     return statistics.mean(values), float(half)
 
 
-def settings_of(flat):
+def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the distribution of a run's result, of its flat settings.
 
     That is all but seeds and what does not change the mathematics; of files only whether there is
@@ -71,7 +73,7 @@ class Record:
         with open(path) as file:
             return [json.loads(line) for line in file]
 
-    def curve(self, metric):
+    def curve(self, metric: str) -> list[tuple[float, float]]:
         """Returns [(epoch, value), ...] of a metric in metrics.jsonl, of a finished run.
 
         Values that are not finite are left out.
@@ -94,27 +96,27 @@ class Group:
     finished: list
     unfinished: list
 
-    def values(self, metric):
+    def values(self, metric: str) -> list[float]:
         """The metric of the runs that have it."""
         return [r.result[metric] for r in self.finished if metric in r.result]
 
-    def percent(self, metric):
+    def percent(self, metric: str) -> tuple[float, float] | None:
         """Returns (mean, half interval) of an error rate in percent, or None if no run has it."""
         values = self.values(metric)
         return mean_and_interval([100 * v for v in values]) if values else None
 
-    def without(self, *keys):
+    def without(self, *keys) -> tuple[tuple[str, str], ...]:
         """The settings, but for those of which one of the keys is the beginning; hashable."""
         return tuple((k, str(v)) for k, v in sorted(self.settings.items())
                      if not k.startswith(keys))
 
     @property
-    def is_baseline(self):
+    def is_baseline(self) -> bool:
         """Whether it descends along the plain gradient."""
         return self.settings['sam.method'] == 'sgd' or self.settings['sam.rho'] == 0
 
 
-def find(folders):
+def find(folders: Iterable[str]) -> list[Record]:
     """Returns the Records of all runs in the folders and below, in the order of their paths.
 
     Raises:
@@ -145,7 +147,7 @@ def _read(path):
         raise UserError(f'{path} is damaged: {e}.') from e
 
 
-def group(records):
+def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
     """Returns (groups, notes): a Group for all runs that differ in seed only, in order of settings.
 
     Of two runs with the same settings, files and seed the later one is left out; a note says so.
@@ -192,7 +194,7 @@ def _order(group):
             group.without('sam.rho'), settings.get('sam.rho', 0.0))
 
 
-def varying(groups):
+def varying(groups: list[Group]) -> list[str]:
     """Returns the settings that are not the same in all groups; rho last.
 
     Those of an ascent count among the groups that have them.
@@ -204,7 +206,7 @@ def varying(groups):
     return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
 
 
-def best(groups):
+def best(groups: list[Group]) -> list[Group]:
     """Returns the groups whose rho is the best of those tried, by the held-out validation split.
 
     Tried are the groups with data.validation that differ in rho alone. Those that train on all data
@@ -239,7 +241,7 @@ class Switch:
     reduction: float
 
 
-def switches(groups):
+def switches(groups: list[Group]) -> list[Switch]:
     """Returns a Switch for each method that has a baseline, as the paper's Figure 1 counts them.
 
     The baseline is the better one of those with as many epochs and with twice as many (the paper's
@@ -290,7 +292,7 @@ class PaperRow:
         return f'{self.percent:g}{interval}{kind} ({self.table}{note})'
 
 
-def read_paper(path):
+def read_paper(path: str) -> list[PaperRow]:
     """Returns the PaperRows of a CSV file whose commands name the configs that reproduce them."""
     rows = []
     root = os.path.dirname(os.path.dirname(os.path.abspath(path)))
@@ -307,7 +309,7 @@ def read_paper(path):
     return rows
 
 
-def of_paper(group, rows):
+def of_paper(group: Group, rows: list[PaperRow]) -> list[PaperRow]:
     """Returns the rows of the paper whose config has all the settings of a group."""
     settings = {**group.settings, **{k: bool(group.settings[k]) for k in _FILES}}
     return [row for row in rows

@@ -15,6 +15,8 @@ import dataclasses
 import itertools
 import os
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 
@@ -22,23 +24,26 @@ from sam_jax import config as config_lib
 from sam_jax import writers
 from sam_jax.errors import UserError
 
+# A dict {key: value} for each run.
+Sweep = list[dict[str, Any]]
 
-def sweep(key, values):
+
+def sweep(key: str, values: Iterable[Any]) -> Sweep:
     """A run for each value of a key."""
     return [{key.removeprefix('config.'): value} for value in values]
 
 
-def fixed(key, value):
+def fixed(key: str, value: Any) -> Sweep:
     """One run, with this value."""
     return sweep(key, [value])
 
 
-def product(sweeps):
+def product(sweeps: Iterable[Sweep]) -> Sweep:
     """Each run of one sweep with each run of the others; the last one varies fastest."""
     return [_merged(parts) for parts in itertools.product(*sweeps)]
 
 
-def zipit(sweeps):
+def zipit(sweeps: list[Sweep]) -> Sweep:
     """The first runs of all sweeps together, the second ones together, and so on."""
     lengths = [len(s) for s in sweeps]
     if len(set(lengths)) > 1:
@@ -47,7 +52,7 @@ def zipit(sweeps):
     return [_merged(parts) for parts in zip(*sweeps)]
 
 
-def chainit(sweeps):
+def chainit(sweeps: Iterable[Sweep]) -> Sweep:
     """The runs of one sweep, then those of the next."""
     return list(itertools.chain(*sweeps))
 
@@ -63,7 +68,7 @@ def _merged(parts):
     return merged
 
 
-def parse(text):
+def parse(text: str) -> Sweep:
     """Returns the sweep that a --sweep flag names.
 
     Args:
@@ -99,7 +104,7 @@ class Run:
     config: ml_collections.ConfigDict
     flags: tuple
 
-    def result(self):
+    def result(self) -> dict[str, Any] | None:
         """Returns the content of result.json, or None while the run is not finished.
 
         Raises:
@@ -114,7 +119,7 @@ class Run:
         return writers.read_json(os.path.join(self.workdir, 'result.json'))
 
 
-def make_runs(config_flag, hyper, overrides, workdir):
+def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir: str) -> list[Run]:
     """Returns the runs of a sweep, each with its settings checked.
 
     Args:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,7 +122,8 @@ class _Plan(NamedTuple):
         return os.path.join(self.workdir, 'result.json')
 
 
-def train_and_evaluate(config, workdir, devices=None):
+def train_and_evaluate(config: Any, workdir: str,
+                       devices: Sequence[replicas.Device] | None = None) -> train_step.TrainState:
     """Trains, evaluates, saves and reports one run, or resumes it where it was stopped.
 
     The same config and seed give the same result on any number of devices and processes, up to
@@ -198,7 +200,8 @@ def _restore(plan, checkpoints, step=None):
     return plan.layout.replicate(jax.device_get(state)), first_step, wall_time
 
 
-def restore(config, workdir, devices=None, epoch=None):
+def restore(config: Any, workdir: str, devices: Sequence[replicas.Device] | None = None,
+            epoch: int | None = None) -> tuple[_Plan, train_step.TrainState, int]:
     """Opens a run without training it on, or changing anything of it.
 
     Args:

@@ -7,13 +7,16 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
 _log = logging.getLogger(__name__)
 
 
-def write_json(path, content):
+def write_json(path: str, content: Any) -> None:
     """Writes a JSON file so that it is there whole or not at all; what is not finite as text."""
     with open(path + '.part', 'w') as f:
         json.dump(_jsonable(content), f, indent=2, sort_keys=True, allow_nan=False)
@@ -21,7 +24,7 @@ def write_json(path, content):
     os.replace(path + '.part', path)
 
 
-def read_json(path):
+def read_json(path: str) -> Any:
     """Returns the content of a JSON file, or None if there is none."""
     if not os.path.exists(path):
         return None
@@ -29,7 +32,7 @@ def read_json(path):
         return json.load(f)
 
 
-def parameter_overview(params):
+def parameter_overview(params: Any) -> str:
     """Returns clu's table of names, shapes and sizes; without clu only the number of params."""
     try:
         from clu import parameter_overview as clu_overview
@@ -65,13 +68,13 @@ class MetricsFile:
         os.replace(path + '.part', path)
         self._file = open(path, 'a')
 
-    def write(self, step, scalars):
+    def write(self, step: int, scalars: dict[str, float]) -> None:
         content = {'step': step, **{k: _jsonable(v) for k, v in scalars.items()},
                    'time': time.time()}
         self._file.write(json.dumps(content) + '\n')
         self._file.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
 
@@ -94,20 +97,20 @@ class TensorBoard:
             return
         self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(workdir))
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         if self._writer:
             self._writer.write_scalars(step, scalars)
 
-    def images(self, step, images):
+    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """images: {name: float array (N, H, W, C) in [0, 1]}."""
         if self._writer:
             self._writer.write_images(step, images)
 
-    def hparams(self, hparams):
+    def hparams(self, hparams: dict[str, int | float | str]) -> None:
         if self._writer:
             self._writer.write_hparams(hparams)
 
-    def close(self):
+    def close(self) -> None:
         if self._writer:
             self._writer.close()
 
@@ -121,18 +124,18 @@ class RunWriter:
             self._tensorboard = TensorBoard(workdir)
             self._metrics = MetricsFile(os.path.join(workdir, 'metrics.jsonl'), resume_step)
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         if self._tensorboard:
             self._metrics.write(step, scalars)
             self._tensorboard.scalars(step, scalars)
 
-    def start(self, hparams, images):
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         """At the start of a run: its settings, and training images {name: (N, H, W, C)}."""
         if self._tensorboard:
             self._tensorboard.hparams(hparams)
             self._tensorboard.images(0, images)
 
-    def close(self):
+    def close(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
             self._metrics.close()
@@ -152,23 +155,23 @@ class Progress:
             import tqdm
             self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step')
 
-    def start_clock(self, step):
+    def start_clock(self, step: int) -> None:
         """From here on time counts as training: after compilation, after an evaluation."""
         self._last, self._waited = (step, time.perf_counter()), 0.0
 
     @contextlib.contextmanager
-    def waiting(self):
+    def waiting(self) -> Iterator[None]:
         """Around what the loop does only to get its next input."""
         then = time.perf_counter()
         yield
         self._waited += time.perf_counter() - then
 
-    def input_wait(self):
+    def input_wait(self) -> float:
         """Returns the fraction of the time since the clock was started that waited for input."""
         _, then = self._last
         return 0.0 if then is None else min(self._waited / (time.perf_counter() - then), 1.0)
 
-    def images_per_second(self, step):
+    def images_per_second(self, step: int) -> float:
         """Returns the speed since the clock was started or this was called, and starts it anew."""
         before, then = self._last
         now = time.perf_counter()
@@ -180,11 +183,11 @@ class Progress:
         self._seconds += now - then
         return images / (now - then)
 
-    def overall_speed(self):
+    def overall_speed(self) -> float:
         """Returns images per second of training, compilation and evaluation left out."""
         return self._images / self._seconds if self._seconds else 0.0
 
-    def line(self, step, loss, error_rate, images_per_second):
+    def line(self, step: int, loss: float, error_rate: float, images_per_second: float) -> None:
         if not self._active:
             return
         eta = (self._total - step) * self._batch_size / max(images_per_second, 1e-9)
@@ -196,7 +199,7 @@ class Progress:
             eta = f'{eta:.0f} s' if images_per_second else 'unknown'
             _log.info('step %d/%d: %s, ETA %s', step, self._total, text, eta)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
         if not self._active:
             return
@@ -205,7 +208,7 @@ class Progress:
         else:
             _log.info('%s', text)
 
-    def close(self):
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -231,6 +234,6 @@ class Bars:
             self._what, self._bar = what, tqdm.tqdm(total=total, desc=what)
         self._bar.update(done - self._bar.n)
 
-    def close(self):
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -2,8 +2,11 @@
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
 from sam_jax import rngs
 from sam_jax.analysis import hessian, sharpness
@@ -16,7 +19,7 @@ from sam_jax.sharpness.trees import lp_norm
 RATIO_TO = 5
 
 
-def lambda_ratio(values):
+def lambda_ratio(values: Sequence[float] | np.ndarray) -> float:
     """Returns lambda_max / lambda_5 of eigenvalues in descending order.
 
     NaN where it means nothing: there are fewer than five, or the fifth is not positive.
@@ -26,7 +29,7 @@ def lambda_ratio(values):
     return float(values[0] / values[RATIO_TO - 1])
 
 
-def chosen_examples(split, count, seed):
+def chosen_examples(split: Any, count: int, seed: int) -> Any:
     """Returns that many examples of a split (all if it has no more), the same for every run."""
     return split.subset(rngs.permutation(seed, 'analysis', len(split))[:count])
 
@@ -106,6 +109,6 @@ class Monitor:
             float(lp_norm(objective.gradient(state.params))), float(learning_rate),
             float(rho) if self._rho_counts else 0.0)
 
-    def share(self):
+    def share(self) -> float:
         """Returns the part of the time since this was made that the measuring took."""
         return self._seconds / (time.perf_counter() - self._began)

@@ -4,6 +4,7 @@ Products are those of `objective.Objective`, in float32 on the devices. What Lan
 the tridiagonal matrix and its eigenvalues, is in float64 on the host, where its vectors lie too.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,10 @@ import numpy as np
 from scipy import linalg
 
 from sam_jax import metrics, rngs
+from sam_jax.replicas import Layout
+
+# Of the Hessian and a flat vector.
+Product = Callable[[np.ndarray], np.ndarray]
 
 # A remainder this small beside the matrix is rounding: the Krylov space is exhausted.
 _EXHAUSTED = 1e-6
@@ -30,7 +35,7 @@ class Flat(NamedTuple):
     size: int
 
 
-def flat(product, params, layout):
+def flat(product: Callable[[Any, Any], Any], params: Any, layout: Layout) -> Flat:
     """Returns a product (params, vector) -> vector of pytrees as a `Flat`."""
     leaves, structure = jax.tree.flatten(params)
     ends = np.cumsum([x.size for x in leaves])
@@ -62,12 +67,13 @@ class Tridiagonal(NamedTuple):
     remainder: float
     basis: np.ndarray
 
-    def eigen(self):
+    def eigen(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (eigenvalues ascending, eigenvectors of T in columns)."""
         return linalg.eigh_tridiagonal(self.diagonal, self.off_diagonal)
 
 
-def lanczos(product, start, steps, enough=lambda so_far: False):
+def lanczos(product: Product, start: np.ndarray, steps: int,
+            enough: Callable[[Tridiagonal], bool] = lambda so_far: False) -> Tridiagonal:
     """Lanczos with full re-orthogonalisation, twice in each step.
 
     Args:
@@ -125,8 +131,9 @@ class Eigenpairs(NamedTuple):
     lowest: float
 
 
-def top_eigenpairs(product, size, k=5, steps=50, tolerance=1e-3, seed=0,
-                   on_step=lambda step: None):
+def top_eigenpairs(product: Product, size: int, k: int = 5, steps: int = 50,
+                   tolerance: float = 1e-3, seed: int = 0,
+                   on_step: Callable[[int], None] = lambda step: None) -> Eigenpairs:
     """The k (algebraically) largest eigenvalues and their vectors, by Lanczos.
 
     Args:
@@ -164,7 +171,7 @@ def top_eigenpairs(product, size, k=5, steps=50, tolerance=1e-3, seed=0,
         len(found.diagonal), float(values[-1]))
 
 
-def random_start(size, seed, probe=0):
+def random_start(size: int, seed: int, probe: int = 0) -> np.ndarray:
     """Returns a vector of independent normal numbers, float32 (n,): the same on every machine."""
     key = rngs.key(seed, 'lanczos', probe)
     return np.asarray(jax.random.normal(key, (size,), 'float32'))
@@ -180,19 +187,20 @@ class Density(NamedTuple):
     nodes: np.ndarray
     weights: np.ndarray
 
-    def on(self, grid, sigma):
+    def on(self, grid: np.ndarray, sigma: float) -> np.ndarray:
         """The density on a grid, each point widened to a normal one of deviation sigma."""
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / len(self.nodes)
         z = (np.asarray(grid)[:, None] - nodes) / sigma
         return np.exp(-0.5 * z ** 2) @ weights / (sigma * np.sqrt(2 * np.pi))
 
-    def moment(self, power):
+    def moment(self, power: int) -> tuple[float, float]:
         """Returns (mean of lambda^power over the eigenvalues, its standard error over probes)."""
         each = np.sum(self.weights * self.nodes ** power, axis=1)
         return float(each.mean()), metrics.standard_error(each)
 
 
-def density(product, size, probes=4, steps=50, seed=0, on_step=lambda step: None):
+def density(product: Product, size: int, probes: int = 4, steps: int = 50, seed: int = 0,
+            on_step: Callable[[int], None] = lambda step: None) -> Density:
     """The spectral density by stochastic Lanczos quadrature (Ghorbani et al., arXiv 1901.10159).
 
     A probe z with Lanczos' T = U diag(nodes) U' gives z' f(H) z / z'z = sum_i U_1i^2 f(nodes_i),
@@ -231,7 +239,8 @@ class Trace(NamedTuple):
     layers: dict
 
 
-def trace(product, params, layout, probes=20, seed=0, on_step=lambda step: None):
+def trace(product: Callable[[Any, Any], Any], params: Any, layout: Layout, probes: int = 20,
+          seed: int = 0, on_step: Callable[[int], None] = lambda step: None) -> Trace:
     """The trace by Hutchinson: the mean of z'Hz over z with independent entries +-1.
 
     z_l'(Hz)_l of one layer's entries has the trace of its diagonal block as its mean.

@@ -5,6 +5,8 @@ surface is the same on any number of devices, bit for bit.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from sam_jax.replicas import AXIS
 _AT_ONCE = 512
 
 
-def random_direction(params, seed, number=0):
+def random_direction(params: Any, seed: int, number: int = 0) -> Any:
     """A filter-normalised random direction (Li et al., NeurIPS 2018, arXiv 1712.09913).
 
     d is normal; each filter of it, all entries that make one output channel (the last axis), is
@@ -48,7 +50,7 @@ def random_direction(params, seed, number=0):
     return jax.tree.unflatten(structure, [filters(k, w) for k, w in zip(keys, leaves)])
 
 
-def difference(variables, others):
+def difference(variables: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """The direction from one run to another: at 1 along it lies the other run.
 
     Args:
@@ -65,7 +67,8 @@ def difference(variables, others):
                         *map(jax.device_get, (variables, others)))
 
 
-def make_surface(objective, params, directions):
+def make_surface(objective: objectives.Objective, params: Any,
+                 directions: list[Any]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Returns a function of places: float (n, number of directions) -> loss and error rate there.
 
     Args:
@@ -131,7 +134,7 @@ def _on_one_device(layout):
     return dataclasses.replace(layout, devices=layout.devices[:1])
 
 
-def grid(extent, points, dimensions):
+def grid(extent: float, points: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (ticks, places): `points` ticks from -extent to extent, and all their combinations.
 
     With an odd number of points 0 is one of them. Places are (points ^ dimensions, dimensions).

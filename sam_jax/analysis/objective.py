@@ -11,6 +11,7 @@ for a model that trains in bfloat16.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax import lax
 
 from sam_jax import losses, metrics
 from sam_jax.errors import UserError
-from sam_jax.replicas import AXIS, free_memory
+from sam_jax.replicas import AXIS, Layout, free_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,58 +58,59 @@ class Objective:
         return len(self.split)
 
     @property
-    def feeds(self):
+    def feeds(self) -> list[Any]:
         """The batches of the split, on the devices."""
         return self.placed.feeds
 
     @property
-    def count(self):
+    def count(self) -> float:
         """Examples in the mean: all but images that are passed over because they are damaged."""
         return self.placed.count
 
-    def with_statistics(self, batch_stats):
+    def with_statistics(self, batch_stats: Any) -> 'Objective':
         """Returns the same loss with other statistics of BatchNorm; the batches stay in place."""
         return dataclasses.replace(self, batch_stats=batch_stats)
 
-    def of_split(self, split):
+    def of_split(self, split: Any) -> 'Objective':
         """Returns the same loss of other examples, of the same arrays."""
         other = dataclasses.replace(self, split=split)
         return dataclasses.replace(other, placed=_Placed(other))
 
-    def logits(self, params, batch_stats, batch):
+    def logits(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> jax.Array:
         """Logits of a batch; pure."""
         with jax.default_matmul_precision('highest'):
             return self.model.apply(
                 {'params': params, 'batch_stats': batch_stats}, batch['image'], train=False)
 
-    def of_logits(self, logits, batch):
+    def of_logits(self, logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         """Sum of the cross entropies of a batch, without those that only fill it up; pure."""
         each = losses.cross_entropy(logits, batch['label'], self.label_smoothing)
         return jnp.sum(jnp.where(batch['mask'] > 0, each, 0.0))
 
-    def penalty(self, params):
+    def penalty(self, params: Any) -> Any:
         """The L2 penalty; pure."""
         return losses.l2_penalty(params, self.weight_decay, self.decay_norm_and_bias)
 
-    def sums(self, params, batch_stats, batch):
+    def sums(self, params: Any, batch_stats: Any,
+             batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """{'loss', 'error_rate'}: sums over a batch; pure."""
         logits = self.logits(params, batch_stats, batch)
         wrong = metrics.top1_error(logits, batch['label'])
         return {'loss': self.of_logits(logits, batch).astype(float),
                 'error_rate': jnp.sum(jnp.where(batch['mask'] > 0, wrong, 0.0)).astype(float)}
 
-    def value(self, params):
+    def value(self, params: Any) -> dict[str, float]:
         """Returns {'loss': L(w), 'error_rate'} as Python floats."""
         sums = self._total('sums', params, ())
         result = {name: float(x) / self.count for name, x in jax.device_get(sums).items()}
         result['loss'] += float(self.penalty(params))
         return result
 
-    def gradient(self, params):
+    def gradient(self, params: Any) -> Any:
         """Returns dL/dw, on the devices."""
         return self._mean('gradient', params)
 
-    def hessian_product(self, params, vector):
+    def hessian_product(self, params: Any, vector: Any) -> Any:
         """Returns H v with H the Hessian of L: one forward-over-reverse product a batch.
 
         Args:
@@ -116,7 +118,7 @@ class Objective:
         """
         return self._mean('hessian', params, vector)
 
-    def gauss_newton_product(self, params, vector):
+    def gauss_newton_product(self, params: Any, vector: Any) -> Any:
         """Returns G v with G = mean of J' (d^2 loss / d logits^2) J, J the Jacobian of the logits.
 
         G is H without the curvature of the network itself, and has no negative eigenvalue. The
@@ -138,7 +140,8 @@ class Objective:
         return total
 
 
-def create(model, variables, dataset, split, layout, batch_size, arrays=None, **options):
+def create(model: Any, variables: dict[str, Any], dataset: Any, split: Any, layout: Layout,
+           batch_size: int, arrays: Any = None, **options) -> tuple[Objective, Any]:
     """Returns (Objective, params on the devices).
 
     Args:
@@ -176,7 +179,8 @@ class _Placed:
         return sum(float(self._objective.steps['count'](feed['mask'])) for feed in self.feeds)
 
 
-def place_feeds(dataset, split, batch_size, layout, place):
+def place_feeds(dataset: Any, split: Any, batch_size: int, layout: Layout,
+                place: Callable[[Any], Any]) -> list[Any]:
     """Returns all evaluation feeds of a split, on the devices, where they stay.
 
     Raises:

@@ -9,7 +9,8 @@ point of the ball and not always the highest: what is reported is a lower bound 
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 from sam_jax import metrics, rngs
 from sam_jax.analysis import objective as objectives
 from sam_jax.replicas import AXIS
-from sam_jax.sharpness.ascent import lp_ball
+from sam_jax.sharpness.ascent import Ascent, lp_ball
 from sam_jax.sharpness.direction import random_like
 from sam_jax.sharpness.trees import move
 
@@ -47,12 +48,12 @@ class Rise(NamedTuple):
     count: int
 
     @property
-    def sharpness(self):
+    def sharpness(self) -> float:
         """The rise of the loss."""
         return self.perturbed_loss - self.loss
 
     @property
-    def error_rise(self):
+    def error_rise(self) -> float:
         """The rise of the error rate."""
         return self.perturbed_error_rate - self.error_rate
 
@@ -60,7 +61,7 @@ class Rise(NamedTuple):
 _NO_GROUPS = Rise(*[float('nan')] * 5, 0)
 
 
-def of_ball(objective, params, ascent):
+def of_ball(objective: objectives.Objective, params: Any, ascent: Ascent) -> Rise:
     """The rise at the point of the ball that an ascent finds, on the whole split (m = its size).
 
     Args:
@@ -73,7 +74,8 @@ def of_ball(objective, params, ascent):
     return _rises(objective.value(params), [objective.value(_moved(params, eps))])
 
 
-def of_average_direction(objective, params, rho, draws=10, seed=0):
+def of_average_direction(objective: objectives.Objective, params: Any, rho: float, draws: int = 10,
+                         seed: int = 0) -> Rise:
     """The mean rise at distance rho in directions drawn uniformly from the sphere."""
     ball = lp_ball(rho)
 
@@ -96,7 +98,8 @@ def _rises(clean, perturbed):
                 metrics.standard_error(found['loss']), len(perturbed))
 
 
-def make_m_sharpness(objective, m, ascent):
+def make_m_sharpness(objective: objectives.Objective, m: int,
+                     ascent: Ascent) -> Callable[[Any, Any], Rise]:
     """Returns (params, batch_stats) -> Rise of m-sharpness (SAM paper, section 4.1).
 
     The split is cut into consecutive groups of m examples, each of which ascends by its own
@@ -195,7 +198,7 @@ def _make_groups_at_once(objective, m, ascent):
     return measure
 
 
-def edge_of_stability(gradient_norm, learning_rate, rho):
+def edge_of_stability(gradient_norm: float, learning_rate: float, rho: float) -> float:
     """The curvature up to which plain SAM is stable (Long and Bartlett, arXiv 2309.12488).
 
     By the largest eigenvalue lambda of the Hessian SAM's step multiplies a small deviation along
