@@ -37,7 +37,7 @@ class Dataset:
     mean: tuple
     std: tuple
     pixel_shape: tuple
-    train: object
+    train: Any
     evals: dict
     augmentation: augment.Augmentation
 

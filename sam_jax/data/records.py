@@ -6,6 +6,7 @@ that it holds, by any process, at any step. docs/data.md compares this with tf.d
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,9 @@ class Records:
       relabel: of `data.labels`: (positions among these, true classes) -> labels.
     """
 
-    source: object
+    source: Any
     index: np.ndarray
-    relabel: object = labels_lib.unchanged
+    relabel: labels_lib.Relabelling = labels_lib.unchanged
 
     def __len__(self):
         return len(self.index)

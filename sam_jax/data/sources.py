@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class Source:
         tenth.
     """
 
-    read: object
+    read: Callable[[str], tuple[Split, Split]]
     num_classes: int
     mean: tuple
     std: tuple
