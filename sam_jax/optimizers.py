@@ -49,7 +49,7 @@ def momentum(settings: Any, opt_state: optax.OptState) -> optax.Updates:
     return jax.tree.map(jnp.negative, trace) if settings.name == 'rmsprop' else trace
 
 
-def ema_update(average: Any, values: Any, step: jax.Array, decay: float,
+def ema_update(average: Any, values: Any, step: jax.Array, decay: float | jax.Array,
                warmup_steps: int = 0) -> Any:
     """One step of an exponential moving average, with TensorFlow's warm-up rule.
 

@@ -292,7 +292,7 @@ class PaperRow:
         return f'{self.percent:g}{interval}{kind} ({self.table}{note})'
 
 
-def read_paper(path: str) -> list[PaperRow]:
+def read_paper(path: str | os.PathLike) -> list[PaperRow]:
     """Returns the PaperRows of a CSV file whose commands name the configs that reproduce them."""
     rows = []
     root = os.path.dirname(os.path.dirname(os.path.abspath(path)))

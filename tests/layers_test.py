@@ -31,6 +31,7 @@ CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 
 # Where each outside library may be imported, besides jax, numpy and Python's own.
 LIBRARIES = {
     'optax': {'sharpness', 'optimizers', 'train_step', 'reports', 'quantization'},
+    'jaxtyping': {'sharpness', 'losses', 'data'},
     'flax': {'models', 'train_step', 'reports'},
     'sklearn': {'data'},
     'tensorflow': {'data'},

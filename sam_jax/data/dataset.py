@@ -131,7 +131,7 @@ class Dataset:
         return {'image': images.reshape(*shape, *self.image_shape), 'label': feed['label'],
                 'mask': feed['mask']}
 
-    def to_pixels(self, images: jax.Array) -> np.ndarray:
+    def to_pixels(self, images: jax.Array | np.ndarray) -> np.ndarray:
         """Undoes the normalisation: float images -> NumPy images in [0, 1], for pictures."""
         return np.clip(np.asarray(images) * np.array(self.std) + np.array(self.mean), 0.0, 1.0)
 

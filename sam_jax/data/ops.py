@@ -11,11 +11,13 @@ Sources: Cubuk et al., "AutoAugment" (CVPR 2019), "RandAugment" (2020). The numb
 those of the SAM paper's code, see `Constants`; `FAITHFUL` has them and `corrected` mends them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 GREY = 128  # what warps move in and cutout leaves
 
@@ -57,6 +59,10 @@ def corrected(side: int) -> Constants:
                      wrap=False)
 
 
+# Of `resolve` they are NumPy's.
+Numbers = jax.Array | np.ndarray | np.number
+
+
 class Op(NamedTuple):
     """An operation with its numbers, as arrays that can be stacked.
 
@@ -70,13 +76,13 @@ class Op(NamedTuple):
       size: half the side of a cut square, int32.
     """
 
-    kind: Any
-    columns: Any
-    rows: Any
-    offset: Any
-    table: Any
-    scaled: Any
-    size: Any
+    kind: Int32[Numbers, '*stack']
+    columns: Float32[Numbers, '*stack 2 width']
+    rows: Float32[Numbers, '*stack 2 height']
+    offset: Float32[Numbers, '*stack 2']
+    table: UInt8[Numbers, '*stack 256']
+    scaled: Float32[Numbers, '*stack 511']
+    size: Int32[Numbers, '*stack']
 
 
 _KINDS = ('identity', 'warp', 'table', 'AutoContrast', 'Equalize', 'Color', 'Sharpness', 'Contrast',
@@ -93,7 +99,8 @@ _LUMINANCE = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (
 _DIFFERENCES = np.arange(-255, 256, dtype=np.float32)
 
 
-def resolve(name: str, level: float, negative: bool, shape: tuple, constants: Constants) -> Op:
+def resolve(name: str, level: float, negative: bool, shape: tuple[int, int, int],
+            constants: Constants) -> Op:
     """Returns the Op `name` at a level, of NumPy arrays.
 
     Args:
@@ -156,7 +163,8 @@ def _rotation(degrees, height, width):
     return (cos, -sin, (w - (cos * w - sin * h)) / 2, sin, cos, (h - (sin * w + cos * h)) / 2)
 
 
-def apply(op: Op, image: Any, center: Any) -> Any:
+def apply(op: Op, image: UInt8[Array, 'height width channels'],
+          center: Float[Array, '2']) -> UInt8[Array, 'height width channels']:
     """Carries out an operation on one image.
 
     Args:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int32
 
 from sam_jax.sharpness.combine import Correction
 from sam_jax.sharpness.protocol import Evaluation, Loss, Method, Now
@@ -25,10 +26,10 @@ class SharpnessState(NamedTuple):
         as two. For reports only.
     """
 
-    count: ArrayLike
+    count: Int32[ArrayLike, '']
     memory: Any
-    perturbation_norm: jax.Array
-    evaluations: jax.Array
+    perturbation_norm: Float[Array, '']
+    evaluations: Int32[Array, '']
 
 
 class Link(optax.GradientTransformationExtraArgs):
@@ -123,7 +124,7 @@ def _known_of(who, more):
             'sharpness.Loss of your own for the rest.')
 
 
-def from_loss_fn(loss_fn: Callable[[optax.Params], jax.Array]) -> Loss:
+def from_loss_fn(loss_fn: Callable[[optax.Params], Float[Array, '']]) -> Loss:
     """Returns the `Loss` of a function params -> scalar, for methods that also want values."""
     def evaluate(params, climb=False, **more):
         del climb
@@ -135,7 +136,7 @@ def from_loss_fn(loss_fn: Callable[[optax.Params], jax.Array]) -> Loss:
 
 
 def from_network(outputs_fn: Callable[[optax.Params], Any],
-                 loss_of_outputs: Callable[[Any], jax.Array]) -> Loss:
+                 loss_of_outputs: Callable[[Any], Float[Array, '']]) -> Loss:
     """Returns the `Loss` of params -> outputs -> scalar, for `functional_sam` and all of above.
 
     Args:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from sam_jax.sharpness import ranges
 from sam_jax.sharpness.trees import Rho, in_units, lp_norm, move, names_of, promote, radius_at
@@ -112,7 +113,7 @@ def metric_ball(rho: Rho, metric: Metric) -> Ascent:
     return _ascent(rho, step)
 
 
-def metric_norm(metric: Metric) -> Callable[..., jax.Array]:
+def metric_norm(metric: Metric) -> Callable[..., Float[Array, '']]:
     """Returns the norm that `metric_ball` bounds: (eps, grads, params) -> sqrt(<eps, P^-1 eps>).
 
     Where P is 0, so is eps, and the entry does not count.
@@ -183,7 +184,7 @@ def layer_ball(rho: Rho) -> Ascent:
     return _ascent(rho, step)
 
 
-def layer_norm(eps: Any, grads: Any, params: optax.Params) -> jax.Array:
+def layer_norm(eps: Any, grads: Any, params: optax.Params) -> Float[Array, '']:
     """The norm that `layer_ball` bounds: the largest of ||eps_l|| / ||w_l||."""
     del grads
     ratios = jax.tree.map(lambda e, w: lp_norm(e) / jnp.where(lp_norm(w) > 0, lp_norm(w), 1.0),

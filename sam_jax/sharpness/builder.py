@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from sam_jax.sharpness import combine as combinations
 from sam_jax.sharpness import gate as gates
@@ -26,7 +27,7 @@ def sharpness_aware(
     ascent: optax.GradientTransformation,
     combine: combinations.Combine | None = None,
     gate: gates.Gate | None = None,
-    norm: Callable[[Any, Any, Any], jax.Array] | None = None,
+    norm: Callable[[Any, Any, Any], Float[Array, '']] | None = None,
 ) -> Link:
     """Builds a method: gradient at w -> sharpness-aware gradient at w.
 

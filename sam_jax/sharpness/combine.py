@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from sam_jax.sharpness.trees import lp_norm, promote, wide_zeros
 
@@ -108,7 +109,8 @@ class Correction(NamedTuple):
     correction: Any
 
 
-def add_correction(updates: optax.Updates, state: Any, learning_rate: Any) -> optax.Updates:
+def add_correction(updates: optax.Updates, state: Any,
+                   learning_rate: float | Float[Array, '']) -> optax.Updates:
     """Returns the optimizer's updates with the corrections added that a state holds.
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Int32, PRNGKeyArray
 
 from sam_jax.sharpness import ranges
 from sam_jax.sharpness.trees import promote, wide_zeros
@@ -34,7 +35,7 @@ def gaussian() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def random_like(key: jax.Array, tree: Any) -> Any:
+def random_like(key: PRNGKeyArray, tree: Any) -> Any:
     """Returns z ~ N(0, I) of the shapes of a pytree, in at least float32."""
     leaves, structure = jax.tree.flatten(jax.tree.map(promote, tree))
     keys = jax.random.split(key, len(leaves))
@@ -45,7 +46,7 @@ def random_like(key: jax.Array, tree: Any) -> Any:
 class AverageState(NamedTuple):
     """State of the directions that remember: how many ascents there were, and their average."""
 
-    count: ArrayLike
+    count: Int32[ArrayLike, '']
     average: Any
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from sam_jax.sharpness import ranges
 from sam_jax.sharpness.trees import lp_norm, progress
@@ -60,7 +62,7 @@ def window(start: float, end: float) -> Gate:
     return _stateless(lambda count, **extra: (count >= start) & (count < end))
 
 
-def bernoulli(probability: float | Callable[[jax.Array], jax.Array]) -> Gate:
+def bernoulli(probability: float | Callable[[Int[ArrayLike, '']], Float[Array, '']]) -> Gate:
     """Open with a probability, by a draw from `gate_key`, which is the step's and not a group's.
 
     Args:
@@ -88,8 +90,8 @@ def bernoulli(probability: float | Callable[[jax.Array], jax.Array]) -> Gate:
 class AdaptiveState(NamedTuple):
     """State of `adaptive`: moving mean and variance of the squared norm of the gradient."""
 
-    mean: jax.Array
-    variance: jax.Array
+    mean: Float[Array, '']
+    variance: Float[Array, '']
 
 
 def adaptive(delta: float, lambda1: float, lambda2: float, total_steps: int) -> Gate:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Int32
 
 from sam_jax.sharpness import ranges
 from sam_jax.sharpness.trees import names_of, promote, wide_zeros
@@ -35,7 +36,7 @@ def normalization(params: optax.Params) -> Any:
 class SparseState(NamedTuple):
     """State of `sparse`: number of ascents, mean squared gradient since the mask was made, mask."""
 
-    count: ArrayLike
+    count: Int32[ArrayLike, '']
     squares: Any
     mask: Any
     ball: Any

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int32
 
 from sam_jax.sharpness.trees import lp_norm, move, promote
 
@@ -34,8 +36,8 @@ class Evaluation(NamedTuple):
     """
 
     grads: Any
-    value: Any = None
-    reported: Any = None
+    value: Float[ArrayLike, ''] | None = None
+    reported: Float[ArrayLike, ''] | None = None
     aux: Any = ()
 
 
@@ -54,8 +56,8 @@ class Report(NamedTuple):
 
     clean: Evaluation | None
     perturbed: Evaluation
-    norm: Any
-    evaluations: Any = 0
+    norm: float | Float[Array, '']
+    evaluations: int | Int32[Array, ''] = 0
 
 
 class Method(NamedTuple):
@@ -161,7 +163,7 @@ class Now:
                       'as it is: add the term to your loss, and say so by '
                       'tx.update(..., added_loss=True).'}
 
-    def __init__(self, count: Any, given: dict[str, Any]) -> None:
+    def __init__(self, count: Int32[ArrayLike, ''], given: dict[str, Any]) -> None:
         self.count, self.given = count, given
 
     def need(self, name: str, who: str = 'This method') -> Any:

@@ -1,15 +1,20 @@
 """Arithmetic of pytrees of params and gradients, in at least float32."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 # A radius: a number, a traced scalar, or an optax schedule of the number of updates.
-Rho = float | jax.Array | optax.Schedule
+Rho = float | Float[Array, ''] | optax.Schedule
+
+# JAX's or NumPy's.
+Numbers = TypeVar('Numbers', Array, np.ndarray)
 
 
 def names_of(path: Sequence[Any]) -> tuple:
@@ -24,7 +29,7 @@ def names_of(path: Sequence[Any]) -> tuple:
     return tuple(names[:-1] if is_variable and names[-1] == 'value' else names)
 
 
-def promote(x: jax.Array) -> jax.Array:
+def promote(x: Float[Numbers, '*shape']) -> Float[Numbers, '*shape']:
     """Returns x in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -39,12 +44,12 @@ def move(params: optax.Params, eps: Any, sign: float = 1.0) -> optax.Params:
     return jax.tree.map(lambda w, e: promote(w) + sign * e, params, eps)
 
 
-def radius_at(rho: Rho, count: jax.Array) -> Any:
+def radius_at(rho: Rho, count: Int[ArrayLike, '']) -> Any:
     """Returns rho, or its value at `count` where it is a schedule."""
     return rho(count) if callable(rho) else rho
 
 
-def progress(count: jax.Array, total: float) -> jax.Array:
+def progress(count: Int[ArrayLike, ''], total: float) -> Float[Array, '']:
     """Returns count / total, at most 1; in float64 where JAX has it, whatever integer count is."""
     return jnp.minimum(jnp.asarray(count, float) / total, 1.0)
 
@@ -54,7 +59,7 @@ def times(rho: Rho, factor: float) -> Rho:
     return (lambda count: factor * rho(count)) if callable(rho) else factor * rho
 
 
-def lp_norm(tree: Any, p: float = 2.0) -> jax.Array:
+def lp_norm(tree: Any, p: float = 2.0) -> Float[Array, '']:
     """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
     if p == np.inf:
         return _largest(tree)
@@ -69,7 +74,7 @@ def _largest(tree):
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
 
 
-def in_units(tree: Any, p: float) -> tuple[jax.Array, Any]:
+def in_units(tree: Any, p: float) -> tuple[Float[Array, ''], Any]:
     """Returns (unit, entries / unit, a pytree), so that powers of tiny and huge entries are finite.
 
     The unit is the largest entry, for p = 2 the power of two at or below it, so that nothing is

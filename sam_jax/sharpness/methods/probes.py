@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sam_jax.sharpness import ranges, registry
 from sam_jax.sharpness.as_optax import Link, as_optax
@@ -18,8 +19,9 @@ from sam_jax.sharpness.protocol import Method, Report
 from sam_jax.sharpness.trees import Rho, lp_norm, move, promote, radius_at
 
 # What `probing` takes: (key, params) -> z, and (L, [L_1 ... L_n], rho) -> (a, b).
-Draw = Callable[[jax.Array, Any], Any]
-Weigh = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Draw = Callable[[PRNGKeyArray, Any], Any]
+Weigh = Callable[[Float[Array, ''], Float[Array, ' n'], Float[Array, '']],
+                 tuple[Float[Array, ' n'], Float[Array, ' n']]]
 
 # Det's weight exp(D) is cut here: e^30 leaves room for a gradient's square in float32.
 LARGEST_EXPONENT = 30.0
@@ -172,7 +174,7 @@ def frob_weights(lam: float) -> Weigh:
     return weigh
 
 
-def gaussian(key: jax.Array, params: Any) -> Any:
+def gaussian(key: PRNGKeyArray, params: Any) -> Any:
     """z ~ N(0, I)."""
     return random_like(key, params)
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from sam_jax.sharpness import ascent, ranges, registry
 from sam_jax.sharpness.as_optax import Link, as_optax
@@ -121,7 +122,7 @@ def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: flo
     return as_optax(Method(init, step))
 
 
-def drawn(key: jax.Array, params: Any, precision: Any, number: float) -> Any:
+def drawn(key: PRNGKeyArray, params: Any, precision: Any, number: float) -> Any:
     """Returns theta ~ N(w, 1 / (number precision)), in at least float32."""
     return move(params, jax.tree.map(
         lambda z, s: z / jnp.sqrt(number * s), random_like(key, params), precision))
