@@ -77,5 +77,10 @@ def main() -> None:
         _log.info('%s\n%s', out, file.read())
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Console command `sam-jax-analyze`."""
     commands.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -11,10 +11,10 @@ import jax
 from absl import app, flags
 
 from sam_jax import config as config_lib
+from sam_jax import shipped
 from sam_jax.errors import UserError
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DEFAULT_CONFIG = os.path.join(ROOT, 'configs', 'digits.py')
+DEFAULT_CONFIG = os.path.join(shipped.folder(), 'digits.py')
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
@@ -34,12 +34,25 @@ def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
 def _parse(argv):
     """absl's parser, with one sentence for what it or ml_collections would answer at length."""
     try:
-        config_lib.check_flags(argv, DEFAULT_CONFIG)
-        return flags.FLAGS(argv)
+        argv = with_paths(argv)
+        file = config_lib.check_flags(argv, DEFAULT_CONFIG)
+        with shipped.importable(file):
+            return flags.FLAGS(argv)
     except UserError as e:
         leave(str(e))
     except (flags.Error, ValueError) as e:
         leave(' '.join(str(e).split()))
+
+
+def with_paths(argv: list[str]) -> list[str]:
+    """Returns a command line with the path of the file in place of the name of a config of ours."""
+    argv = [f'{flag}={shipped.resolve(value)}' if equals and flag in ('--config', '-config')
+            else argument for argument in argv
+            for flag, equals, value in [argument.partition('=')]]
+    for i, flag in enumerate(argv[:-1]):
+        if flag in ('--config', '-config'):  # the form with a space
+            argv[i + 1] = shipped.resolve(argv[i + 1])
+    return argv
 
 
 def _keep_compiled_programs():

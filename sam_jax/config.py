@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from sam_jax import data, models, optimizers, schedules, sharpness
+from sam_jax import data, models, optimizers, schedules, sharpness, shipped
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 from sam_jax.models.layers import Network
@@ -395,12 +395,15 @@ def check_same_mathematics(config: ml_collections.ConfigDict, before: dict[str, 
             'resume it, or choose a new workdir.')
 
 
-def check_flags(argv: Sequence[str], default: str) -> None:
+def check_flags(argv: Sequence[str], default: str) -> str:
     """Checks the file of --config and the names of the --config.KEY flags.
 
     Args:
       argv: the command line.
       default: the config file where none is given.
+
+    Returns:
+      The path of the file.
 
     Raises:
       UserError: no such file, a bad argument of the config, or a key that it does not have.
@@ -410,19 +413,20 @@ def check_flags(argv: Sequence[str], default: str) -> None:
     for flag, value in zip(argv, argv[1:]):
         if flag in ('--config', '-config'):  # the form with a space
             given['config'] = value
-    _, config = load(given.pop('config', None) or default)
-    known = flatten(config)
+    flag = given.pop('config', None) or default
+    known = flatten(load(flag)[1])
     sections = {key.rpartition('.')[0] for key in known}
     for key in (name.removeprefix('config.') for name in given):
         if key not in known and key not in sections:
             raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')
+    return shipped.resolve(flag).partition(':')[0]
 
 
 def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
     """Loads a config as --config names it.
 
     Args:
-      flag: 'FILE' or 'FILE:ARGUMENT'.
+      flag: 'FILE', 'FILE:ARGUMENT', or the same with the name of a config of ours.
 
     Returns:
       (the file as a module, what its get_config returns).
@@ -430,12 +434,14 @@ def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
     Raises:
       UserError: no such file, no get_config in it, or a bad argument.
     """
-    path, _, argument = flag.partition(':')
+    path, _, argument = shipped.resolve(flag).partition(':')
     if not os.path.isfile(path):
-        raise UserError(f'--config is {path!r}: No such file.')
+        raise UserError(f'--config is {path!r}: No such file; by name there are '
+                        f'{", ".join(shipped.names())}.')
     spec = importlib.util.spec_from_file_location('checked_config', path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with shipped.importable(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
         raise UserError(f'--config is {path!r}; that file must define get_config().')
     try:

@@ -1,11 +1,9 @@
 """Command line.
 
-    python -m sam_jax.main --config=configs/digits.py --workdir=DIR [--config.sam.rho=0.1]
-"""
+    sam-jax-train --config=digits --workdir=DIR [--config.sam.rho=0.1]
 
-import os
-import sys
-from typing import NoReturn
+or, in a checkout, `python -m sam_jax.main` with the same.
+"""
 
 from absl import flags
 from ml_collections import config_flags
@@ -13,7 +11,8 @@ from ml_collections import config_flags
 from sam_jax import commands, distributed, train
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'File with get_config(), e.g. configs/digits.py:noise=0.4.',
+    'config', commands.DEFAULT_CONFIG,
+    'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.',
     lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run; give it again to resume.')
 _COORDINATOR = flags.DEFINE_string(
@@ -37,17 +36,6 @@ def main() -> None:
 def run() -> None:
     """Console command `sam-jax-train`."""
     commands.run(main)
-
-
-def run_tests() -> NoReturn:
-    """Console command `sam-jax-test`: the suite of the checkout this package lies in."""
-    import pytest
-    arguments = sys.argv[1:]
-    if not any(os.path.exists(a.partition('::')[0]) for a in arguments):
-        arguments.append(os.path.join(commands.ROOT, 'tests'))
-    sys.exit(pytest.main(
-        ['--rootdir', commands.ROOT, '-c', os.path.join(commands.ROOT, 'pyproject.toml'),
-         *arguments]))
 
 
 if __name__ == '__main__':

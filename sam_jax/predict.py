@@ -78,5 +78,10 @@ def main() -> None:
               100 * result['error_rate'])
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Console command `sam-jax-predict`."""
     commands.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -295,11 +295,11 @@ class PaperRow:
 def read_paper(path: str | os.PathLike) -> list[PaperRow]:
     """Returns the PaperRows of a CSV file whose commands name the configs that reproduce them."""
     rows = []
-    root = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     with open(path, newline='') as file:
         for line in csv.DictReader(file):
             flag, *overrides = shlex.split(line['command'])
-            config = config_lib.load(os.path.join(root, flag))[1]
+            # By name: wherever one is, whatever `configs` lies there.
+            config = config_lib.load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
             for override in overrides:
                 key, _, value = override.removeprefix('--config.').partition('=')
                 config_lib.override(config, key, value)

@@ -9,13 +9,13 @@ import pytest
 from helpers import ROOT
 
 FLOORS = [
-    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
+    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions', 'shipped'},
     {'models', 'data', 'optimizers', 'checkpoint', 'writers', 'figures', 'distributed',
      'replicas', 'quantization'},
     {'train_step', 'gradients', 'trajectory', 'evaluate', 'analysis'},
     {'config', 'reports', 'results', 'train', 'sweeps', 'flatness'},
     {'commands'},
-    {'main', 'predict', 'preview', 'analyze'},
+    {'main', 'predict', 'preview', 'analyze', 'sweep', 'report', 'doctor'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -43,15 +43,17 @@ LIBRARIES = {
     'tqdm': {'writers'},
     'matplotlib': {'figures'},
     'scipy': {'results', 'analysis'},
-    'absl': {'commands', 'main', 'predict', 'preview', 'analyze'},
-    'ml_collections': {'config', 'main', 'preview', 'sweeps'},
-    'pytest': {'main'},
+    'absl': {'commands', 'main', 'predict', 'preview', 'analyze', 'sweep', 'report'},
+    'ml_collections': {'config', 'main', 'preview', 'sweeps', 'sweep'},
+    'markdown': {'report'},
+    'rich': {'sweep'},
+    'submitit': {'sweep'},
     'h5py': {'models'},
     'safetensors': {'models'},
 }
 # Imported inside functions only: slow, or absent on many machines.
 LAZY = {'sklearn', 'grain', 'PIL', 'tensorflow', 'tensorflow_datasets', 'orbax', 'clu', 'tqdm',
-        'pytest', 'h5py', 'safetensors'}
+        'h5py', 'safetensors', 'rich', 'submitit'}
 
 MODULES = sorted((ROOT / 'sam_jax').rglob('*.py'))
 

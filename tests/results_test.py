@@ -14,7 +14,7 @@ from configs import ablations, cifar, imagenet, label_noise, svhn
 from sam_jax import results
 from sam_jax.errors import UserError
 
-PAPER = results.read_paper(ROOT / 'scripts' / 'paper.csv')
+PAPER = results.read_paper(ROOT / 'sam_jax' / 'paper.csv')
 
 
 def _groups(folder):
@@ -178,7 +178,7 @@ def test_numbers_of_the_paper():
 
 
 def run_report(*arguments):
-    command = [sys.executable, str(ROOT / 'scripts' / 'report.py'), *map(str, arguments)]
+    command = [sys.executable, '-m', 'sam_jax.report', *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

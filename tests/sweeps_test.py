@@ -118,7 +118,7 @@ def test_bad_runs_are_refused_before_any_starts(hyper, words):
 
 def _command(workdir, *flags, config=DIGITS):
     settings = [f'--config.{key}={value}' for key, value in QUICK.items()]
-    return [sys.executable, str(ROOT / 'scripts' / 'sweep.py'), f'--config={config}',
+    return [sys.executable, '-m', 'sam_jax.sweep', f'--config={config}',
             f'--workdir={workdir}', *settings, *flags]
 
 

@@ -74,5 +74,10 @@ def main() -> None:
               len(images))
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Console command `sam-jax-preview`."""
     commands.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,6 +1,6 @@
 """Runs a sweep: a folder, with the folder of a run for each of its settings.
 
-    python scripts/sweep.py --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
+    sam-jax-sweep --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
         --workdir=runs/rho [--config.total_epochs=20] [--engine=local --parallel=2]
 
 --sweep may be given several times, and every value of one meets every value of the others;
@@ -27,8 +27,8 @@ import signal
 import subprocess
 import sys
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -62,16 +62,17 @@ class Status:
     line: str = ''
 
 
-def command(run):
+def command(run: sweeps.Run) -> list[str]:
     """Returns what starts a run."""
     return [sys.executable, '-m', 'sam_jax.main', *run.flags]
 
 
-def log_path(run):
+def log_path(run: sweeps.Run) -> str:
+    """Returns the file of what a run says."""
     return os.path.join(run.workdir, 'log.txt')
 
 
-def last_line(log):
+def last_line(log: str) -> str:
     """Returns the last line of a file that is not empty."""
     try:
         with open(log, 'rb') as file:
@@ -82,7 +83,8 @@ def last_line(log):
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 
-def start(command, log, environment, ignored=()):
+def start(command: Sequence[str], log: str, environment: dict[str, str],
+          ignored: Sequence[int] = ()) -> subprocess.Popen:
     """Starts a process whose output is added to a log, which is locked for as long as it lives.
 
     Args:
@@ -108,13 +110,15 @@ def start(command, log, environment, ignored=()):
                                                      for s in ignored]) if ignored else None)
 
 
-def python_path():
+def python_path() -> dict[str, str]:
     """Returns the environment variable by which a run finds sam_jax, installed or not."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     given = os.environ.get('PYTHONPATH')
-    return {'PYTHONPATH': os.pathsep.join(filter(None, [commands.ROOT, given]))}
+    return {'PYTHONPATH': os.pathsep.join(filter(None, [root, given]))}
 
 
-def failure(code, log):
+def failure(code: int, log: str) -> str:
+    """Returns a line on how a process ended."""
     why = f'status {code}' if code >= 0 else f'signal {-code}'
     return f'{why}: {last_line(log)} ({log})'
 
@@ -135,18 +139,18 @@ class Local:
         self._processes = {}
         self._stopping = False
 
-    def submit(self, runs, statuses):
+    def submit(self, runs: list[sweeps.Run], statuses: dict[str, Status]) -> None:
         """Begins to run them; their statuses change as they do."""
         self._pool = concurrent.futures.ThreadPoolExecutor(self._parallel)
         self._futures = [self._pool.submit(self._run, run, statuses) for run in runs]
 
-    def working(self):
+    def working(self) -> bool:
         for future in self._futures:
             if future.done():
                 future.result()  # raises what went wrong here, not in the run
         return not all(future.done() for future in self._futures)
 
-    def stop(self):
+    def stop(self) -> None:
         """Asks the runs to save and end."""
         self._stopping = True
         for process in list(self._processes.values()):
@@ -259,7 +263,7 @@ class Slurm:
         except (NameError, TypeError, ValueError) as e:
             raise UserError(f'--slurm: {" ".join(str(e).split())}') from e
 
-    def submit(self, runs, statuses):
+    def submit(self, runs: list[sweeps.Run], statuses: dict[str, Status]) -> None:
         """Submits the runs that are not in the queue since an earlier call."""
         self._statuses = statuses
         queued = {run.name: self._queued(run) for run in runs}
@@ -283,7 +287,7 @@ class Slurm:
             job = self._submitit.SlurmJob(self._folder, file.read().strip())
         return None if job.done(force_check=True) else job
 
-    def working(self):
+    def working(self) -> bool:
         for run, job in self._jobs:
             if self._statuses[run.name].state == 'stopped':
                 continue
@@ -298,7 +302,7 @@ class Slurm:
                     f'({log_path(run)})')
         return any(s.state in ('waiting', 'running') for s in self._statuses.values())
 
-    def stop(self):
+    def stop(self) -> None:
         """Leaves the jobs in the queue; the same command finds them there."""
         for name, status in self._statuses.items():
             if status.state in ('waiting', 'running'):
@@ -339,7 +343,7 @@ class Display:
                 console=rich.console.Console(stderr=True), auto_refresh=False)
             self._live.start()
 
-    def update(self):
+    def update(self) -> None:
         if self._live:
             self._live.update(self._table(), refresh=True)
             return
@@ -367,12 +371,12 @@ class Display:
             line = last_line(log_path(run))
         return status.state, line
 
-    def close(self):
+    def close(self) -> None:
         if self._live:
             self._live.stop()
 
 
-def execute(engine, runs):
+def execute(engine: Any, runs: list[sweeps.Run]) -> dict[str, Status]:
     """Runs the runs that are not finished.
 
     Returns:
@@ -399,7 +403,7 @@ def execute(engine, runs):
     return statuses
 
 
-def main():
+def main() -> None:
     """Sweeps what the flags say."""
     if not _WORKDIR.value:
         raise UserError("--workdir is ''; it must name the folder of the sweep.")
@@ -430,5 +434,10 @@ def main():
     sys.exit(1 if counts['failed'] else commands.EXIT_PREEMPTED if counts['stopped'] else 0)
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Console command `sam-jax-sweep`."""
     commands.run(main)
+
+
+if __name__ == '__main__':
+    run()

@@ -1,6 +1,6 @@
 """Puts finished runs together: a table, the best rho, the paper's numbers beside ours, pictures.
 
-    python scripts/report.py runs/rho [runs/more ...] [--out=runs/rho/report]
+    sam-jax-report runs/rho [runs/more ...] [--out=runs/rho/report]
 
 Takes every run in the folders and below. Writes report.md with its pictures, report.csv (a line for
 each setting), runs.csv (a line for each run) and report.html, one file with all of it. Means are
@@ -17,9 +17,7 @@ import json
 import math
 import os
 import statistics
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from typing import Any
 
 import markdown
 from absl import flags
@@ -31,7 +29,7 @@ from sam_jax.results import TEST, VALIDATION
 
 _OUT = flags.DEFINE_string('out', '', 'Folder of the report; default: report/ in the first folder.')
 
-PAPER = os.path.join(commands.ROOT, 'scripts', 'paper.csv')
+PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.csv')
 
 # Settings that name a panel of curves; what else differs names a curve in it.
 PANEL = ('model.name', 'data.name', 'data.augment', 'data.label_noise')
@@ -61,7 +59,7 @@ img {{ max-width: 100% }}
 """
 
 
-def interval(pair, digits=2):
+def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
     """'0.28 ± 0.15', or '0.28' for one run, or ''."""
     if pair is None:
         return ''
@@ -69,13 +67,14 @@ def interval(pair, digits=2):
     return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
-def mean_of(group, metric, scale=1.0):
+def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | None:
     """Mean of a number of result.json, or None."""
     values = group.values(metric)
     return statistics.mean(values) * scale if values else None
 
 
-def rows_of_table(groups, keys, best, paper):
+def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
+                  paper: list[results.PaperRow]) -> list[dict]:
     """Returns a dict for each group, in the order of the columns."""
     short = config_lib.short_names(keys)
     rows = []
@@ -101,7 +100,7 @@ def _shown(value):
     return '' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
 
 
-def table(rows):
+def table(rows: list[dict]) -> str:
     """Returns the Markdown of rows of one kind, without the columns that are empty in all."""
     columns = [c for c in rows[0] if any(row[c] for row in rows)]
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
@@ -109,7 +108,7 @@ def table(rows):
     return '\n'.join(lines)
 
 
-def write_csv(path, rows):
+def write_csv(path: str, rows: list[dict]) -> None:
     """Writes dicts of one kind."""
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -117,7 +116,8 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def rows_of_csv(groups, keys, best, paper):
+def rows_of_csv(groups: list[results.Group], keys: list[str], best: Any,
+                paper: list[results.PaperRow]) -> list[dict]:
     """Returns the same as numbers, for machines."""
     rows = []
     for g in groups:
@@ -134,7 +134,7 @@ def rows_of_csv(groups, keys, best, paper):
     return rows
 
 
-def rows_of_runs(groups):
+def rows_of_runs(groups: list[results.Group]) -> list[dict]:
     """Returns a dict for each run: all its settings and results."""
     rows = [{'workdir': r.workdir, **r.written['config'], **(r.result or {})}
             for g in groups for r in (*g.finished, *g.unfinished)]
@@ -142,7 +142,7 @@ def rows_of_runs(groups):
     return [{column: row.get(column, '') for column in columns} for row in rows]
 
 
-def by_panel(groups):
+def by_panel(groups: list[results.Group]) -> dict:
     """Returns {title: groups} of the panels of curves."""
     differ = [key for key in results.varying(groups) if key in PANEL]
     found = collections.defaultdict(list)
@@ -153,7 +153,7 @@ def by_panel(groups):
     return found
 
 
-def label(group, keys):
+def label(group: results.Group, keys: list[str]) -> str:
     """'sam, rho 0.1': what the keys say of a group."""
     short = config_lib.short_names(keys)
     settings = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
@@ -162,7 +162,7 @@ def label(group, keys):
     return ', '.join(words) or group.settings['sam.method']
 
 
-def rho_panels(groups):
+def rho_panels(groups: list[results.Group]) -> Any:
     """Returns the Panels of test error against rho, and of validation error where there is one."""
     described = []
     for title, inside in by_panel(groups).items():
@@ -192,7 +192,7 @@ def rho_panels(groups):
     return described
 
 
-def training_panels(groups):
+def training_panels(groups: list[results.Group]) -> Any:
     """Returns the Panels of training loss and test error against epochs."""
     described = []
     for title, inside in by_panel(groups).items():
@@ -218,7 +218,8 @@ def training_panels(groups):
     return described
 
 
-def rows_of_switches(switches, keys, paper):
+def rows_of_switches(switches: list[Any], keys: list[str],
+                     paper: list[results.PaperRow]) -> list[dict]:
     """Returns a dict for each method beside its baseline."""
     rows = []
     for s in switches:
@@ -232,7 +233,7 @@ def rows_of_switches(switches, keys, paper):
     return rows
 
 
-def reduction_of_paper(switch, paper):
+def reduction_of_paper(switch: Any, paper: list[results.PaperRow]) -> float | None:
     """The reduction between the paper's two numbers, if both are rows of one of its tables."""
     for before in results.of_paper(switch.baseline, paper):
         for after in results.of_paper(switch.method, paper):
@@ -241,7 +242,7 @@ def reduction_of_paper(switch, paper):
     return None
 
 
-def rows_of_figure_1(switches, paper):
+def rows_of_figure_1(switches: list[Any], paper: list[results.PaperRow]) -> list[dict]:
     """Returns {kind of data: [(reduction, the paper's), ...]}."""
     rows = collections.defaultdict(list)
     for s in switches:
@@ -255,7 +256,7 @@ def rows_of_figure_1(switches, paper):
     return rows
 
 
-def notes_of(groups):
+def notes_of(groups: list[results.Group]) -> list[str]:
     """Returns what else a reader should know."""
     notes = [f'{r.workdir} is not finished.' for g in groups for r in g.unfinished]
     finished = [r for g in groups for r in g.finished]
@@ -266,7 +267,8 @@ def notes_of(groups):
     return notes
 
 
-def document(groups, keys, best, notes, paper):
+def document(groups: list[results.Group], keys: list[str], best: Any, notes: list[str],
+             paper: list[results.PaperRow]) -> tuple[str, dict]:
     """Returns (Markdown, {name of a picture in it: its figure})."""
     switches = results.switches(groups)
     pictures = {}
@@ -303,7 +305,7 @@ def document(groups, keys, best, notes, paper):
     return '\n\n'.join(parts) + '\n', pictures
 
 
-def page(text, pictures):
+def page(text: str, pictures: dict[str, str]) -> str:
     """Returns the document as one HTML file that needs no other."""
     body = markdown.markdown(text, extensions=['tables'])
     for name, figure in pictures.items():
@@ -314,10 +316,10 @@ def page(text, pictures):
     return PAGE.format(title=html.escape(text.partition('\n')[0].lstrip('# ')), body=body)
 
 
-def main(folders):
+def main(folders: list[str]) -> None:
     """Reports on the folders."""
     if not folders:
-        raise UserError('No folder is given: python scripts/report.py DIR [DIR ...].')
+        raise UserError('No folder is given: sam-jax-report DIR [DIR ...].')
     groups, notes = results.group(results.find(folders))
     if not any(g.finished for g in groups):
         raise UserError(f'None of the runs in {", ".join(folders)} is finished (no result.json).')
@@ -338,5 +340,10 @@ def main(folders):
     print(f'\nWritten to {os.path.join(out, "report.html")} and beside it.')
 
 
-if __name__ == '__main__':
+def run() -> None:
+    """Console command `sam-jax-report`."""
     commands.run(main, positional=True)
+
+
+if __name__ == '__main__':
+    run()
