@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from sam_jax import (
     analysis,
@@ -27,6 +28,7 @@ from sam_jax import config as config_lib
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
+from sam_jax.models import pretrained
 
 _log = logging.getLogger(__name__)
 
@@ -196,8 +198,17 @@ def _restore(plan, checkpoints, step=None):
         first_step, state, meta = restored
         wall_time = meta['wall_time']
     elif plan.config.model.init_from:
-        state = train_step.load_pretrained(state, plan.model, plan.config.model.init_from)
+        state = _with_weights_of_a_file(state, plan)
     return plan.layout.replicate(jax.device_get(state)), first_step, wall_time
+
+
+def _with_weights_of_a_file(state, plan):
+    """The state before the first step with the weights of `model.init_from`."""
+    variables = pretrained.load(
+        plan.config.model.init_from, plan.model,
+        {'params': state.params, 'batch_stats': state.batch_stats})
+    ema = state.ema and jax.tree.map(np.copy, variables)
+    return state.replace(ema=ema, **variables)
 
 
 def restore(config: Any, workdir: str, devices: Sequence[replicas.Device] | None = None,

@@ -14,13 +14,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajectory
 from sam_jax.errors import UserError
-from sam_jax.models import layers, pretrained
 from sam_jax.replicas import AXIS, Layout
 
 # Reported as means over the steps since the last report, in this order; the rest as last values.
@@ -134,20 +132,6 @@ def create_train_state(config: Any, model: nn.Module, image_shape: tuple[int, ..
         sharpness_state=method.init(params), memory=memory, ema=ema,
         sums={name: jnp.zeros((), float) for name in _AVERAGED},
         bad_step=jnp.zeros((), jnp.int32))
-
-
-def load_pretrained(state: TrainState, model: layers.Network, path: str) -> TrainState:
-    """Returns the state with the weights of a file, see `models.pretrained.load`.
-
-    Args:
-      state: of `create_train_state`, before the first step.
-      model: its model.
-      path: `config.model.init_from`.
-    """
-    variables = pretrained.load(
-        path, model, {'params': state.params, 'batch_stats': state.batch_stats})
-    ema = state.ema and jax.tree.map(np.copy, variables)
-    return state.replace(ema=ema, **variables)
 
 
 def train_step(state: TrainState, feed: dict[str, Any], arrays: dict[str, jax.Array],

@@ -129,6 +129,17 @@ def test_sizes():
     assert lengths[ROOT / 'sam_jax' / 'main.py'] <= 100
 
 
+def test_sizes_of_what_the_project_is_about():
+    """The methods, the gradients and the step: files of 300 lines, functions of 60."""
+    core = [ROOT / 'sam_jax' / name for name in ('train_step.py', 'gradients.py')]
+    for path in [*core, *(ROOT / 'sam_jax' / 'sharpness').rglob('*.py')]:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f'{path}: {node.name}'
+
+
 # Without TensorFlow.
 
 
