@@ -106,6 +106,8 @@ def _draw(ax, panel):
         ax.set_xscale('symlog', linthresh=min(filter(None, places)), linscale=0.5)
         ax.set_xticks(places, [f'{x:g}' for x in places])
         ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if panel.xlabel == 'epoch':
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     if panel.log_y:
         ax.set_yscale('log')
     else:

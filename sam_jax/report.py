@@ -147,7 +147,10 @@ def by_panel(groups: list[results.Group]) -> dict:
     differ = [key for key in results.varying(groups) if key in PANEL]
     found = collections.defaultdict(list)
     for g in groups:
-        named = [_shown(g.settings.get(key)) for key in differ]
+        # A model and a dataset name themselves; a number says of what it is.
+        named = [_shown(g.settings.get(key)) if key in ('model.name', 'data.name') else
+                 f'{key.rpartition(".")[2].replace("_", " ")} {_shown(g.settings.get(key))}'
+                 for key in differ]
         title = ', '.join(named) or f'{g.settings["model.name"]}, {g.settings["data.name"]}'
         found[title].append(g)
     return found
@@ -258,7 +261,8 @@ def rows_of_figure_1(switches: list[Any], paper: list[results.PaperRow]) -> list
 
 def notes_of(groups: list[results.Group]) -> list[str]:
     """Returns what else a reader should know."""
-    notes = [f'{r.workdir} is not finished.' for g in groups for r in g.unfinished]
+    notes = [f'{os.path.relpath(r.workdir)} is not finished.'
+             for g in groups for r in g.unfinished]
     finished = [r for g in groups for r in g.finished]
     for what in ('git_revision', 'device_kind'):
         different = sorted({r.written[what] for r in finished})

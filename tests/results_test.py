@@ -217,6 +217,15 @@ def test_the_report_of_two_methods_says_their_rho(tmp_path):
     assert '`sam.rho = 0.3`' in (tmp_path / 'report' / 'report.md').read_text()
 
 
+def test_panels_name_the_setting(tmp_path):
+    for noise in (0.0, 0.4):
+        write_run(tmp_path / str(noise), digits_config(f'noise={noise}'), error=2)
+    code = ('from sam_jax import report, results; '
+            f'print(list(report.by_panel(results.group(results.find([{str(tmp_path)!r}]))[0])))')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['label noise 0', 'label noise 0.4']"
+
+
 def test_bad_input_of_the_report(tmp_path):
     (tmp_path / 'empty').mkdir()
     write_run(tmp_path / 'unfinished' / 'run', digits_config())
