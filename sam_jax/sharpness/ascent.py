@@ -21,7 +21,16 @@ import optax
 from jaxtyping import Array, Float
 
 from sam_jax.sharpness import ranges
-from sam_jax.sharpness.trees import Rho, in_units, lp_norm, move, names_of, promote, radius_at
+from sam_jax.sharpness.trees import (
+    Rho,
+    in_units,
+    lp_norm,
+    move,
+    names_of,
+    norm_in_range,
+    promote,
+    radius_at,
+)
 
 # Which params climb: all (None), a pytree of bools, or a function from params to one.
 Mask = Any
@@ -266,12 +275,13 @@ def projected_steps(rho: Rho, steps: int, step_size: float = 1.0, p: float = 2.0
 def _ball_step(grads, rho, p):
     if p == np.inf:
         return jax.tree.map(lambda g: jnp.asarray(rho, g.dtype) * jnp.sign(g), grads)
-    # The formula does not change when g is scaled; |g|^(q-1) leaves the float range for p near 1.
-    _, scaled = in_units(grads, p)
     if p == 2:
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(u))) for u in jax.tree.leaves(scaled)))
+        factor, norm = norm_in_range(grads)
         scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
-        return jax.tree.map(lambda u: scale.astype(u.dtype) * u, scaled)
+        return jax.tree.map(
+            lambda g: scale.astype(g.dtype) * (factor.astype(g.dtype) * g), grads)
+    # The formula does not change when g is scaled; |g|^(q-1) leaves the float range for p near 1.
+    _, scaled = in_units(grads)
     q = p / (p - 1.0)
     total = sum(jnp.sum(jnp.abs(u) ** q) for u in jax.tree.leaves(scaled))
     scale = jnp.where(total > 0, rho / jnp.where(total > 0, total, 1.0) ** (1.0 / p), 0.0)

@@ -60,13 +60,38 @@ def times(rho: Rho, factor: float) -> Rho:
 
 
 def lp_norm(tree: Any, p: float = 2.0) -> Float[Array, '']:
-    """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar."""
+    """Returns the p-norm of all entries of a pytree together, p in (1, inf], a scalar.
+
+    Of tiny and huge entries too, whose powers leave the float range.
+    """
     if p == np.inf:
         return _largest(tree)
-    unit, scaled = in_units(tree, p)
-    sizes = map(jnp.abs, jax.tree.leaves(scaled))
-    total = sum((jnp.sum(jnp.square(x) if p == 2 else x ** p) for x in sizes), jnp.zeros(()))
-    return unit * (jnp.sqrt(total) if p == 2 else total ** (1.0 / p))
+    if p == 2:
+        factor, norm = norm_in_range(tree)
+        return norm / factor
+    unit, scaled = in_units(tree)
+    return unit * sum(
+        (jnp.sum(jnp.abs(x) ** p) for x in jax.tree.leaves(scaled)), jnp.zeros(())) ** (1.0 / p)
+
+
+def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
+    """Returns (factor, 2-norm of the factor times the tree).
+
+    The factor is 1 but where the squares leave the float range: then a power of two, so that
+    nothing is rounded, and the sum is taken once more.
+    """
+    def sum_of_squares(tree, factor):
+        return sum((jnp.sum(jnp.square(jnp.abs(factor.astype(promote(x).dtype) * promote(x))))
+                    for x in jax.tree.leaves(tree)), jnp.zeros(()))
+
+    total = sum_of_squares(tree, np.ones(()))
+    limits = jnp.finfo(total.dtype)
+    far = 2.0 ** (limits.maxexp * 3 // 4)
+    small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
+    factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
+    total = jax.lax.cond(
+        small | huge, sum_of_squares, lambda tree, factor: total, tree, factor)
+    return factor, jnp.sqrt(total)
 
 
 def _largest(tree):
@@ -74,15 +99,11 @@ def _largest(tree):
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
 
 
-def in_units(tree: Any, p: float) -> tuple[Float[Array, ''], Any]:
-    """Returns (unit, entries / unit, a pytree), so that powers of tiny and huge entries are finite.
+def in_units(tree: Any) -> tuple[Float[Array, ''], Any]:
+    """Returns (largest entry, entries / it, a pytree), whose powers stay in the float range.
 
-    The unit is the largest entry, for p = 2 the power of two at or below it, so that nothing is
-    rounded; of a tree of zeros, or with NaN or infinity, it is 1.
+    The unit of a tree of zeros, or with NaN or infinity, is 1.
     """
     largest = jax.lax.stop_gradient(_largest(tree))
-    largest = jnp.where((largest > 0) & (largest < np.inf), largest, 1.0)
-    mantissa, _ = jnp.frexp(largest)
-    unit = largest if p != 2 else jnp.maximum(
-        largest / (2 * mantissa), jnp.finfo(largest.dtype).tiny)
+    unit = jnp.where((largest > 0) & (largest < np.inf), largest, 1.0)
     return unit, jax.tree.map(lambda x: promote(x) / unit.astype(promote(x).dtype), tree)
