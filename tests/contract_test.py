@@ -242,14 +242,24 @@ def test_masks_know_the_names_of_every_framework(framework):
 # Numbers at the edge.
 
 
-@pytest.mark.parametrize('size', [1e-36, 1e-20, 1e19, 1e37])
-def test_sam_of_tiny_and_huge_gradients_in_float32(size):
+@pytest.mark.parametrize('wide', [False, True])
+@pytest.mark.parametrize('size', [0.0, 1e-36, 1e-20, 1e19, 1e37])
+def test_sam_of_tiny_and_huge_gradients_in_float32(size, wide):
+    """Also where float64 is on; of a zero gradient zero."""
+    with jax.enable_x64(wide):
+        _assert_sam_at(size)
+
+
+def _assert_sam_at(size):
     params, grad_fn, a = quadratic()
 
     def scaled(tree):
         return jax.tree.map(lambda g: np.float32(size) * g, grad_fn(tree))
 
     updates, state = update(sharpness.sam(RHO), scaled, params)
+    if not size:
+        assert not flat(updates).any() and state.perturbation_norm == 0
+        return
     w = flat(params)
     expected = a @ (w + ball_step(a @ w, RHO))
     np.testing.assert_allclose(flat(updates) / np.float32(size), expected, rtol=1e-4)

@@ -85,7 +85,9 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
                     for x in jax.tree.leaves(tree)), jnp.zeros(()))
 
     total = sum_of_squares(tree, np.ones(()))
-    limits = jnp.finfo(total.dtype)
+    # Of the narrowest leaf: where float64 is on, the sum of float32 leaves is of that.
+    limits = min((jnp.finfo(promote(x).dtype) for x in jax.tree.leaves(tree)),
+                 key=lambda info: info.bits, default=jnp.finfo(total.dtype))
     far = 2.0 ** (limits.maxexp * 3 // 4)
     small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
     factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
