@@ -385,6 +385,19 @@ def test_readme_s_table_is_the_registry_s():
         'README wants what sam_jax.sharpness.table() returns.')
 
 
+def test_readme_s_python_runs(capsys):
+    """The drop-in trains, and a method written by hand is SAM."""
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    names = {}
+    exec('\n'.join(blocks), names)
+    assert float(capsys.readouterr().out) < 1e-3
+    x, y, params = names['x'], names['y'], names['params']
+    grad_fn = jax.grad(lambda p: names['loss'](p, x, y))
+    ours, by_hand = (tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+                     for tx in (optax.chain(sharpness.sam(0.05), optax.sgd(0.1)), names['tx']))
+    np.testing.assert_allclose(flat(ours), flat(by_hand), rtol=1e-6)
+
+
 @pytest.mark.parametrize('name', sharpness.METHODS)
 def test_an_entry_says_what_the_constructor_takes(name):
     entry = sharpness.METHODS[name]
