@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains one config: ./scripts/train.sh [CONFIG[:ARGUMENTS]] [--workdir=DIR] [--config.KEY=VALUE ...]
+# Trains one config: ./scripts/train.sh [NAME or FILE[:ARGUMENTS]] [--workdir=DIR] [--config.KEY=VALUE ...]
 # The default config is configs/digits.py.
 # Without --workdir the run goes to runs/<name of the config and its arguments>.
 set -euo pipefail
@@ -13,7 +13,7 @@ fi
 here="$PWD"
 file="${config%%:*}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [[ "$file" != /* ]]; then
+if [[ "$file" == */* || "$file" == *.py ]] && [[ "$file" != /* ]]; then  # else a config by name
   if [ -e "$here/$file" ]; then config="$here/$config"; else config="$root/$config"; fi
 fi
 
