@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float
 from sam_jax.sharpness import combine as combinations
 from sam_jax.sharpness import gate as gates
 from sam_jax.sharpness.as_optax import Link, as_optax
-from sam_jax.sharpness.protocol import Evaluation, Loss, Method, Now, Report, gated
+from sam_jax.sharpness.protocol import Evaluation, Loss, Method, Now, Report, gated, unless_still
 from sam_jax.sharpness.trees import lp_norm
 
 
@@ -92,9 +91,3 @@ def climbed(ascent: optax.GradientTransformationExtraArgs, loss: Loss, clean: Ev
     """Returns (eps, the ascent's new state): an ascent from an Evaluation at the params."""
     return ascent.update(clean.grads, state, params, count=now.count,
                          grad_fn=lambda w: loss(w, climb=True).grads, **now.given)
-
-
-def unless_still(eps: Any, grads: Any, clean: Evaluation) -> Any:
-    """Returns grads, and the clean gradient bit for bit where eps = 0."""
-    still = lp_norm(eps) == 0
-    return jax.tree.map(lambda g, u: jnp.where(still, g, u.astype(g.dtype)), clean.grads, grads)

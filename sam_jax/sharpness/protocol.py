@@ -108,14 +108,9 @@ class Loss:
 
     def moved(self, params: Any, eps: Any, clean: Evaluation, sign: float = 1.0,
               **which) -> Evaluation:
-        """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit.
-
-        A selection and not a blend: a NaN of the gradient not chosen must not leak.
-        """
+        """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit."""
         there = self(move(params, eps, sign), **which)
-        still = lp_norm(eps) == 0
-        return there._replace(grads=jax.tree.map(
-            lambda g, g_p: jnp.where(still, g, g_p.astype(g.dtype)), clean.grads, there.grads))
+        return there._replace(grads=unless_still(eps, there.grads, clean))
 
     def hessian_product(self, params: Any, vector: Any) -> Any:
         """The Hessian of the climbed loss times a vector, forward over reverse: two gradients."""
@@ -153,8 +148,6 @@ class Now:
     """
 
     _SAY = {
-        'gate_key': 'needs a key that all groups share: tx.update(..., '
-                    'gate_key=jax.random.key(step)).',
         'key': 'needs a key: tx.update(..., key=jax.random.key(step)).',
         'learning_rate': 'needs the learning rate of the step: tx.update(..., learning_rate=...).',
         'momentum': "needs the optimizer's momentum, before the step: tx.update(..., "
@@ -176,6 +169,15 @@ class Now:
         if value is None or value is False:
             raise TypeError(f'{who} {self._SAY[name]}')
         return value
+
+
+def unless_still(eps: Any, grads: Any, clean: Evaluation) -> Any:
+    """Returns grads, and the clean gradient bit for bit where eps = 0.
+
+    A selection and not a blend: a NaN of the gradient not chosen must not leak.
+    """
+    still = lp_norm(eps) == 0
+    return jax.tree.map(lambda g, u: jnp.where(still, g, u.astype(g.dtype)), clean.grads, grads)
 
 
 def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any, Any, Report]:

@@ -10,8 +10,8 @@ from sam_jax.sharpness import ascent, direction, ranges, registry
 from sam_jax.sharpness import mask as masks
 from sam_jax.sharpness.as_optax import Link, as_optax
 from sam_jax.sharpness.ascent import Mask
-from sam_jax.sharpness.builder import sharpness_aware, unless_still
-from sam_jax.sharpness.protocol import Method, Report
+from sam_jax.sharpness.builder import sharpness_aware
+from sam_jax.sharpness.protocol import Method, Report, unless_still
 from sam_jax.sharpness.trees import Rho, lp_norm
 
 
