@@ -2,7 +2,7 @@
 
     ./scripts/train.sh configs/label_noise.py:noise=0.4 --config.data.dir=DIR --workdir=runs/first
     ./scripts/train.sh configs/label_noise.py:noise=0.4,method=sgd,mixup=8 --config.data.dir=DIR
-    python -m sam_jax.predict --workdir=runs/first --out=labels.npz          # the bootstrap:
+    sam-jax-predict --workdir=runs/first --out=labels.npz          # the bootstrap:
     ./scripts/train.sh configs/label_noise.py:noise=0.4,labels_from=labels.npz --config.data.dir=DIR
 
 ResNet-32, 200 epochs. Test accuracy (%) on clean labels:

@@ -1,5 +1,7 @@
 """The one exception that means: the person who launched the run can mend this; its wording."""
 
+EXIT_USER_ERROR = 2
+
 
 class UserError(ValueError):
     """A bad setting, a missing dataset, a damaged file or a diverged run.

@@ -8,7 +8,8 @@ or, in a checkout, `python -m sam_jax.main` with the same.
 from absl import flags
 from ml_collections import config_flags
 
-from sam_jax import commands, distributed, train
+from sam_jax import distributed, train
+from sam_jax.cli import commands
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', commands.DEFAULT_CONFIG,

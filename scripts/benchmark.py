@@ -44,8 +44,7 @@ import optax
 from absl import app, flags
 
 from configs import cifar, common, digits
-from sam_jax import config as config_lib
-from sam_jax import convolutions, data, gradients, replicas, train, train_step
+from sam_jax import convolutions, data, gradients, models, replicas, train, train_step
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
@@ -92,7 +91,7 @@ class Stepper:
             config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
             config.replica_loop, jax.devices()[:1])
         dataset = data.load_dataset(config.data)
-        self.model = model = config_lib.create_model(config, dataset.num_classes)
+        self.model = model = models.from_config(config.model, dataset.num_classes)
         self._batch = functools.partial(_replica, layout=layout, dataset=dataset)
         hparams = train_step.HParams.from_config(config)
         state = train_step.create_train_state(config, model, dataset.image_shape)

@@ -29,8 +29,7 @@ import numpy as np
 from absl import app, flags
 
 from configs import common
-from sam_jax import config as config_lib
-from sam_jax import data, replicas, train_step
+from sam_jax import data, models, replicas, train_step
 from sam_jax.data import SOURCES, augment, decode, policies
 
 _RECIPES = flags.DEFINE_list('recipes', ['basic', 'autoaugment_cutout'], 'Recipes to time.')
@@ -306,7 +305,7 @@ def share(name, batch):
         config.data.update(name='fake_cifar10', augment=recipe)
         dataset = data.load_dataset(config.data)
         layout, _ = replicas.make_layout(batch, min(batch, 32), 1, devices=jax.devices()[:1])
-        model = config_lib.create_model(config, 10)
+        model = models.from_config(config.model, 10)
         step = train_step.make_train_step(model, config, layout, dataset)
         state = layout.replicate(jax.device_get(
             train_step.create_train_state(config, model, dataset.image_shape)))

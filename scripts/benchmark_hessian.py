@@ -28,9 +28,8 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
 from configs import cifar, digits
-from sam_jax import config as config_lib
-from sam_jax import data, replicas, train_step
-from sam_jax.analysis import during, hessian, objective
+from sam_jax import data, models, replicas, train_step
+from sam_jax.analysis import hessian, monitor, objective
 
 _MODEL = flags.DEFINE_string('model', 'wrn16_4', 'A WideResNet.')
 _DATA = flags.DEFINE_string('data', 'fake_cifar10', 'Data set that needs no download.')
@@ -48,9 +47,9 @@ def open_network():
     config.data.name = _DATA.value
     layout, _ = replicas.make_layout(1, 1, 1, devices=jax.devices()[:1])
     dataset = data.load_dataset(config.data)
-    model = config_lib.create_model(config, dataset.num_classes)
+    model = models.from_config(config.model, dataset.num_classes)
     state = train_step.create_train_state(config, model, dataset.image_shape)
-    split = during.chosen_examples(dataset.train, _EXAMPLES.value, 0)
+    split = monitor.chosen_examples(dataset.train, _EXAMPLES.value, 0)
     return objective.create(
         model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split, layout,
         _BATCH_SIZE.value)

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from configs import common
-from sam_jax import config as config_lib
-from sam_jax import replicas, train_step
+from sam_jax import models, replicas, train_step
 
 # Model -> (side of the image, classes, examples of a replica as in the paper).
 MODELS = {
@@ -69,7 +68,7 @@ def report(name):
     config.batch_size = config.replica_batch_size = batch
     config.model.remat = _REMAT.value
     layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
-    model = config_lib.create_model(config, classes)
+    model = models.from_config(config.model, classes)
     dataset = types.SimpleNamespace(
         num_train_examples=1000 * batch, train_batch=lambda arrays, feed, *_: feed)
     gib_kept = kept(model, jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)) / 2 ** 30

@@ -18,8 +18,9 @@ import jax
 from absl import app, flags
 
 from configs import digits
-from sam_jax import flatness, train, writers
-from sam_jax.results import mean_and_interval
+from sam_jax import run_log, train
+from sam_jax.analysis import study
+from sam_jax.experiments.results import mean_and_interval
 
 _OUT = flags.DEFINE_string('out', 'runs/flatness', 'Folder of the runs.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'How many.')
@@ -29,7 +30,7 @@ _PART = flags.DEFINE_string('part', '0/1', 'I/N: only trains and measures seeds 
 
 METHODS = ('sgd', 'sam')
 # The eigenvalues are found after fewer steps; the density is drawn of two runs alone, with more.
-SETTINGS = flatness.Settings(what=('spectrum', 'sharpness'), steps=30, m=(1, 64))
+SETTINGS = study.Settings(what=('spectrum', 'sharpness'), steps=30, m=(1, 64))
 MEASURES = {
     'test error (%)': lambda said: 100 * said['test_error'],
     'training loss': lambda said: said['loss'],
@@ -57,10 +58,10 @@ def measured(method, seed):
         config = digits.get_config(f'method={method},noise={_NOISE.value},seed={seed}')
         train.train_and_evaluate(config, workdir, devices=jax.devices()[:1])
     if not os.path.exists(said):
-        flatness.analyze([flatness.open_run(workdir, examples=0)], os.path.dirname(said), SETTINGS)
+        study.analyze([study.open_run(workdir, examples=0)], os.path.dirname(said), SETTINGS)
         print(f'{workdir} is measured.', file=sys.stderr, flush=True)
-    return {**writers.read_json(said)['runs'][0],
-            'test_error': writers.read_json(result)['test/error_rate']}
+    return {**run_log.read_json(said)['runs'][0],
+            'test_error': run_log.read_json(result)['test/error_rate']}
 
 
 def table(runs):
@@ -75,9 +76,9 @@ def table(runs):
 
 def draw(place):
     """Draws both runs of seed 0 beside each other into a folder."""
-    both = [flatness.open_run(folder(method, 0), examples=0) for method in METHODS]
+    both = [study.open_run(folder(method, 0), examples=0) for method in METHODS]
     out = os.path.join(_OUT.value, f'noise{_NOISE.value:g}', 'pictures')
-    flatness.analyze(both, out, flatness.Settings(what=('spectrum', 'landscape')))
+    study.analyze(both, out, study.Settings(what=('spectrum', 'landscape')))
     for name in ('spectrum', 'landscape'):
         shutil.copy(os.path.join(out, f'{name}.png'), place)
 

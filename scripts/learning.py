@@ -17,7 +17,7 @@ from absl import app, flags
 
 from configs import digits
 from sam_jax import train
-from sam_jax.results import mean_and_interval
+from sam_jax.experiments.results import mean_and_interval
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/learning', 'Folder that holds a folder a run.')
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Seeds 0, 1, ...')

@@ -30,10 +30,9 @@ import jax
 from absl import app, flags
 
 from configs import digits
-from sam_jax import config as config_lib
-from sam_jax import data, evaluate, replicas, sharpness, train_step
-from sam_jax.analysis import during, hessian, objective
-from sam_jax.results import mean_and_interval
+from sam_jax import data, evaluate, models, replicas, settings, sharpness, train_step
+from sam_jax.analysis import hessian, monitor, objective
+from sam_jax.experiments.results import mean_and_interval
 
 _OUT = flags.DEFINE_string('out', 'runs/methods.jsonl', 'File of results, a line a run.')
 _METHODS = flags.DEFINE_list('methods', list(sharpness.METHODS), 'Which.')
@@ -82,8 +81,8 @@ def make_config(method, value, seed):
     config.data.validation = True
     config.total_epochs = _EPOCHS.value
     for key, x in {**SETTINGS.get(method, {}), grid(method)[0]: value}.items():
-        config_lib.override(config, key, x)
-    config_lib.check(config)
+        settings.override(config, key, x)
+    settings.check(config)
     return config
 
 
@@ -93,7 +92,7 @@ def hessian_program():
     config = make_config('sgd', 0.0, 0)
     layout, _ = replicas.make_layout(64, 64, 1, devices=jax.devices()[:1])
     dataset = data.load_dataset(config.data)
-    model = config_lib.create_model(config, dataset.num_classes)
+    model = models.from_config(config.model, dataset.num_classes)
     state = train_step.create_train_state(config, model, dataset.image_shape)
     return objective.create(
         model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, dataset.train,
@@ -103,7 +102,7 @@ def hessian_program():
 def lambda_max(state, dataset):
     """The largest eigenvalue of the Hessian of the training loss, without penalty."""
     program = hessian_program()
-    split = during.chosen_examples(dataset.train, 300, 0)
+    split = monitor.chosen_examples(dataset.train, 300, 0)
     loss = dataclasses.replace(program, dataset=dataset).of_split(split).with_statistics(
         state.batch_stats)
     flat = hessian.flat(loss.hessian_product, state.params, loss.layout)
@@ -123,7 +122,7 @@ class Trainer:
         layout, _ = replicas.make_layout(
             config.batch_size, config.replica_batch_size, 1, devices=jax.devices()[:1])
         dataset = data.load_dataset(config.data)
-        model = config_lib.create_model(config, dataset.num_classes)
+        model = models.from_config(config.model, dataset.num_classes)
         return (layout, model, train_step.make_train_step(model, config, layout, dataset),
                 evaluate.make_eval_step(model, layout, dataset))
 

@@ -33,12 +33,12 @@ import jax.numpy as jnp
 import optax
 
 from configs import digits
-from sam_jax import commands, rngs, sharpness, train
-from sam_jax import config as config_lib
+from sam_jax import rngs, settings, sharpness, train
+from sam_jax.cli import commands
 from sam_jax.data import augment
 from sam_jax.errors import UserError
+from sam_jax.experiments.results import mean_and_interval
 from sam_jax.quantization import min_max_step, quantize_kernels
-from sam_jax.results import mean_and_interval
 
 EPOCHS = 20  # of a teacher that is trained here
 BATCH, LATENTS = 64, 32
@@ -108,7 +108,7 @@ def open_teacher(workdir, seed):
     """Returns (plan, variables) of a run or, where workdir is '', of one that is trained now."""
     if workdir:
         with open(os.path.join(workdir, 'config.json')) as file:
-            config = config_lib.unflatten(json.load(file)['config'])
+            config = settings.unflatten(json.load(file)['config'])
     else:
         workdir = os.path.join('runs', 'quantize_digits', f'seed={seed}')
         config = digits.get_config(f'seed={seed}')

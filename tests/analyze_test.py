@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from helpers import ROOT, Net, assert_trees_equal, lean_environment, small_config
 
-from sam_jax import config as config_lib
-from sam_jax import flatness, train
-from sam_jax.analysis import landscape
+from sam_jax import models, train
+from sam_jax.analysis import landscape, study
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny():
     """A network that compiles soon, in the place of the config's."""
-    def build(config, num_classes):
-        return Net(config.model.dtype)
+    def build(settings, num_classes):
+        return Net(settings.dtype)
 
-    with mock.patch.object(config_lib, 'create_model', build):
+    with mock.patch.object(models, 'from_config', build):
         yield
 
 
@@ -48,8 +48,7 @@ def logged(workdir):
 def test_training_is_the_same_with_and_without_analysis_bit_for_bit(folders, tmp_path):
     config = small_config(sam__method='sgd')
     without = train.train_and_evaluate(config, str(tmp_path / 'w'), devices=jax.devices()[:1])
-    _, analysed, _ = train.restore(
-        small_config(sam__method='sgd'), str(folders / 'sgd'), jax.devices()[:1])
+    analysed, _ = Experiment.from_config(config, jax.devices()[:1]).restore(str(folders / 'sgd'))
     for name in ('params', 'batch_stats', 'opt_state', 'sums'):
         assert_trees_equal(getattr(analysed, name), getattr(without, name))
     plain, beside = logged(tmp_path / 'w'), logged(folders / 'sgd')
@@ -68,11 +67,11 @@ def test_what_training_logs_is_what_the_command_finds(folders):
     assert 0 < result['analysis/share'] < 1
     for name in ('lambda_max', 'lambda_ratio', 'sharpness', 'gap', 'edge', 'seconds'):
         assert lines[1][f'analysis/{name}'] == result[f'analysis/{name}']
-    run = flatness.open_run(str(folders / 'sgd'), examples=100)
-    spectrum, _ = flatness.measure_spectrum(run, flatness.Settings(steps=30, probes=1))
+    run = study.open_run(str(folders / 'sgd'), examples=100)
+    spectrum, _ = study.measure_spectrum(run, study.Settings(steps=30, probes=1))
     for name, rtol in (('lambda_max', 1e-3), ('lambda_ratio', 1e-2)):
         np.testing.assert_allclose(spectrum[name], result[f'analysis/{name}'], rtol=rtol)
-    measured = flatness.measure_sharpness(run, flatness.Settings(m=(64,)))
+    measured = study.measure_sharpness(run, study.Settings(m=(64,)))
     np.testing.assert_allclose(
         measured['SAM step']['sharpness'], result['analysis/sharpness'], rtol=1e-2)
     np.testing.assert_allclose(measured['m = 64']['sharpness'], result['analysis/gap'], rtol=1e-2)
@@ -96,7 +95,7 @@ def test_the_command(tmp_path):
             cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.analyze', f'--workdir={tmp_path / "sgd"}',
+        [sys.executable, '-m', 'sam_jax.cli.analyze', f'--workdir={tmp_path / "sgd"}',
          f'--compare={tmp_path / "sam"}', '--examples=50', '--steps=6', '--probes=2', '--m=1,25',
          '--points=3'],
         cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
@@ -106,9 +105,9 @@ def test_the_command(tmp_path):
 
 
 def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
-    runs = [flatness.open_run(str(folders / name), examples=120) for name in ('sgd', 'sam')]
-    flatness.analyze(runs, str(tmp_path / 'out'),
-                     flatness.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3))
+    runs = [study.open_run(str(folders / name), examples=120) for name in ('sgd', 'sam')]
+    study.analyze(runs, str(tmp_path / 'out'),
+                     study.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3))
     assert {*os.listdir(tmp_path / 'out')} == FILES
     said = json.loads((tmp_path / 'out' / 'analysis.json').read_text())
     first, second = said['runs']
@@ -137,11 +136,11 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
 
 def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
     # On one device a place is computed at a time, so that three of five can be done.
-    run = flatness.open_run(str(folders / 'sgd'), examples=50, devices=jax.devices()[:1])
+    run = study.open_run(str(folders / 'sgd'), examples=50, devices=jax.devices()[:1])
     directions = [landscape.random_direction(run.params, 0)]
     places = landscape.grid(1.0, 5, 1)[1]
     path = str(tmp_path / 'surface.npz')
-    whole = flatness.measure_surface(run, directions, places, str(tmp_path / 'whole.npz'), 'key')
+    whole = study.measure_surface(run, directions, places, str(tmp_path / 'whole.npz'), 'key')
 
     class Killed(Exception):
         pass
@@ -151,25 +150,25 @@ def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
             raise Killed
 
     clock = iter(range(0, 10 ** 6, 100))  # each place takes so long that it is saved
-    monkeypatch.setattr(flatness.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(study.time, 'perf_counter', lambda: next(clock))
     with pytest.raises(Killed):
-        flatness.measure_surface(run, directions, places, path, 'key', die)
+        study.measure_surface(run, directions, places, path, 'key', die)
     told = []
-    found = flatness.measure_surface(
+    found = study.measure_surface(
         run, directions, places, path, 'key', lambda *progress: told.append(progress[1:]))
     assert told == [(4, 5), (5, 5)]
     assert_trees_equal(found, whole)
     told.clear()
-    flatness.measure_surface(
+    study.measure_surface(
         run, directions, places, path, 'another', lambda *progress: told.append(progress[1:]))
     assert len(told) == 5
 
 
 def test_along_the_first_eigenvectors_the_loss_curves_by_their_eigenvalues(folders):
-    run = flatness.open_run(str(folders / 'sgd'), examples=100)
-    spectrum, _ = flatness.measure_spectrum(run, flatness.Settings(steps=40, probes=1))
-    directions = flatness._axes_of(
-        run, flatness.Settings(steps=40, directions='eigenvectors'), lambda *progress: None)
+    run = study.open_run(str(folders / 'sgd'), examples=100)
+    spectrum, _ = study.measure_spectrum(run, study.Settings(steps=40, probes=1))
+    directions = study._axes_of(
+        run, study.Settings(steps=40, directions='eigenvectors'), lambda *progress: None)
     length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(directions[0])))
     h = 0.01 / length
     loss = landscape.make_surface(run.objective, run.params, directions[:1])(
@@ -179,7 +178,7 @@ def test_along_the_first_eigenvectors_the_loss_curves_by_their_eigenvalues(folde
 
 
 def test_the_penalty_is_in_the_loss_if_asked_for(folders):
-    runs = [flatness.open_run(str(folders / 'sgd'), examples=50, penalty=p) for p in (False, True)]
+    runs = [study.open_run(str(folders / 'sgd'), examples=50, penalty=p) for p in (False, True)]
     plain, penalised = (run.objective.value(run.params)['loss'] for run in runs)
     squares = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(
         jax.device_get(runs[0].params)))
@@ -195,13 +194,13 @@ def test_the_penalty_is_in_the_loss_if_asked_for(folders):
     ({'steps': 4}, 'steps is 4; it must be at least 5')], ids=str)
 def test_bad_settings_get_a_sentence(settings, sentence):
     with pytest.raises(UserError) as refused:
-        flatness.Settings(**settings)
+        study.Settings(**settings)
     assert sentence in str(refused.value)
 
 
 def test_a_run_is_analysed_on_any_number_of_devices(folders):
     """Its one replica was trained on one device; 3 divide neither the batch nor the examples."""
-    runs = [flatness.open_run(str(folders / 'sgd'), examples=100, devices=jax.devices()[:n])
+    runs = [study.open_run(str(folders / 'sgd'), examples=100, devices=jax.devices()[:n])
             for n in (1, 3)]
     assert [len(run.objective.layout.devices) for run in runs] == [1, 3]
     losses = [run.objective.value(run.params)['loss'] for run in runs]
@@ -209,7 +208,7 @@ def test_a_run_is_analysed_on_any_number_of_devices(folders):
 
 
 def test_an_earlier_epoch_can_be_opened(folders):
-    runs = [flatness.open_run(str(folders / 'sgd'), examples=100, epoch=e) for e in (1, 2, None)]
+    runs = [study.open_run(str(folders / 'sgd'), examples=100, epoch=e) for e in (1, 2, None)]
     assert [run.step for run in runs] == [20, 40, 40]
     assert_trees_equal(runs[1].params, runs[2].params)
     losses = [run.objective.value(run.params)['loss'] for run in runs]
@@ -219,19 +218,21 @@ def test_an_earlier_epoch_can_be_opened(folders):
 def test_a_run_with_synchronised_batch_norm_opens_on_fewer_devices(tmp_path):
     config = small_config(model__sync_batch_norm=True, total_epochs=1, replica_batch_size=8)
     train.train_and_evaluate(config, str(tmp_path))
-    plan, _, step = train.restore(config, str(tmp_path), jax.devices()[:1])
-    assert (len(plan.layout.devices), plan.layout.replicas_per_device, step) == (1, 8, 20)
+    experiment = Experiment.from_config(config, jax.devices()[:1], to_train=False)
+    _, step = experiment.restore(str(tmp_path))
+    layout = experiment.layout
+    assert (len(layout.devices), layout.replicas_per_device, step) == (1, 8, 20)
 
 
 def test_bad_runs_get_a_sentence(folders, tmp_path):
     with pytest.raises(UserError, match="'' must be the folder of a run"):
-        flatness.open_run('')
+        study.open_run('')
     with pytest.raises(UserError, match="split is 'dev'; it must be one of .*test.*train"):
-        flatness.open_run(str(folders / 'sgd'), split='dev')
+        study.open_run(str(folders / 'sgd'), split='dev')
     with pytest.raises(UserError, match='no checkpoint of step 60 .* there are those of 20, 40'):
-        flatness.open_run(str(folders / 'sgd'), epoch=3)
+        study.open_run(str(folders / 'sgd'), epoch=3)
     ended = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.analyze', f'--workdir={folders / "sgd"}', '--m=1,x'],
+        [sys.executable, '-m', 'sam_jax.cli.analyze', f'--workdir={folders / "sgd"}', '--m=1,x'],
         cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr == "error: --m is '1,x'; it must be numbers of examples, such as 1,16,64.\n"

@@ -9,9 +9,9 @@ import pytest
 from helpers import ROOT
 
 from configs import common
-from sam_jax import config as config_lib
-from sam_jax import replicas
+from sam_jax import models, replicas, settings
 from sam_jax.models import layers
+from sam_jax.settings import files, schema
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
@@ -52,27 +52,27 @@ LOADED = [(stem, argument, expected) for stem in CONFIGS if stem not in ('__init
 
 
 def test_common_has_the_known_keys():
-    flat = config_lib.flatten(common.get_config())
-    assert set(flat) == set(config_lib.KEYS)
-    for key, kind in config_lib.KEYS.items():
-        assert type(flat[key]) is kind, key
-    assert config_lib.ADDED.items() <= flat.items()
+    flat = settings.flatten(common.get_config())
+    assert set(flat) == set(settings.KEYS)
+    for key, described in settings.KEYS.items():
+        assert flat[key] == described.default and type(flat[key]) is described.kind, key
+    assert set(files.ADDED) <= set(flat)
 
 
 @pytest.mark.parametrize('name', [
     'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
-    'efficientnet-tiny', *common.IMAGENET_RESNETS])
+    'efficientnet-tiny', *schema.IMAGENET_RESNETS])
 def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
     config = common.get_config()
     common.set_model(config, name)
-    model = config_lib.create_model(config, 10)
+    model = models.from_config(config.model, 10)
     base = {f.name for f in dataclasses.fields(layers.Network)}
     # What a name fixes, and what is for tests and people who build models by hand.
     sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
     own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
            if f.name not in base | sizes}
     declared = {key: value for key, value in config.model.items()
-                if f'model.{key}' not in config_lib.KEYS}
+                if f'model.{key}' not in settings.KEYS}
     assert declared == own
 
 
@@ -81,13 +81,13 @@ def test_every_config_loads(stem, argument, expected):
     module = importlib.import_module(f'configs.{stem}')
     config = module.get_config() if argument is None else module.get_config(argument)
     assert config.is_locked
-    config_lib.check(config)
-    config_lib.create_model(config, 10)
+    settings.check(config)
+    models.from_config(config.model, 10)
     assert importlib.import_module(f'configs.{stem}').__doc__.count('./scripts/train.sh')
     for n in (1, 8):
         replicas.make_layout(config.batch_size, config.replica_batch_size,
                              config.sam.replicas_per_group, devices=jax.devices()[:n])
-    flat = config_lib.flatten(config)
+    flat = settings.flatten(config)
     assert {key: flat[key] for key in expected} == expected
 
 
@@ -121,7 +121,7 @@ def test_configs_hold_settings_only(stem):
             imported |= {f'{node.module}.{alias.name}' for alias in node.names}
     # The options of a method and their defaults stand beside its formula.
     assert imported <= {'ml_collections', 'configs.common'} | (
-        {'sam_jax.sharpness'} if stem == 'common' else set())
+        {'sam_jax.sharpness', 'sam_jax.settings.schema'} if stem == 'common' else set())
 
 
 # The paper's numbers, copied from it once more, and not from the configs.

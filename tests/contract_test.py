@@ -411,7 +411,7 @@ def test_an_entry_says_what_the_constructor_takes(name):
 def test_a_new_method_is_an_entry():
     """A function and its entry are all that config, checks and tests need."""
     from configs import digits
-    from sam_jax import config as config_lib
+    from sam_jax import settings
     from sam_jax.sharpness import combine, registry
 
     try:
@@ -421,7 +421,7 @@ def test_a_new_method_is_an_entry():
 
         config = digits.get_config('method=halfway')
         assert config.sam.weight == 0.5
-        config_lib.check(config)
+        settings.check(config)
     finally:
         registry.METHODS.pop('halfway', None)
 

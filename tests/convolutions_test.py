@@ -12,7 +12,6 @@ from helpers import relative_distance, small_config
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_jax import config as config_lib
 from sam_jax import convolutions, data, models, replicas, train_step
 
 
@@ -211,7 +210,7 @@ def test_all_convolutions_of_a_step_are_in_the_fast_form(case):
     layout, _ = replicas.make_layout(
         config.batch_size, config.replica_batch_size, 1, config.replica_loop, jax.devices()[:1])
     dataset = data.load_dataset(config.data)
-    model = config_lib.create_model(config, dataset.num_classes)
+    model = models.from_config(config.model, dataset.num_classes)
     state = train_step.create_train_state(config, model, dataset.image_shape)
     program = train_step.make_train_step(model, config, layout, dataset).lower(
         layout.replicate(state), layout.shard(dataset.train_feed(0, 0, layout)),

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from helpers import ROOT, small_config
 
-from sam_jax import config as config_lib
-from sam_jax import data, models, replicas, train
+from sam_jax import data, models, replicas, settings, train
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 COMPILED = '/jax/core/compile/backend_compile_duration'
 
@@ -61,7 +61,7 @@ def _assert_sentence(message, words):
         assert word in message, message
     assert '\n' not in message and 'Traceback' not in message
     assert message.endswith(('.', '"'))  # the quote: of the command that prepares a dataset
-    assert message[0].isupper() or message.startswith(tuple(config_lib.KEYS)) or (
+    assert message[0].isupper() or message.startswith(tuple(settings.KEYS)) or (
         message.startswith(('workdir', '--', 'config', 'model.', 'sam.')))
 
 
@@ -190,7 +190,7 @@ def test_top5_needs_six_classes():
         dataset = types.SimpleNamespace(name='tiny', num_train_examples=64, pixel_shape=(8, 8, 1),
                                         num_classes=num_classes)
         try:
-            config_lib.check_with_data(_config({'eval.top5': True}), dataset)
+            settings.check_with_data(_config({'eval.top5': True}), dataset)
             assert not refused
         except UserError as e:
             assert refused
@@ -209,7 +209,7 @@ def test_images_that_the_devices_cannot_hold(devices_sharing, tmp_path, monkeypa
     _assert_sentence(str(e.value), ['digits', f'the {devices_sharing} on this memory', 'GiB'])
     assert not compilations
     monkeypatch.setattr(replicas, 'free_memory', lambda devices: (free[1], devices_sharing))
-    train._make_plan(config, str(tmp_path), None)
+    Experiment.from_config(config)
 
 
 def test_free_memory_of_this_machine():
@@ -233,34 +233,40 @@ def test_an_unknown_dataset_is_refused_by_the_library_too():
 
 def _check(overrides, words):
     with pytest.raises(UserError) as e:
-        config_lib.check(_config(overrides))
+        settings.check(_config(overrides))
     _assert_sentence(str(e.value), words)
 
 
-NUMBERS = [key for key, kind in config_lib.KEYS.items() if kind in (int, float)]
+NUMBERS = [key for key, described in settings.KEYS.items()
+           if described.kind in (int, float)]
+
+
+RANGES = {key: (described.low, math.inf if described.high is None else described.high,
+                not described.below)
+          for key, described in settings.KEYS.items() if described.low is not None}
 
 
 def test_every_number_has_its_range():
-    assert {*config_lib._RANGES, 'sam.p'} == set(NUMBERS)
+    assert {*RANGES, 'sam.p'} == set(NUMBERS)
     from_one = {'total_epochs', 'batch_size', 'replica_batch_size', 'log_every_steps',
                 'sam.replicas_per_group', 'eval.batch_size', 'data.cutout_size',
                 'data.randaugment_layers', 'analysis.examples'}
     lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5}
     below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
-    for key, (low, high, closed) in config_lib._RANGES.items():
+    for key, (low, high, closed) in RANGES.items():
         assert low == lowest.get(key, 0), key
         if key in below_one:
             assert (high, closed) == (1, False), key
         elif key in ('data.label_noise', 'data.label_noise_seed', 'seed'):
             assert (high, closed) == (1 if key == 'data.label_noise' else 2 ** 32 - 1, True), key
         else:
-            assert high == math.inf and not closed, key
+            assert high == math.inf, key
 
 
-@pytest.mark.parametrize('key', sorted(config_lib._RANGES))
+@pytest.mark.parametrize('key', sorted(RANGES))
 def test_numbers_out_of_range(key):
-    low, high, closed = config_lib._RANGES[key]
-    is_float = config_lib.KEYS[key] is float
+    low, high, closed = RANGES[key]
+    is_float = settings.KEYS[key].kind is float
     bad = [low - 1, -1000]
     bad += [low - 1e-6, -math.inf, math.nan, math.inf] if is_float else []
     if high < math.inf:
@@ -268,42 +274,43 @@ def test_numbers_out_of_range(key):
     for value in bad:
         _check({key: value}, [f'{key} is {value}', f'at least {low}',
                               f'{high}' if high < math.inf else ''])
-    good = [low, *([high] if closed else [])]
+    good = [low, *([high] if closed and high < math.inf else [])]
     for value in good:
-        config_lib.check(_config({key: value}))
+        settings.check(_config({key: value}))
 
 
 WRONG = {int: ['abc', 1.5, True, None], float: ['abc', True, None], bool: [1, 'True', None],
          str: [3, None], tuple: [5, '1', None]}
 
 
-@pytest.mark.parametrize('key,kind', config_lib.KEYS.items())
-def test_wrong_types(key, kind):
+@pytest.mark.parametrize('key', settings.KEYS)
+def test_wrong_types(key):
+    kind = settings.KEYS[key].kind
     for value in WRONG[kind]:
         _check({key: value}, [f'{key} is {value!r}', f'type {kind.__name__}'])
 
 
 @pytest.mark.parametrize('key', ['sam.rho', 'optimizer.learning_rate', 'sam.p'])
 def test_a_whole_number_is_a_float(key):
-    config_lib.check(_config({key: 2}))
+    settings.check(_config({key: 2}))
 
 
-@pytest.mark.parametrize('key,kind', config_lib.KEYS.items())
-def test_missing_keys(key, kind):
+@pytest.mark.parametrize('key', settings.KEYS)
+def test_missing_keys(key):
     config = small_config()
     *section, name = key.split('.')
     with config.unlocked():
         del (config[section[0]] if section else config)[name]
     with pytest.raises(UserError) as e:
-        config_lib.check(config)
-    _assert_sentence(str(e.value), [f'lacks the key {key} ', kind.__name__])
+        settings.check(config)
+    _assert_sentence(str(e.value), [f'lacks the key {key} ', settings.KEYS[key].kind.__name__])
 
 
 MISTYPED = [
     ('batchsize', 'batch_size'), ('roh', 'analysis.rho or sam.rho'), ('sma.rho', 'sam.rho'),
     ('optimzer.learning_rate', 'optimizer.learning_rate'), ('ema.decai', 'ema.decay'),
     ('learning_rate', 'optimizer.learning_rate'), ('eval.batchsize', 'eval.batch_size'),
-] + [(key[:-1], key) for key in config_lib.KEYS if len(_key(key)) > 3 and 'model.' not in key]
+] + [(key[:-1], key) for key in settings.KEYS if len(_key(key)) > 3 and 'model.' not in key]
 
 
 @pytest.mark.parametrize('mistyped,meant', MISTYPED)
@@ -456,8 +463,8 @@ def test_a_real_command(argument, words, tmp_path):
 def test_dropout_rate_out_of_range(rate, tmp_path, compilations):
     with pytest.raises(UserError) as e:
         config = _config({'model.dropout_rate': rate})
-        config_lib.check(config)
-        config_lib.create_model(config, 10)
+        settings.check(config)
+        models.from_config(config.model, 10)
     _assert_sentence(str(e.value), ['dropout_rate', str(rate)])
     assert not compilations
 
@@ -465,7 +472,7 @@ def test_dropout_rate_out_of_range(rate, tmp_path, compilations):
 def test_a_run_with_other_settings_is_refused_before_compilation(tmp_path, compilations):
     from sam_jax.checkpoint import Checkpoints
 
-    old = config_lib.flatten(_config({'model.name': 'wrn16_2', 'checkpoint.keep_epochs': []}))
+    old = settings.flatten(_config({'model.name': 'wrn16_2', 'checkpoint.keep_epochs': []}))
     checkpoints = Checkpoints(str(tmp_path / 'checkpoints'))
     checkpoints.save(1, {'x': np.zeros(3)}, {'config': old, 'wall_time': 0.0})
     checkpoints.close()

@@ -26,8 +26,7 @@ from reference import (
 )
 
 from configs import common
-from sam_jax import config as config_lib
-from sam_jax import replicas, train_step
+from sam_jax import models, replicas, train_step
 
 FLOAT64 = sorted(p.stem for p in GOLDEN.glob('train_*_f64.npz'))
 FLOAT32 = sorted(p.stem for p in GOLDEN.glob('train_wrnsmallrecipe_*dev?.npz'))
@@ -91,7 +90,7 @@ def _session(json_config, num_devices, dtype):
         config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
         config.replica_loop, jax.devices()[:num_devices])
     config.model.dtype = jnp.dtype(dtype).name
-    model = config_lib.create_model(config, 10)
+    model = models.from_config(config.model, 10)
     dataset = types.SimpleNamespace(
         num_train_examples=config.batch_size * 1000, train_batch=lambda arrays, feed, *_: feed)
     step_fn = train_step.make_train_step(model, config, layout, dataset)

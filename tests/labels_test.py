@@ -12,6 +12,7 @@ from scipy import stats
 from sam_jax import data, replicas, train
 from sam_jax.data import labels
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 # Smallest p of a chi-square test that passes; seeds are fixed, so a test passes always or never.
 P_VALUE = 1e-3
@@ -179,12 +180,12 @@ def test_bootstrap(tmp_path):
     state = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
     out = tmp_path / 'labels.npz'
     result = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.predict', f'--workdir={tmp_path}/run', f'--out={out}'],
+        [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}/run', f'--out={out}'],
         cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and '1168 predictions of step' in result.stderr, result.stderr
     dataset = data.load_dataset(config.data)
     images = (dataset.train.images / 255.0 - dataset.mean) / dataset.std
-    logits = train._make_plan(config, str(tmp_path / 'run'), jax.devices()[:1]).model.apply(
+    logits = Experiment.from_config(config, jax.devices()[:1]).model.apply(
         jax.device_get(state.ema), images.astype(np.float32), train=False)
     with np.load(out) as file:
         np.testing.assert_allclose(
@@ -199,6 +200,6 @@ def test_bootstrap(tmp_path):
     metrics = (tmp_path / 'second' / 'metrics.jsonl').read_text()
     assert 0 < wrong < 1 and 'train_noisy_set/error_rate' in metrics
     refused = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.predict', f'--workdir={tmp_path}'], cwd=ROOT,
+        [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}'], cwd=ROOT,
         capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2 and 'must be the folder of a run' in refused.stderr

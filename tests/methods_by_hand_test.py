@@ -1,6 +1,5 @@
 """Methods that ask more of the loop than a second gradient, recomputed by hand on one device."""
 
-import contextlib
 import types
 
 import jax
@@ -11,7 +10,8 @@ import pytest
 from helpers import assert_trees_close, relative_distance
 from methods_in_training_test import _session
 
-from sam_jax import losses, optimizers, rngs, sharpness, train
+from sam_jax import losses, optimizers, rngs, sharpness
+from sam_jax.experiment import Experiment
 from sam_jax.sharpness import trees
 
 pytestmark = pytest.mark.usefixtures('x64')
@@ -349,10 +349,9 @@ def test_momentum_points_against_the_next_step(name):
 def test_feeds_come_with_the_one_before():
     """And do after a restart, so that SAMPa goes on exactly."""
     session = _session('sampa')
-    plan = types.SimpleNamespace(config=session.config, dataset=session.dataset,
-                                 layout=session.layout, total_steps=6)
-    progress = types.SimpleNamespace(waiting=contextlib.nullcontext)
-    whole, resumed = (list(jax.device_get(list(train._feeds(plan, first, progress))))
+    experiment = types.SimpleNamespace(config=session.config, dataset=session.dataset,
+                                       layout=session.layout, total_steps=6)
+    whole, resumed = (list(jax.device_get(list(Experiment.feeds(experiment, first))))
                       for first in (0, 3))
     assert len(whole) == 6 and len(resumed) == 3
     for feed, again in zip(whole[3:], resumed):

@@ -15,7 +15,6 @@ import pytest
 from helpers import assert_trees_equal, relative_distance
 from train_step_test import Session, count_compilations, step_config
 
-from sam_jax import config as config_lib
 from sam_jax import sharpness
 from sam_jax.checkpoint import Checkpoints
 
@@ -64,7 +63,7 @@ def _session(method, num_devices=1, **overrides):
         'sam__method': method, 'batch_size': 4 * size, 'replica_batch_size': size,
         'sam__replicas_per_group': 2, 'sam__rho': 0.1, 'model__dtype': dtype,
         'optimizer__learning_rate': 0.05, **settings, **overrides})
-    config_lib.check(config)
+    settings.check(config)
     return Session(config, num_devices, _Mlp(dtype=dtype))
 
 

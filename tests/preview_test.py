@@ -41,7 +41,7 @@ def test_grid():
 
 
 def _preview(*flags):
-    return subprocess.run([sys.executable, '-m', 'sam_jax.data.preview', *flags], cwd=ROOT,
+    return subprocess.run([sys.executable, '-m', 'sam_jax.cli.preview', *flags], cwd=ROOT,
                           capture_output=True, text=True, timeout=300)
 
 

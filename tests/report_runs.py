@@ -3,7 +3,7 @@
 import json
 
 from configs import digits
-from sam_jax import reports
+from sam_jax import settings
 
 
 def write_run(folder, config, error=None, validation=None, seed=0, **more):
@@ -12,7 +12,7 @@ def write_run(folder, config, error=None, validation=None, seed=0, **more):
         config.seed = config.data.label_noise_seed = seed
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps({
-        'config': reports.jsonable(config), 'git_revision': 'abc', 'device_kind': 'cpu',
+        'config': settings.jsonable(config), 'git_revision': 'abc', 'device_kind': 'cpu',
         'device_count': 1, **more}))
     if error is None:
         return

@@ -11,8 +11,8 @@ from helpers import ROOT
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
 from configs import ablations, cifar, imagenet, label_noise, svhn
-from sam_jax import results
 from sam_jax.errors import UserError
+from sam_jax.experiments import results
 
 PAPER = results.read_paper(ROOT / 'sam_jax' / 'paper.csv')
 
@@ -178,7 +178,7 @@ def test_numbers_of_the_paper():
 
 
 def run_report(*arguments):
-    command = [sys.executable, '-m', 'sam_jax.report', *map(str, arguments)]
+    command = [sys.executable, '-m', 'sam_jax.cli.report', *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

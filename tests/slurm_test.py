@@ -17,7 +17,7 @@ NAMES = ['learning_rate=0.1', 'learning_rate=1e30']
 
 def _start(workdir, *flags):
     command = [
-        sys.executable, '-m', 'sam_jax.sweep', f'--config={ROOT}/configs/digits.py',
+        sys.executable, '-m', 'sam_jax.cli.sweep', f'--config={ROOT}/configs/digits.py',
         f'--workdir={workdir}', '--sweep=optimizer.learning_rate=0.1,1e30', '--engine=slurm',
         '--slurm=cpus_per_task=1', '--slurm=timeout_min=30', '--config.total_epochs=60', *flags]
     return subprocess.Popen(command, env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},

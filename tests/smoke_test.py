@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_jax import config as config_lib
-from sam_jax import sharpness, train
+from sam_jax import settings, sharpness, train
 from sam_jax.data import records, sources
 from sam_jax.data.resident import Split
 
@@ -105,7 +104,7 @@ def test_two_steps(stem, argument, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('stem,argument', ROWS + SLOW_ROWS)
 def test_smoke_changes_sizes_only(stem, argument):
-    full, tiny = (config_lib.flatten(_get(stem, a)) for a in (argument, f'{argument},smoke'))
+    full, tiny = (settings.flatten(_get(stem, a)) for a in (argument, f'{argument},smoke'))
     changed = {key for key in full if full[key] != tiny[key]}
     assert full.keys() == tiny.keys()
     assert changed <= {

@@ -13,7 +13,6 @@ import pytest
 from helpers import golden, run_processes, small_config
 from PIL import Image
 
-from sam_jax import config as config_lib
 from sam_jax import data, replicas, train
 from sam_jax.data import decode, records
 from sam_jax.errors import UserError
@@ -287,7 +286,7 @@ def test_two_processes_stream_the_same(folder, tmp_path):
                     eval__train_set=True, log_every_steps=1, model__dtype='float64',
                     analysis__every_epochs=1, analysis__examples=20)
     config = _config(folder, **settings)
-    flags = [f'--config.{key}={value}' for key, value in config_lib.flatten(config).items()
+    flags = [f'--config.{key}={value}' for key, value in settings.flatten(config).items()
              if key.startswith(('data.', 'eval.', 'analysis.')) and value != ''
              or key in ('batch_size', 'replica_batch_size', 'log_every_steps', 'model.dtype',
                         'total_epochs')]

@@ -12,8 +12,8 @@ import sys
 import pytest
 from helpers import ROOT, lean_environment, training_process, wait_until
 
-from sam_jax import sweeps
 from sam_jax.errors import UserError
+from sam_jax.experiments import grid
 
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 # A run of a few seconds: 20 steps an epoch.
@@ -21,53 +21,53 @@ QUICK = {'total_epochs': 2, 'batch_size': 64, 'replica_batch_size': 64, 'eval.ba
 
 
 def _make(hyper, flag=DIGITS, overrides=None):
-    return sweeps.make_runs(flag, hyper, overrides or {}, 'DIR')
+    return grid.make_runs(flag, hyper, overrides or {}, 'DIR')
 
 
 # Which runs there are.
 
 
 def test_product_has_every_pair_and_varies_the_last_fastest():
-    assert sweeps.product([sweeps.sweep('config.sam.rho', [1, 2]), sweeps.sweep('seed', 'ab'),
-                           sweeps.fixed('total_epochs', 3)]) == [
+    assert grid.product([grid.sweep('config.sam.rho', [1, 2]), grid.sweep('seed', 'ab'),
+                           grid.fixed('total_epochs', 3)]) == [
         {'sam.rho': 1, 'seed': 'a', 'total_epochs': 3},
         {'sam.rho': 1, 'seed': 'b', 'total_epochs': 3},
         {'sam.rho': 2, 'seed': 'a', 'total_epochs': 3},
         {'sam.rho': 2, 'seed': 'b', 'total_epochs': 3}]
-    assert sweeps.product([]) == [{}]
+    assert grid.product([]) == [{}]
 
 
 def test_zipit_pairs_and_chainit_appends():
-    a, b = sweeps.sweep('a', [1, 2]), sweeps.sweep('b', [3, 4])
-    assert sweeps.zipit([a, b]) == [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
-    assert sweeps.chainit([a, b]) == [{'a': 1}, {'a': 2}, {'b': 3}, {'b': 4}]
+    a, b = grid.sweep('a', [1, 2]), grid.sweep('b', [3, 4])
+    assert grid.zipit([a, b]) == [{'a': 1, 'b': 3}, {'a': 2, 'b': 4}]
+    assert grid.chainit([a, b]) == [{'a': 1}, {'a': 2}, {'b': 3}, {'b': 4}]
     with pytest.raises(UserError, match='these are 2 of a, 1 of b'):
-        sweeps.zipit([a, b[:1]])
-    for combine in (sweeps.product, sweeps.zipit):
+        grid.zipit([a, b[:1]])
+    for combine in (grid.product, grid.zipit):
         with pytest.raises(UserError, match='sets a twice'):
             combine([a, a])
         with pytest.raises(UserError, match='sets a twice'):
-            combine([a, sweeps.sweep(':a', [1, 2])])
+            combine([a, grid.sweep(':a', [1, 2])])
 
 
 def test_sweeps_on_the_command_line():
-    assert sweeps.parse('sam.rho=0,0.05') == [{'sam.rho': '0'}, {'sam.rho': '0.05'}]
-    assert sweeps.parse('sam.rho=0,1; seed=3,4') == [
+    assert grid.parse('sam.rho=0,0.05') == [{'sam.rho': '0'}, {'sam.rho': '0.05'}]
+    assert grid.parse('sam.rho=0,1; seed=3,4') == [
         {'sam.rho': '0', 'seed': '3'}, {'sam.rho': '1', 'seed': '4'}]
-    assert sweeps.parse(':model=wrn10_1') == [{':model': 'wrn10_1'}]
+    assert grid.parse(':model=wrn10_1') == [{':model': 'wrn10_1'}]
 
 
 @pytest.mark.parametrize('text', ['', 'sam.rho', 'sam.rho=', 'sam.rho=1,,2', '=1', 'seed=1;'])
 def test_bad_sweeps_on_the_command_line(text):
     with pytest.raises(UserError, match='must be of the form KEY=VALUE'):
-        sweeps.parse(text)
+        grid.parse(text)
 
 
 # The runs.
 
 
 def test_runs_have_names_settings_and_flags():
-    runs = _make(sweeps.product([sweeps.parse('sam.rho=0.05,1e-3'), sweeps.sweep(':seed', [7])]),
+    runs = _make(grid.product([grid.parse('sam.rho=0.05,1e-3'), grid.sweep(':seed', [7])]),
                  f'{DIGITS}:noise=0.4', {'total_epochs': 3})
     assert [run.name for run in runs] == ['rho=0.05,seed=7', 'rho=1e-3,seed=7']
     config = runs[1].config
@@ -118,7 +118,7 @@ def test_bad_runs_are_refused_before_any_starts(hyper, words):
 
 def _command(workdir, *flags, config=DIGITS):
     settings = [f'--config.{key}={value}' for key, value in QUICK.items()]
-    return [sys.executable, '-m', 'sam_jax.sweep', f'--config={config}',
+    return [sys.executable, '-m', 'sam_jax.cli.sweep', f'--config={config}',
             f'--workdir={workdir}', *settings, *flags]
 
 

@@ -12,8 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import Net, relative_distance, run_processes, small_config
 
-from sam_jax import config as config_lib
-from sam_jax import train
+from sam_jax import models, train
 
 # 8 replicas of 5 examples, one epoch of 32 steps; float64 separates a bug from rounding.
 SETTINGS = dict(total_epochs=1, batch_size=40, replica_batch_size=5, data__augment='basic',
@@ -29,11 +28,11 @@ def _config(replicas_per_group, dtype, **overrides):
 @functools.cache
 def _run(replicas_per_group, num_devices, dtype, model='tiny', **overrides):
     """Returns ((params, statistics), result) of a whole run; 'tiny' is quick to compile."""
-    build = config_lib.create_model if model != 'tiny' else (
-        lambda config, num_classes: Net(dtype, config.model.dropout_rate))
+    build = models.from_config if model != 'tiny' else (
+        lambda settings, num_classes: Net(dtype, settings.dropout_rate))
     config = _config(replicas_per_group, dtype, **overrides)
     with tempfile.TemporaryDirectory() as workdir, mock.patch.object(
-            config_lib, 'create_model', build):
+            models, 'from_config', build):
         state = train.train_and_evaluate(config, workdir, jax.devices()[:num_devices])
         with open(os.path.join(workdir, 'result.json')) as f:
             return jax.device_get((state.params, state.batch_stats)), json.load(f)

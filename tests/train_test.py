@@ -18,18 +18,18 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, lean_environment, small_config
 
-from sam_jax import config as config_lib
-from sam_jax import data, reports, train, train_step
+from sam_jax import data, models, step_log, train, train_step
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 
 @pytest.fixture(autouse=True)
 def tiny_model(request):
     """Runs in this process use a network that compiles quickly."""
-    def build(config, num_classes):
-        return Net(config.model.dtype, config.model.dropout_rate)
-    with mock.patch.object(config_lib, 'create_model', build):
+    def build(settings, num_classes):
+        return Net(settings.dtype, settings.dropout_rate)
+    with mock.patch.object(models, 'from_config', build):
         yield
 
 
@@ -80,14 +80,14 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert lines[-1]['test/error_rate'] == result['test/error_rate']
 
 
-def test_the_picture_at_the_start_is_the_first_batch(tmp_path):
-    plan = train._make_plan(small_config(), str(tmp_path), jax.devices()[:1])
-    grid = pictures.grid(pictures.training_images(plan.dataset, 0, 0, plan.layout))
+def test_the_picture_at_the_start_is_the_first_batch():
+    experiment = Experiment.from_config(small_config(), jax.devices()[:1])
+    grid = pictures.grid(pictures.training_images(experiment.dataset, 0, 0, experiment.layout))
     assert grid.shape == (1, 64, 64, 1)
-    first = plan.dataset.train_feed(0, 0, plan.layout)['index'].reshape(8, 8)
+    first = experiment.dataset.train_feed(0, 0, experiment.layout)['index'].reshape(8, 8)
     for row, column in ((0, 0), (0, 5), (6, 2)):
         tile = grid[0, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
-        image = plan.dataset.train.images[first[row, column]] / 255
+        image = experiment.dataset.train.images[first[row, column]] / 255
         np.testing.assert_allclose(tile, image, atol=1e-6)
 
 
@@ -268,9 +268,9 @@ def test_warns_when_the_perturbation_does_not_climb():
     lines = []
     metrics = {'train/rho': 0.5, 'train/perturbation_norm': 0.5, 'train/loss': 2.0,
                'train/perturbed_loss': 1.9}
-    assert reports.sharpness_check(small_config(), metrics, lines.append)
+    assert step_log.sharpness_check(small_config(), metrics, lines.append)
     metrics.update({'train/perturbed_loss': 2.1, 'train/perturbation_norm': 0.4})
-    assert reports.sharpness_check(small_config(), metrics, lines.append)
+    assert step_log.sharpness_check(small_config(), metrics, lines.append)
     assert all(line.startswith('WARNING') for line in lines) and len(lines) == 2
 
 
@@ -280,7 +280,7 @@ def test_several_steps_may_end_within_the_ball():
                'train/perturbed_loss': 2.1}
     for norm in (0.4, 0.51):
         metrics['train/perturbation_norm'] = norm
-        reports.sharpness_check(config, metrics, lines.append)
+        step_log.sharpness_check(config, metrics, lines.append)
     assert [line.startswith('multistep_sam is on') for line in lines] == [True, False]
 
 

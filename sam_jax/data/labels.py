@@ -56,7 +56,7 @@ def noise(num_examples: int, rate: float, num_classes: int, seed: int,
 
 
 def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: bool) -> Relabelling:
-    """Returns the relabelling by a file of predictions, as `python -m sam_jax.predict` writes it.
+    """Returns the relabelling by a file of predictions, as `sam-jax-predict` writes it.
 
     Args:
       path: .npz with 'probabilities' (N, classes) and 'dataset'.
@@ -71,7 +71,7 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
         with np.load(os.path.expanduser(path)) as file:
             probabilities, dataset = file['probabilities'], str(file['dataset'])
     except FileNotFoundError as e:
-        raise UserError(f'{key}; there is no such file. `python -m sam_jax.predict` writes '
+        raise UserError(f'{key}; there is no such file. `sam-jax-predict` writes '
                         'one.') from e
     except Exception as e:  # whatever NumPy and zipfile find wrong
         raise UserError(f'{key}; it cannot be read as a file of predictions: {e!r}.') from e

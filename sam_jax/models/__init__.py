@@ -2,6 +2,9 @@
 
 import inspect
 import re
+from typing import Any
+
+import jax
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
@@ -12,6 +15,7 @@ from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
 from sam_jax.models.wide_resnet import WideResNet
+from sam_jax.replicas import AXIS
 
 convolutions.install()
 
@@ -90,6 +94,28 @@ def create_model(name: str, num_classes: int, **options) -> layers.Network:
             _check_options(name, cls, sizes, options)
             return cls(num_classes=num_classes, **sizes, **{**defaults, **options})
     raise UserError(f'model.name is {name!r}; the models are {", ".join(NAMES)}.')
+
+
+def from_config(settings: Any, num_classes: int) -> layers.Network:
+    """Returns the model of `config.model`: its other keys are the family's options.
+
+    Raises:
+      UserError: unknown model, impossible sizes, or an option that the family does not have.
+    """
+    own = ('name', 'init_from', 'sync_batch_norm')
+    options = {k: v for k, v in settings.items() if k not in own}
+    if settings.sync_batch_norm:
+        options['batch_norm_axis'] = AXIS
+    if settings.dtype == 'float64':
+        # To tell a bug from rounding; then params and statistics are float64 as well.
+        if not jax.config.jax_enable_x64:
+            raise UserError('model.dtype is float64; that needs JAX_ENABLE_X64=1.')
+        options['param_dtype'] = 'float64'
+    try:
+        return create_model(settings.name, num_classes, **options)
+    except TypeError as e:
+        raise UserError(
+            f"config.model: {e} To change the family use the config's argument, model=NAME.") from e
 
 
 def _check_options(name, cls, sizes, options):

@@ -20,9 +20,9 @@ from typing import Any
 
 import ml_collections
 
-from sam_jax import config as config_lib
-from sam_jax import writers
+from sam_jax import run_log
 from sam_jax.errors import UserError
+from sam_jax.settings import check, check_same_mathematics, load, override, short_names
 
 # A dict {key: value} for each run.
 Sweep = list[dict[str, Any]]
@@ -110,13 +110,13 @@ class Run:
         Raises:
           UserError: the folder holds a run with other settings.
         """
-        made = writers.read_json(os.path.join(self.workdir, 'config.json'))
+        made = run_log.read_json(os.path.join(self.workdir, 'config.json'))
         if made:
             try:
-                config_lib.check_same_mathematics(self.config, made['config'])
+                check_same_mathematics(self.config, made['config'])
             except UserError as e:
                 raise UserError(f'{self.workdir}: {e}') from e
-        return writers.read_json(os.path.join(self.workdir, 'result.json'))
+        return run_log.read_json(os.path.join(self.workdir, 'result.json'))
 
 
 def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir: str) -> list[Run]:
@@ -142,10 +142,10 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
             path, _, given = config_flag.partition(':')
             flag = f'{path}:{",".join([*filter(None, [given]), *arguments])}'
         try:
-            config = copy.deepcopy(config_lib.load(flag)[1])
+            config = copy.deepcopy(load(flag)[1])
             for key, value in changes.items():
-                config_lib.override(config, key, value)
-            config_lib.check(config)
+                override(config, key, value)
+            check(config)
         except UserError as e:
             raise UserError(f'Run {name}: {e}') from e
         folder = os.path.join(workdir, name)
@@ -161,7 +161,7 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
 
 
 def _names(hyper):
-    short = config_lib.short_names(
+    short = short_names(
         list(dict.fromkeys(key.lstrip(':') for settings in hyper for key in settings)))
     # Of a name, only what every file system and shell takes as it is.
     names = (','.join(f'{short[key.lstrip(":")]}={value}' for key, value in settings.items())

@@ -1,27 +1,11 @@
-"""Runs a sweep: a folder, with the folder of a run for each of its settings.
+"""What runs the runs of a sweep: this machine, or a Slurm cluster; and the table meanwhile."""
 
-    sam-jax-sweep --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
-        --workdir=runs/rho [--config.total_epochs=20] [--engine=local --parallel=2]
-
---sweep may be given several times, and every value of one meets every value of the others;
-'sam.rho=0.1,0.2;optimizer.learning_rate=0.1,0.05' go together; ':model=wrn16_4,resnet20' is an
-argument of the config. Without --sweep, the config's own `get_hyper(h)` decides, see
-sam_jax/sweeps.py.
-
-The same command goes on where a sweep was stopped: finished runs are skipped, broken ones resume.
-Engines: `local` runs --parallel runs at once, each on a GPU or a share of the cores of its own;
-`slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
-commands. Ends with status 1 if a run failed, and names it.
-"""
-
-import collections
 import concurrent.futures
 import dataclasses
 import fcntl
 import logging
 import os
 import queue
-import shlex
 import shutil
 import signal
 import subprocess
@@ -30,28 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-from sam_jax import commands, sweeps
-from sam_jax import config as config_lib
-from sam_jax.errors import UserError
-
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True)
-_SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
-_SEEDS = flags.DEFINE_integer('seeds', 0, "Seeds 0, 1, ...: the config's argument `seed`.", 0)
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the sweep.')
-_ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'slurm', 'print'], 'What runs the runs.')
-_PARALLEL = flags.DEFINE_integer(
-    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0)
-_RETRIES = flags.DEFINE_integer('retries', 1, 'How often a run that broke is started again.', 0)
-_SLURM = flags.DEFINE_multi_string(
-    'slurm', [], "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
-    'timeout_min=600; several times.')
+from sam_jax.errors import EXIT_USER_ERROR, UserError
+from sam_jax.experiments import grid
 
 # A run that was refused, or diverged, would be so again.
-FINAL = (0, commands.EXIT_USER_ERROR)
+FINAL = (0, EXIT_USER_ERROR)
 
 
 @dataclasses.dataclass
@@ -62,12 +29,12 @@ class Status:
     line: str = ''
 
 
-def command(run: sweeps.Run) -> list[str]:
+def command(run: grid.Run) -> list[str]:
     """Returns what starts a run."""
     return [sys.executable, '-m', 'sam_jax.main', *run.flags]
 
 
-def log_path(run: sweeps.Run) -> str:
+def log_path(run: grid.Run) -> str:
     """Returns the file of what a run says."""
     return os.path.join(run.workdir, 'log.txt')
 
@@ -139,7 +106,7 @@ class Local:
         self._processes = {}
         self._stopping = False
 
-    def submit(self, runs: list[sweeps.Run], statuses: dict[str, Status]) -> None:
+    def submit(self, runs: list[grid.Run], statuses: dict[str, Status]) -> None:
         """Begins to run them; their statuses change as they do."""
         self._pool = concurrent.futures.ThreadPoolExecutor(self._parallel)
         self._futures = [self._pool.submit(self._run, run, statuses) for run in runs]
@@ -263,7 +230,7 @@ class Slurm:
         except (NameError, TypeError, ValueError) as e:
             raise UserError(f'--slurm: {" ".join(str(e).split())}') from e
 
-    def submit(self, runs: list[sweeps.Run], statuses: dict[str, Status]) -> None:
+    def submit(self, runs: list[grid.Run], statuses: dict[str, Status]) -> None:
         """Submits the runs that are not in the queue since an earlier call."""
         self._statuses = statuses
         queued = {run.name: self._queued(run) for run in runs}
@@ -317,18 +284,6 @@ def _job_path(run):
     return os.path.join(run.workdir, 'slurm_job')
 
 
-def _engine():
-    if _ENGINE.value == 'local':
-        return Local(_PARALLEL.value, _RETRIES.value)
-    parameters = {}
-    for text in _SLURM.value:
-        key, equals, value = text.partition('=')
-        if not equals:
-            raise UserError(f'--slurm is {text!r}; it must be of the form NAME=VALUE.')
-        parameters[key] = int(value) if value.isdigit() else value
-    return Slurm(_WORKDIR.value, _PARALLEL.value, parameters)
-
-
 class Display:
     """The table of the runs: live on a terminal, elsewhere a line for each change."""
 
@@ -376,7 +331,7 @@ class Display:
             self._live.stop()
 
 
-def execute(engine: Any, runs: list[sweeps.Run]) -> dict[str, Status]:
+def execute(engine: Any, runs: list[grid.Run]) -> dict[str, Status]:
     """Runs the runs that are not finished.
 
     Returns:
@@ -401,43 +356,3 @@ def execute(engine: Any, runs: list[sweeps.Run]) -> dict[str, Status]:
         for s, handler in previous.items():
             signal.signal(s, handler)
     return statuses
-
-
-def main() -> None:
-    """Sweeps what the flags say."""
-    if not _WORKDIR.value:
-        raise UserError("--workdir is ''; it must name the folder of the sweep.")
-    config_flag = config_flags.get_config_filename(flags.FLAGS['config'])
-    hyper = [sweeps.parse(text) for text in _SWEEP.value]
-    module, _ = config_lib.load(config_flag)
-    if not hyper and hasattr(module, 'get_hyper'):
-        hyper = [module.get_hyper(sweeps)]
-    if _SEEDS.value:
-        hyper.append(sweeps.sweep(':seed', range(_SEEDS.value)))
-    if not hyper:
-        raise UserError('Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in '
-                        f'{config_flag}.')
-    overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    runs = sweeps.make_runs(config_flag, sweeps.product(hyper), overrides, _WORKDIR.value)
-    if _ENGINE.value == 'print':
-        for run in runs:
-            print(shlex.join(command(run)))
-        return
-    statuses = execute(_engine(), runs)
-    counts = collections.Counter(status.state for status in statuses.values())
-    print(', '.join(f'{n} {state}' for state, n in counts.items()) + '.', file=sys.stderr)
-    for name, status in statuses.items():
-        if status.state == 'failed':
-            print(f'failed: {name}: {status.line}', file=sys.stderr)
-    if counts['stopped']:
-        print('Stopped; the same command goes on from here.', file=sys.stderr)
-    sys.exit(1 if counts['failed'] else commands.EXIT_PREEMPTED if counts['stopped'] else 0)
-
-
-def run() -> None:
-    """Console command `sam-jax-sweep`."""
-    commands.run(main)
-
-
-if __name__ == '__main__':
-    run()

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_jax import config as config_lib
-from sam_jax import figures, replicas, train, writers
-from sam_jax.analysis import during, hessian, landscape, sharpness
+from sam_jax import replicas, run_log
+from sam_jax.analysis import hessian, landscape, monitor, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
+from sam_jax.experiments import figures
 from sam_jax.sharpness import ascent, trees
 
 # Takes (what, done, total) of the progress.
@@ -58,7 +59,7 @@ class Settings:
         for name in self.what:
             if name not in WHAT:
                 raise UserError(f'what has {name!r}; it must be some of {", ".join(WHAT)}.')
-        for name, low in (('steps', during.RATIO_TO), ('probes', 1), ('points', 3), ('seed', 0)):
+        for name, low in (('steps', monitor.RATIO_TO), ('probes', 1), ('points', 3), ('seed', 0)):
             if getattr(self, name) < low:
                 raise UserError(f'{name} is {getattr(self, name)}; it must be at least {low}.')
         for name in ('rho', 'adaptive_rho', 'extent'):
@@ -72,7 +73,7 @@ class Settings:
 
 
 def _quiet(what, done, total):
-    """Tells nobody how far it is."""
+    """Shows no progress."""
 
 
 class Run(NamedTuple):
@@ -112,22 +113,19 @@ def open_run(workdir: str, split: str = SPLIT, examples: int = EXAMPLES, penalty
     Raises:
       UserError: no run, no such checkpoint, no such split.
     """
-    config = config_lib.of_run(workdir)
-    if data_dir:
-        config.data.dir = data_dir
     # One device fits every run's replicas; the analysis itself shares examples over all of them.
     devices = devices or jax.devices()
-    plan, state, step = train.restore(config, workdir, devices[:1], epoch)
+    experiment = Experiment.of_run(workdir, devices[:1], data_dir)
+    state, step = experiment.restore(workdir, epoch)
     layout, _ = replicas.make_layout(len(devices), 1, 1, devices=devices)
-    dataset = plan.dataset
+    config, dataset = experiment.config, experiment.dataset
     splits = {**dataset.evals, 'train': dataset.train}
     if split not in splits:
         raise UserError(f'split is {split!r}; it must be one of {", ".join(splits)}.')
-    chosen = during.chosen_examples(splits[split], examples or len(splits[split]), seed)
-    variables = state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
+    chosen = monitor.chosen_examples(splits[split], examples or len(splits[split]), seed)
     objective, params = objectives.create(
-        plan.model, variables, dataset, chosen, layout, batch_size or config.eval.batch_size,
-        label_smoothing=config.label_smoothing,
+        experiment.model, experiment.weights(state), dataset, chosen, layout,
+        batch_size or config.eval.batch_size, label_smoothing=config.label_smoothing,
         weight_decay=config.optimizer.weight_decay if penalty else 0.0,
         decay_norm_and_bias=config.optimizer.decay_norm_and_bias)
     name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'
@@ -141,7 +139,7 @@ def measure_spectrum(run: Run, settings: Settings,
     flat = hessian.flat(product, run.params, layout)
     steps, probes, seed = settings.steps, settings.probes, settings.seed
     began = time.perf_counter()
-    top = _top_eigenpairs(run, flat, during.RATIO_TO, steps, seed, tell)
+    top = _top_eigenpairs(run, flat, monitor.RATIO_TO, steps, seed, tell)
     seconds = time.perf_counter() - began
     density = hessian.density(flat.product, flat.size, probes, steps, seed,
                               on_step=lambda i: tell(f'{run.name}: density', i, probes * steps))
@@ -151,7 +149,7 @@ def measure_spectrum(run: Run, settings: Settings,
     margin = 0.05 * (high - low)
     grid = np.linspace(low - margin, high + margin, 1000)
     said = {
-        'lambda_max': float(top.values[0]), 'lambda_ratio': during.lambda_ratio(top.values),
+        'lambda_max': float(top.values[0]), 'lambda_ratio': monitor.lambda_ratio(top.values),
         'eigenvalues': top.values.tolist(), 'residuals': top.residuals.tolist(),
         'lowest': min(top.lowest, float(density.nodes[density.weights > 0].min())),
         'products': top.steps,
@@ -296,7 +294,7 @@ def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
     said['path'] = len(runs) == 2 and len(
         {str(jax.tree.map(np.shape, r.params)) for r in runs}) == 1
     # Written before what may take longest.
-    writers.write_json(os.path.join(out, 'analysis.json'), said)
+    run_log.write_json(os.path.join(out, 'analysis.json'), said)
     with open(os.path.join(out, 'report.md'), 'w') as file:
         file.write(report(said))
     if 'landscape' in settings.what:

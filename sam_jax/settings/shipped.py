@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -20,8 +21,8 @@ def _package() -> ModuleType:
     try:
         return importlib.import_module('sam_jax.configs')
     except ModuleNotFoundError:  # a checkout that is not installed
-        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        file = os.path.join(root, 'configs', '__init__.py')
+        root = pathlib.Path(__file__).resolve().parents[2]
+        file = str(root / 'configs' / '__init__.py')
     loaded = sys.modules.get('configs')
     if loaded and getattr(loaded, '__file__', None) == file:
         return loaded

@@ -13,7 +13,8 @@ import threading
 import numpy as np
 import pytest
 
-from sam_jax import writers
+from sam_jax import run_log
+from sam_jax.progress import Progress
 
 
 def _lines(path):
@@ -27,7 +28,7 @@ def _lines(path):
 
 
 def _written(path, steps, resume_step=0):
-    file = writers.MetricsFile(str(path), resume_step)
+    file = run_log.MetricsFile(str(path), resume_step)
     for step in steps:
         file.write(step, {'train/loss': step / 2, 'epoch': 1.0})
     file.close()
@@ -43,7 +44,7 @@ def test_lines(tmp_path):
 
 
 def test_each_line_is_on_disk_at_once(tmp_path):
-    file = writers.MetricsFile(str(tmp_path / 'm'), 0)
+    file = run_log.MetricsFile(str(tmp_path / 'm'), 0)
     file.write(1, {'a': 1.0})
     assert [line['a'] for line in _lines(tmp_path / 'm')] == [1.0]
     file.close()
@@ -53,7 +54,7 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     (float('nan'), 'nan'), (float('inf'), 'inf'), (float('-inf'), '-inf'), (0.1, 0.1), (3, 3),
     (np.float64('nan'), 'nan')])
 def test_non_finite_values_are_strings(tmp_path, value, written):
-    file = writers.MetricsFile(str(tmp_path / 'm'), 0)
+    file = run_log.MetricsFile(str(tmp_path / 'm'), 0)
     file.write(1, {'a': value})
     file.close()
     assert _lines(tmp_path / 'm')[0]['a'] == written
@@ -90,13 +91,13 @@ def test_resume_without_a_file(tmp_path):
 
 def test_json_file(tmp_path):
     path = str(tmp_path / 'result.json')
-    assert writers.read_json(path) is None
+    assert run_log.read_json(path) is None
     content = {'b': [1, 2.5], 'a': {'x': None}}
-    writers.write_json(path, content)
-    assert writers.read_json(path) == content
+    run_log.write_json(path, content)
+    assert run_log.read_json(path) == content
     with pytest.raises(TypeError):
-        writers.write_json(path, {'a': object()})
-    assert writers.read_json(path) == content  # whole, or as it was
+        run_log.write_json(path, {'a': object()})
+    assert run_log.read_json(path) == content  # whole, or as it was
 
 
 # TensorBoard.
@@ -113,7 +114,7 @@ def events(tmp_path_factory):
 
     place = tmp_path_factory.mktemp('run')
     for first_step, steps in [(0, [1, 2]), (2, [3])]:
-        writer = writers.RunWriter(str(place), True, first_step)
+        writer = run_log.RunWriter(str(place), True, first_step)
         if not first_step:
             writer.start(HPARAMS, {'train_images': IMAGES})
         for step in steps:
@@ -164,7 +165,7 @@ def test_tensorboard_hparams(events):
 def test_without_tensorflow_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'clu', None)
     with caplog.at_level(logging.INFO, 'sam_jax'):
-        writer = writers.RunWriter(str(tmp_path), True)
+        writer = run_log.RunWriter(str(tmp_path), True)
         writer.start(HPARAMS, {'train_images': IMAGES})
         writer.scalars(1, {'a': 1.0})
         writer.close()
@@ -175,7 +176,7 @@ def test_without_tensorflow_one_line_says_so(tmp_path, monkeypatch, caplog):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    writer = writers.RunWriter(str(tmp_path), False)
+    writer = run_log.RunWriter(str(tmp_path), False)
     writer.start(HPARAMS, {'train_images': IMAGES})
     writer.scalars(1, {'a': 1.0})
     writer.close()
@@ -190,7 +191,7 @@ class _Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(writers.time, 'perf_counter', lambda: self.now)
+        monkeypatch.setattr(run_log.time, 'perf_counter', lambda: self.now)
 
 
 def _report(progress, step, loss=0.12345, error_rate=0.25):
@@ -200,7 +201,7 @@ def _report(progress, step, loss=0.12345, error_rate=0.25):
 def test_plain_lines(monkeypatch, caplog):
     clock = _Clock(monkeypatch)
     with caplog.at_level(logging.INFO, 'sam_jax'):
-        progress = writers.Progress(0, 100, 64, True)
+        progress = Progress(0, 100, 64, True)
         _report(progress, 1)  # compilation: no speed is known
         progress.start_clock(1)
         clock.now += 2.0
@@ -223,7 +224,7 @@ def test_plain_lines(monkeypatch, caplog):
 
 def test_speed_of_a_resumed_run(monkeypatch):
     clock = _Clock(monkeypatch)
-    progress = writers.Progress(50, 100, 10, True)
+    progress = Progress(50, 100, 10, True)
     assert progress.overall_speed() == 0.0
     progress.start_clock(51)
     clock.now += 2.0
@@ -234,7 +235,7 @@ def test_speed_of_a_resumed_run(monkeypatch):
 
 def test_other_processes_are_silent(caplog, capfd):
     with caplog.at_level(logging.INFO, 'sam_jax'):
-        progress = writers.Progress(0, 100, 64, False)
+        progress = Progress(0, 100, 64, False)
         progress.start_clock(1)
         _report(progress, 10)
         progress.say('Nothing.')
@@ -274,7 +275,7 @@ class _Terminal:
 def test_other_processes_are_silent_on_a_terminal(monkeypatch):
     with contextlib.closing(_Terminal()) as terminal:
         monkeypatch.setattr(sys, 'stderr', terminal.file)
-        progress = writers.Progress(0, 100, 64, False)
+        progress = Progress(0, 100, 64, False)
         _report(progress, 10)
         progress.close()
         monkeypatch.undo()
@@ -284,7 +285,7 @@ def test_other_processes_are_silent_on_a_terminal(monkeypatch):
 def test_a_bar_on_a_terminal(monkeypatch, caplog):
     with contextlib.closing(_Terminal()) as terminal, caplog.at_level(logging.INFO, 'sam_jax'):
         monkeypatch.setattr(sys, 'stderr', terminal.file)
-        progress = writers.Progress(10, 100, 64, True)
+        progress = Progress(10, 100, 64, True)
         progress.say('Resuming at step 10.')
         for step in (20, 60, 100):
             _report(progress, step, loss=step / 1000)

@@ -18,14 +18,14 @@ from typing import Any
 
 from scipy import stats
 
-from sam_jax import config as config_lib
-from sam_jax import reports, writers
+from sam_jax import run_log
 from sam_jax.errors import UserError
+from sam_jax.settings import FREE_AT_RESUME, jsonable, load
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
 # What differs between the runs of one mean, and what does not change the result.
-_NOT_COMPARED = ('seed', 'data.label_noise_seed', 'log_every_steps', *config_lib.FREE_AT_RESUME)
+_NOT_COMPARED = ('seed', 'data.label_noise_seed', 'log_every_steps', *FREE_AT_RESUME)
 # Their places differ from seed to seed and from machine to machine; whether there is one matters.
 _FILES = ('model.init_from', 'data.labels_from')
 # What may differ between a method and the baseline that it is compared with.
@@ -142,7 +142,7 @@ def find(folders: Iterable[str]) -> list[Record]:
 
 def _read(path):
     try:
-        return writers.read_json(path)
+        return run_log.read_json(path)
     except ValueError as e:
         raise UserError(f'{path} is damaged: {e}.') from e
 
@@ -299,13 +299,13 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
         for line in csv.DictReader(file):
             flag, *overrides = shlex.split(line['command'])
             # By name: wherever one is, whatever `configs` lies there.
-            config = config_lib.load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
+            config = load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
             for override in overrides:
                 key, _, value = override.removeprefix('--config.').partition('=')
-                config_lib.override(config, key, value)
+                override(config, key, value)
             rows.append(PaperRow(
                 line['table'], line['command'], line['metric'], float(line['percent']),
-                line['interval'], line['note'], settings_of(reports.jsonable(config))))
+                line['interval'], line['note'], settings_of(jsonable(config))))
     return rows
 
 

@@ -1,12 +1,4 @@
-"""Puts finished runs together: a table, the best rho, the paper's numbers beside ours, pictures.
-
-    sam-jax-report runs/rho [runs/more ...] [--out=runs/rho/report]
-
-Takes every run in the folders and below. Writes report.md with its pictures, report.csv (a line for
-each setting), runs.csv (a line for each run) and report.html, one file with all of it. Means are
-over seeds, with 95 % t-intervals. What counts as the same setting, and how the best rho is chosen
-(on the validation split, --config.data.validation=true), stands in sam_jax/results.py.
-"""
+"""A report on finished runs: Markdown and HTML with tables and pictures, and CSV files."""
 
 import base64
 import collections
@@ -20,14 +12,11 @@ import statistics
 from typing import Any
 
 import markdown
-from absl import flags
 
-from sam_jax import commands, figures, results
-from sam_jax import config as config_lib
 from sam_jax.errors import UserError
-from sam_jax.results import TEST, VALIDATION
-
-_OUT = flags.DEFINE_string('out', '', 'Folder of the report; default: report/ in the first folder.')
+from sam_jax.experiments import figures, results
+from sam_jax.experiments.results import TEST, VALIDATION
+from sam_jax.settings import short_names
 
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.csv')
 
@@ -76,7 +65,7 @@ def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | No
 def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
                   paper: list[results.PaperRow]) -> list[dict]:
     """Returns a dict for each group, in the order of the columns."""
-    short = config_lib.short_names(keys)
+    short = short_names(keys)
     rows = []
     for g in groups:
         row = {short[key]: _shown(g.settings.get(key)) for key in keys}
@@ -158,10 +147,10 @@ def by_panel(groups: list[results.Group]) -> dict:
 
 def label(group: results.Group, keys: list[str]) -> str:
     """'sam, rho 0.1': what the keys say of a group."""
-    short = config_lib.short_names(keys)
-    settings = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
+    short = short_names(keys)
+    shown = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
     words = [value if key in ('sam.method', *PANEL) else f'{short[key]} {value}'
-             for key, value in settings.items() if value]
+             for key, value in shown.items() if value]
     return ', '.join(words) or group.settings['sam.method']
 
 
@@ -320,15 +309,19 @@ def page(text: str, pictures: dict[str, str]) -> str:
     return PAGE.format(title=html.escape(text.partition('\n')[0].lstrip('# ')), body=body)
 
 
-def main(folders: list[str]) -> None:
-    """Reports on the folders."""
-    if not folders:
-        raise UserError('No folder is given: sam-jax-report DIR [DIR ...].')
+def write(folders: list[str], out: str) -> str:
+    """Reports on the finished runs in folders, into another: Markdown, HTML and CSV.
+
+    Returns:
+      The Markdown.
+
+    Raises:
+      UserError: there is no finished run.
+    """
     groups, notes = results.group(results.find(folders))
     if not any(g.finished for g in groups):
         raise UserError(f'None of the runs in {", ".join(folders)} is finished (no result.json).')
     paper = results.read_paper(PAPER)
-    out = _OUT.value or os.path.join(folders[0], 'report')
     os.makedirs(out, exist_ok=True)
     keys, best = results.varying(groups), results.best(groups)
     text, pictures = document(groups, keys, best, notes, paper)
@@ -340,14 +333,4 @@ def main(folders: list[str]) -> None:
         file.write(page(text, pictures))
     write_csv(os.path.join(out, 'report.csv'), rows_of_csv(groups, keys, best, paper))
     write_csv(os.path.join(out, 'runs.csv'), rows_of_runs(groups))
-    print(text.partition('\n## ')[0].rstrip())
-    print(f'\nWritten to {os.path.join(out, "report.html")} and beside it.')
-
-
-def run() -> None:
-    """Console command `sam-jax-report`."""
-    commands.run(main, positional=True)
-
-
-if __name__ == '__main__':
-    run()
+    return text

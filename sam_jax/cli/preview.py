@@ -1,7 +1,7 @@
 """Draws what the network will see.
 
-    python -m sam_jax.data.preview --config=configs/cifar.py:augment=autoaugment --out=grid.png
-    python -m sam_jax.data.preview --config=... --what=ops --out=ops.png
+    sam-jax-preview --config=configs/cifar.py:augment=autoaugment --out=grid.png
+    sam-jax-preview --config=... --what=ops --out=ops.png
 
 `batch` is the beginning of a training step's batch after augmentation, the same that the run of
 this config and seed gets; `ops` shows the operations of AutoAugment and RandAugment one by one.
@@ -15,10 +15,10 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from sam_jax import commands, data, replicas
-from sam_jax import config as config_lib
+from sam_jax.cli import commands
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', commands.DEFAULT_CONFIG, 'File with get_config(), as of sam_jax.main.',
@@ -39,12 +39,8 @@ def main() -> None:
     config, out = _CONFIG.value, _OUT.value
     if os.path.splitext(out)[1].lower() not in Image.registered_extensions():
         raise UserError(f'--out is {out!r}; it must end in .png or another kind of picture.')
-    config_lib.check(config)
-    layout, _ = replicas.make_layout(
-        config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
-        devices=jax.devices()[:1])
-    dataset = data.load_dataset(config.data)
-    config_lib.check_with_data(config, dataset)
+    experiment = Experiment.from_config(config, jax.devices()[:1], to_train=False)
+    dataset, layout = experiment.dataset, experiment.layout
     if _WHAT.value == 'batch':
         images = pictures.training_images(
             dataset, config.seed, _STEP.value, layout, _IMAGES.value)

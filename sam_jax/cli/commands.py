@@ -10,13 +10,12 @@ from typing import NoReturn
 import jax
 from absl import app, flags
 
-from sam_jax import config as config_lib
-from sam_jax import shipped
-from sam_jax.errors import UserError
+from sam_jax import settings
+from sam_jax.errors import EXIT_USER_ERROR, UserError
+from sam_jax.settings import shipped
 
 DEFAULT_CONFIG = os.path.join(shipped.folder(), 'digits.py')
 
-EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
 
 # TensorFlow tells of itself at every import. It only reads images and writes logs here, for which
@@ -35,7 +34,7 @@ def _parse(argv):
     """absl's parser, with one sentence for what it or ml_collections would answer at length."""
     try:
         argv = with_paths(argv)
-        file = config_lib.check_flags(argv, DEFAULT_CONFIG)
+        file = settings.check_flags(argv, DEFAULT_CONFIG)
         with shipped.importable(file):
             return flags.FLAGS(argv)
     except UserError as e:

@@ -1,28 +1,21 @@
-"""What a run says of itself: metrics on their way out, whether SAM is on, provenance, summary."""
+"""Metrics of the steps on their way from the device: late, checked, and whether SAM is on."""
 
 import collections
 import math
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
-import optax
 
-import sam_jax
-from sam_jax import config as config_lib
 from sam_jax import sharpness
 from sam_jax.errors import UserError
-from sam_jax.replicas import Layout
 
 # Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
 _IN_FLIGHT = 2
 
 
-class Reports:
+class StepLog:
     """Metrics on their way from the device: fetched late, so that the device never waits."""
 
     def __init__(self, config, writer, progress, steps_per_epoch, first_step):
@@ -112,45 +105,3 @@ def sharpness_check(config: Any, metrics: dict[str, float], say: Callable[[str],
     else:
         say(f'WARNING: {method} is not doing its work: {facts}.')
     return True
-
-
-def jsonable(config: Any) -> dict[str, Any]:
-    """Returns the flat settings as JSON holds them."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in config_lib.flatten(config).items()}
-
-
-def hparams(config: Any) -> dict[str, int | float | str]:
-    """Returns the settings as TensorBoard's hparams take them."""
-    return {k: v if isinstance(v, (int, float, str)) else str(v)
-            for k, v in config_lib.flatten(config).items()}
-
-
-def provenance(config: Any, layout: Layout) -> dict[str, Any]:
-    """Content of config.json: settings, versions, revision, hardware."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
-                         capture_output=True, text=True, check=False)
-    return {
-        'config': jsonable(config),
-        'versions': {'sam_jax': sam_jax.__version__, 'jax': jax.__version__,
-                     'flax': flax.__version__, 'optax': optax.__version__},
-        'git_revision': git.stdout.strip() or 'unknown',
-        'device_kind': layout.devices[0].device_kind,
-        'device_count': len(layout.devices),
-        'process_count': jax.process_count(),
-    }
-
-
-def summary(result: dict[str, Any], workdir: str) -> str:
-    """The few lines at the end of a run."""
-    minutes, seconds = divmod(round(result['wall_time']), 60)
-    lines = [f'test error     {100 * result["test/error_rate"]:.2f} %']
-    if 'test/ema_error_rate' in result:
-        lines.append(f'with EMA       {100 * result["test/ema_error_rate"]:.2f} %')
-    if 'validation/error_rate' in result:
-        lines.append(f'validation     {100 * result["validation/error_rate"]:.2f} %')
-    lines += [f'wall time      {minutes} min {seconds} s',
-              f'images/s       {result["perf/images_per_second"]:.0f}',
-              f'files          {os.path.abspath(workdir)}']
-    return 'Finished.\n  ' + '\n  '.join(lines)

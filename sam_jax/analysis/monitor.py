@@ -37,18 +37,17 @@ def chosen_examples(split: Any, count: int, seed: int) -> Any:
 class Monitor:
     """Measures a run's states as `config.analysis` says; changes nothing of them."""
 
-    def __init__(self, config, model, dataset, layout, arrays, state, scheduled):
+    def __init__(self, experiment, state):
         """Places the examples; compiles nothing yet.
 
         Args:
-          config: the run's config.
-          model, dataset, layout: as the run uses them.
-          arrays: the training split's arrays, on the devices.
+          experiment: of the run.
           state: a TrainState on the devices.
-          scheduled: step -> (learning rate, rho).
         """
+        config, dataset, layout = experiment.config, experiment.dataset, experiment.layout
         settings = config.analysis
-        self._settings, self._layout, self._scheduled = settings, layout, scheduled
+        self._settings, self._layout = settings, layout
+        self._scheduled = experiment.scheduled
         self._rho_counts = {'sgd': False, 'sam': True}.get(config.sam.method)
         if config.sam.p != 2:
             self._rho_counts = None
@@ -57,8 +56,9 @@ class Monitor:
         batch_size = min(
             config.eval.batch_size, config.replica_batch_size * len(layout.devices))
         self._objective, _ = objectives.create(
-            model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split,
-            layout, batch_size, arrays=arrays, label_smoothing=config.label_smoothing)
+            experiment.model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset,
+            split, layout, batch_size, arrays=experiment.arrays(dataset.train),
+            label_smoothing=config.label_smoothing)
         if not self._objective.count:  # placed now: what does not fit is said before the first step
             raise UserError('All images of the analysis are damaged.')
         m = min(config.replica_batch_size * config.sam.replicas_per_group, len(split))
@@ -106,8 +106,8 @@ class Monitor:
             return math.nan
         learning_rate, rho = self._scheduled(max(int(jax.device_get(state.step)) - 1, 0))
         return sharpness.edge_of_stability(
-            float(lp_norm(objective.gradient(state.params))), float(learning_rate),
-            float(rho) if self._rho_counts else 0.0)
+            float(lp_norm(objective.gradient(state.params))), learning_rate,
+            rho if self._rho_counts else 0.0)
 
     def share(self) -> float:
         """Returns the part of the time since this was made that the measuring took."""

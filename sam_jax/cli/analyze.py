@@ -1,7 +1,7 @@
 """How flat a run's minimum is: its spectrum, its sharpness and its landscape, in pictures and JSON.
 
-    python -m sam_jax.analyze --workdir=RUN
-    python -m sam_jax.analyze --workdir=SGD_RUN --compare=SAM_RUN --what=spectrum --epoch=50
+    sam-jax-analyze --workdir=RUN
+    sam-jax-analyze --workdir=SGD_RUN --compare=SAM_RUN --what=spectrum --epoch=50
 
 writes RUN/analysis/: report.md, analysis.json, spectrum.png, landscape.png, path.png and the
 numbers behind them as .npz. A landscape that was interrupted goes on where it stopped.
@@ -14,25 +14,27 @@ import os
 import jax
 from absl import flags
 
-from sam_jax import commands, flatness, writers
+from sam_jax import run_log
+from sam_jax.analysis import study
+from sam_jax.cli import commands
 from sam_jax.errors import UserError
 
-_DEFAULT = flatness.Settings()
+_DEFAULT = study.Settings()
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of a run, finished or not.')
 _COMPARE = flags.DEFINE_string('compare', '', 'Folder of another run, to be drawn beside it.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for the results; default WORKDIR/analysis.')
 _DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the datasets lie; default the run's own.")
-_SPLIT = flags.DEFINE_string('split', flatness.SPLIT, "Split: 'train' with the labels trained on, "
+_SPLIT = flags.DEFINE_string('split', study.SPLIT, "Split: 'train' with the labels trained on, "
                              'or one that the run evaluates on, such as test.')
-_EXAMPLES = flags.DEFINE_integer('examples', flatness.EXAMPLES, 'Examples of it; 0 for all.')
+_EXAMPLES = flags.DEFINE_integer('examples', study.EXAMPLES, 'Examples of it; 0 for all.')
 _EPOCH = flags.DEFINE_integer('epoch', None, 'After which epoch (checkpoint.keep_epochs keeps '
                               'some); default the newest checkpoint.')
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', 0, "Examples computed at once; 0 for the run's eval.batch_size.")
 _PENALTY = flags.DEFINE_bool('penalty', False, "Whether the run's L2 penalty is part of the loss.")
 _WHAT = flags.DEFINE_list('what', list(_DEFAULT.what),
-                          f'What to measure: {", ".join(flatness.WHAT)}.')
+                          f'What to measure: {", ".join(study.WHAT)}.')
 _M = flags.DEFINE_list('m', [str(m) for m in _DEFAULT.m], 'Group sizes of m-sharpness.')
 _DIRECTIONS = flags.DEFINE_enum('directions', _DEFAULT.directions, ['random', 'eigenvectors'],
                                 'Axes of the landscape.')
@@ -62,17 +64,17 @@ def main() -> None:
     for flag in (_EXAMPLES, _BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f'--{flag.name} is {flag.value}; it must be at least 0.')
-    settings = flatness.Settings(
+    settings = study.Settings(
         tuple(_WHAT.value), m=tuple(map(int, _M.value)), directions=_DIRECTIONS.value,
         **{flag.name: flag.value for flag in _NUMBERS})
     folders = [_WORKDIR.value] + ([_COMPARE.value] if _COMPARE.value else [])
-    runs = [flatness.open_run(folder, _SPLIT.value, _EXAMPLES.value, _PENALTY.value,
+    runs = [study.open_run(folder, _SPLIT.value, _EXAMPLES.value, _PENALTY.value,
                               settings.seed, _DATA_DIR.value, _EPOCH.value,
                               _BATCH_SIZE.value)
             for folder in folders]
     out = _OUT.value or os.path.join(_WORKDIR.value, 'analysis')
-    with contextlib.closing(writers.Bars()) as bars:
-        flatness.analyze(runs, out, settings, bars)
+    with contextlib.closing(run_log.Bars()) as bars:
+        study.analyze(runs, out, settings, bars)
     with open(os.path.join(out, 'report.md')) as file:
         _log.info('%s\n%s', out, file.read())
 

@@ -15,8 +15,10 @@ import time
 import jax
 
 import sam_jax
-from sam_jax import commands, data, replicas, shipped, train_step
-from sam_jax import config as config_lib
+from sam_jax import replicas, settings
+from sam_jax.cli import commands
+from sam_jax.experiment import Experiment
+from sam_jax.settings import shipped
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 # Library -> what it is for.
@@ -71,22 +73,17 @@ def try_steps(seconds: float = SECONDS) -> dict[str, float]:
     Raises:
       FloatingPointError: the loss is not finite.
     """
-    _, config = config_lib.load('digits')
-    layout, _ = replicas.make_layout(
-        config.batch_size, config.replica_batch_size, 1, devices=jax.devices()[:1])
-    dataset = data.load_dataset(config.data)
-    model = config_lib.create_model(config, dataset.num_classes)
-    state = layout.replicate(train_step.create_train_state(config, model, dataset.image_shape))
-    arguments = (layout.shard(dataset.train_feed(config.seed, 0, layout)),
-                 layout.replicate(dataset.device_arrays(dataset.train)),
-                 layout.replicate(train_step.HParams.from_config(config)))
+    _, config = settings.load('digits')
+    experiment = Experiment.from_config(config, jax.devices()[:1])
+    layout = experiment.layout
+    state = experiment.initial_state()
+    feed = layout.shard(experiment.dataset.train_feed(config.seed, 0, layout))
     began = time.perf_counter()
-    step = train_step.make_train_step(model, config, layout, dataset).lower(
-        state, *arguments).compile()
+    step = experiment.train_step.lower(state, feed, *experiment.constants).compile()
     compiled = time.perf_counter()
     steps, metrics = 0, {}
     while time.perf_counter() - compiled < seconds:
-        state, metrics = step(state, *arguments)
+        state, metrics = step(state, feed, *experiment.constants)
         jax.block_until_ready(metrics)
         steps += 1
     if int(metrics['bad_step']):

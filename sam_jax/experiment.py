@@ -1,0 +1,285 @@
+"""An experiment: all that a config says, checked and built, before or after it is trained.
+
+    experiment = Experiment.from_config(config)
+    state = experiment.initial_state()
+    step, constants = experiment.train_step, experiment.constants
+    for feed in experiment.feeds():
+        state, metrics = step(state, feed, *constants)
+    print(experiment.evaluate(state))
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sam_jax import data, evaluate, models, replicas, schedules, settings, train_step
+from sam_jax.checkpoint import Checkpoints
+from sam_jax.data.dataset import Dataset
+from sam_jax.errors import UserError
+from sam_jax.models import pretrained
+from sam_jax.models.layers import Network
+from sam_jax.train_step import HParams, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is known of a run before it starts.
+
+    Attributes:
+      config: its settings.
+      layout: which device computes what.
+      note: a line about the layout that its user should see, or ''.
+      dataset: its data.
+      model: its network.
+    """
+
+    config: Any
+    layout: replicas.Layout
+    note: str
+    dataset: Dataset
+    model: Network
+
+    @classmethod
+    def from_config(cls, config: Any, devices: Sequence[replicas.Device] | None = None,
+                    to_train: bool = True) -> 'Experiment':
+        """Checks a config and builds what it names.
+
+        Args:
+          config: ConfigDict with the keys of `settings.KEYS`.
+          devices: default all devices.
+          to_train: False where it is only evaluated, which any number of devices can.
+
+        Raises:
+          UserError: one sentence about the first thing wrong.
+        """
+        settings.check(config)
+        layout, note = replicas.make_layout(
+            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
+            config.replica_loop, devices)
+        if to_train:
+            settings.check_with_layout(config, layout)
+        dataset = data.load_dataset(config.data)
+        settings.check_with_data(config, dataset)
+        model = models.from_config(config.model, dataset.num_classes)
+        experiment = cls(config, layout, note, dataset, model)
+        dataset.check_memory([dataset.train, *experiment.evaluated.values()],
+                             *replicas.free_memory(layout.devices))
+        return experiment
+
+    @classmethod
+    def of_run(cls, workdir: str, devices: Sequence[replicas.Device] | None = None,
+               data_dir: str = '') -> 'Experiment':
+        """Returns the experiment of a run that was trained, to evaluate it.
+
+        Args:
+          workdir: the run's folder.
+          devices: default all devices.
+          data_dir: where the datasets lie; '' for the run's own place.
+
+        Raises:
+          UserError: it is no folder of a run, or the dataset is missing.
+        """
+        config = settings.of_run(workdir)
+        if data_dir:
+            config.data.dir = data_dir
+        return cls.from_config(config, devices, to_train=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.dataset.num_train_examples // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.total_epochs * self.steps_per_epoch
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """{name: split} of the splits that the config wants evaluated."""
+        return {name: split for name, split in self.dataset.evals.items()
+                if self.config.eval.train_set or not name.startswith('train')}
+
+    # Training.
+
+    def create_state(self) -> TrainState:
+        """Returns the TrainState before the first step, with random weights, where JAX puts it."""
+        return train_step.create_train_state(
+            self.config, self.model, self.dataset.image_shape, self.dataset.num_images)
+
+    def initial_state(self) -> TrainState:
+        """Returns the TrainState before the first step on the devices.
+
+        Its weights are random, or those of `model.init_from`.
+        """
+        state, path = self.create_state(), self.config.model.init_from
+        if path:
+            variables = pretrained.load(
+                path, self.model, {'params': state.params, 'batch_stats': state.batch_stats})
+            state = state.replace(ema=state.ema and jax.tree.map(np.copy, variables), **variables)
+        return self.on_devices(state)
+
+    def on_devices(self, state: TrainState) -> TrainState:
+        """Returns a state with a copy on each device."""
+        return self.layout.replicate(jax.device_get(state))
+
+    @functools.cached_property
+    def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The pmapped step: (state, feed, *constants) -> (state, metrics); state is donated."""
+        return train_step.make_train_step(self.model, self.config, self.layout, self.dataset)
+
+    @functools.cached_property
+    def constants(self) -> tuple[dict[str, jax.Array], HParams]:
+        """What every step is given: the training set's arrays and the HParams, on the devices."""
+        return self.arrays(self.dataset.train), self.layout.replicate(
+            HParams.from_config(self.config))
+
+    def feeds(self, first_step: int = 0, waiting: Callable[[], Any] = contextlib.nullcontext
+              ) -> Iterator[dict[str, Any]]:
+        """Yields the feeds of the steps from a step to the last one, on the devices.
+
+        For methods that ask for it the feed of the step before is with it; before the first step
+        there is none, and it is its own.
+
+        Args:
+          first_step: 0-based.
+          waiting: returns a context for the time in which nothing but input is waited for.
+        """
+        asks = train_step.asks_for_previous(self.config)
+        begin = max(first_step - 1, 0) if asks else first_step
+        feeds = self.dataset.train_feeds(self.config.seed, begin, self.total_steps, self.layout)
+        previous = None
+        for step in range(begin, self.total_steps):
+            with waiting():
+                feed = next(feeds)
+            # The copy to the devices goes on while they still compute the steps before.
+            feed = self.layout.shard(feed)
+            if step >= first_step:
+                yield train_step.paired(feed, previous) if asks else feed
+            previous = feed
+
+    def scheduled(self, step: int) -> tuple[float, float]:
+        """Returns (learning rate, rho) at a step."""
+        learning_rate, rho = schedules.of_run(
+            self.config, HParams.from_config(self.config), step, self.steps_per_epoch)
+        return float(learning_rate), float(rho)
+
+    # Evaluation.
+
+    @functools.cached_property
+    def _placed(self):
+        return {}
+
+    def arrays(self, split: Any) -> dict[str, jax.Array]:
+        """Returns a split's arrays on the devices, each once, however many splits share it."""
+        arrays = self.dataset.device_arrays(split)
+        for array in arrays.values():
+            if id(array) not in self._placed:
+                self._placed[id(array)] = self.layout.replicate(array)
+        return {name: self._placed[id(array)] for name, array in arrays.items()}
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[..., dict[str, jax.Array]]:
+        """The pmapped step: (params, batch_stats, arrays, feed) -> sums."""
+        return evaluate.make_eval_step(
+            self.model, self.layout, self.dataset, self.config.eval.top5)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Returns {'test/error_rate': ..., 'test/ema_error_rate': ..., ...} of a state."""
+        versions = {'': (state.params, state.batch_stats)}
+        if state.ema is not None:
+            versions['ema_'] = (state.ema['params'], state.ema['batch_stats'])
+        results = {}
+        for name, split in self.evaluated.items():
+            prefix = name if name in ('test', 'validation') else f'{name}_set'
+            for version, variables in versions.items():
+                feeds = self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout)
+                means = evaluate.evaluate(
+                    self.eval_step, *variables, self.arrays(split), feeds, self.layout)
+                results.update({f'{prefix}/{version}{k}': v for k, v in means.items()})
+        return results
+
+    def probabilities(self, state: TrainState, split: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what a state says of a split without augmentation, with its EMA if it has one.
+
+        Returns:
+          (probabilities, labels): float32 (N, classes) and the labels, in the split's order. Of an
+          image that is passed over nothing is known: all classes alike.
+        """
+        variables = self.weights(state)
+        step = evaluate.make_predict_step(self.model, self.layout, self.dataset)
+        parts = []
+        for feed in self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout):
+            rows = jax.device_get(step(variables['params'], variables['batch_stats'],
+                                       self.arrays(split), self.layout.shard(feed)))
+            rows = np.where(feed['mask'][..., None], rows, 1 / rows.shape[-1])
+            parts.append([x.reshape(-1, *x.shape[2:]) for x in (rows, feed['label'])])
+        # The places that fill up the last batch come last.
+        probabilities, labels = (np.concatenate(x)[:len(split)] for x in zip(*parts))
+        return probabilities, labels
+
+    @staticmethod
+    def weights(state: TrainState) -> dict[str, Any]:
+        """Returns {'params', 'batch_stats'} that a state is judged by: its EMA if it has one."""
+        return state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
+
+    # Checkpoints.
+
+    def checkpoints(self, workdir: str, read_only: bool = False) -> Checkpoints:
+        """Opens the checkpoints of a run of this experiment."""
+        return Checkpoints(
+            os.path.join(os.path.abspath(workdir), 'checkpoints'),
+            [epoch * self.steps_per_epoch for epoch in self.config.checkpoint.keep_epochs],
+            read_only)
+
+    def restore_from(self, checkpoints: Checkpoints, step: int | None = None
+                     ) -> tuple[TrainState, int, float]:
+        """Returns (state on the devices, its step, wall time so far) of a checkpoint.
+
+        Args:
+          checkpoints: of `checkpoints`.
+          step: of which step; default the newest whole one, or the beginning where there is none.
+
+        Raises:
+          UserError: it is not there, or of other settings.
+        """
+        # The settings are compared first: of another model they say more than shapes do.
+        metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
+        meta = next(filter(None, metas), None)
+        if meta:
+            settings.check_same_mathematics(self.config, meta['config'])
+        target = self.create_state()
+        found = (checkpoints.restore_newest(target) if step is None
+                 else checkpoints.restore(step, target))
+        if not found:
+            return self.initial_state(), 0, 0.0
+        step, state, meta = found
+        return self.on_devices(state), step, meta['wall_time']
+
+    def restore(self, workdir: str, epoch: int | None = None) -> tuple[TrainState, int]:
+        """Opens a run without training it on, or changing anything of it.
+
+        Args:
+          workdir: the run's folder.
+          epoch: after which epoch; default that of the newest checkpoint.
+
+        Returns:
+          (state, step): the TrainState of the checkpoint on the devices, and its number of steps.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is of other settings.
+        """
+        none = UserError(
+            f'workdir {workdir!r} holds no checkpoint; the run has to be trained first.')
+        if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+            raise none
+        with contextlib.closing(self.checkpoints(workdir, read_only=True)) as checkpoints:
+            if not checkpoints.steps():
+                raise none
+            wanted = None if epoch is None else epoch * self.steps_per_epoch
+            state, step, _ = self.restore_from(checkpoints, wanted)
+        return state, step

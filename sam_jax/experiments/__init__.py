@@ -1,0 +1,1 @@
+"""Many runs: grids, engines that run them, their results, reports, pictures."""

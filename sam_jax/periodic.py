@@ -1,0 +1,129 @@
+"""What a run does now and then between steps: evaluate, measure its flatness, save and stop.
+
+An action is called after every step with (steps made, state) and sees for itself whether it is due;
+the last step is. Its `results(state)` are its part of result.json.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sam_jax import analysis, distributed, run_log, settings
+from sam_jax.checkpoint import Checkpoints
+from sam_jax.experiment import Experiment
+from sam_jax.progress import Progress
+from sam_jax.step_log import StepLog
+from sam_jax.train_step import TrainState
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state; start it again to go on."""
+
+
+class Run(NamedTuple):
+    """A run while it goes on.
+
+    Attributes:
+      experiment: what is trained.
+      workdir: its folder.
+      checkpoints: of it.
+      log: of its steps.
+      writer: of metrics.
+      progress: what a person sees.
+      wall_time: returns the seconds that it took so far, before restarts too.
+    """
+
+    experiment: Experiment
+    workdir: str
+    checkpoints: Checkpoints
+    log: StepLog
+    writer: run_log.RunWriter
+    progress: Progress
+    wall_time: Callable[[], float]
+
+    def epoch_ends(self, done: int, period: int) -> bool:
+        """Whether these steps make whole epochs, and a multiple of the period; 0 is never."""
+        epoch, position = divmod(done, self.experiment.steps_per_epoch)
+        return position == 0 and period > 0 and epoch % period == 0
+
+    def due(self, done: int, period: int) -> bool:
+        """Whether an action of so many epochs is due: at the end of the run, too."""
+        return done == self.experiment.total_steps or self.epoch_ends(done, period)
+
+    def report(self, done: int, results: dict[str, float], form: str) -> None:
+        """Writes results and shows them; the time since the step was no training."""
+        self.writer.scalars(done, results)
+        self.progress.say(f'step {done}: ' + ', '.join(
+            f'{name} {value:{form}}' for name, value in results.items()))
+        self.progress.start_clock(done)
+
+
+class Evaluation:
+    """Evaluates the splits that the config asks for, every `eval.every_epochs`."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._latest = run, {}
+
+    def __call__(self, done: int, state: TrainState) -> None:
+        if self._run.due(done, self._run.experiment.config.eval.every_epochs):
+            self._run.log.flush()
+            self._latest = self._run.experiment.evaluate(state)
+            self._run.report(done, self._latest, '.4f')
+
+    def results(self, state: TrainState) -> dict[str, Any]:
+        # A run that was stopped after its last step has made no step now.
+        return self._latest or self._run.experiment.evaluate(state)
+
+
+class Flatness:
+    """Measures how flat the minimum is, every `analysis.every_epochs`."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        self._run, self._latest = run, {}
+        self._monitor = analysis.monitor.Monitor(run.experiment, state)
+
+    def __call__(self, done: int, state: TrainState) -> None:
+        if self._run.due(done, self._run.experiment.config.analysis.every_epochs):
+            self._run.log.flush(refuse_bad=True)
+            self._latest = self._monitor(state)
+            self._run.report(done, self._latest, '.4g')
+
+    def results(self, state: TrainState) -> dict[str, Any]:
+        return {**(self._latest or self._monitor(state)), 'analysis/share': self._monitor.share()}
+
+
+class Saving:
+    """Saves a checkpoint as `checkpoint` says, and at a signal, which ends the run."""
+
+    def __init__(self, run: Run, stop: Any) -> None:
+        """`stop.received(step)` says whether the run is asked to stop, the same everywhere."""
+        self._run, self._stop = run, stop
+        self._saved_at = time.time()
+
+    def __call__(self, done: int, state: TrainState) -> None:
+        run, total = self._run, self._run.experiment.total_steps
+        stopping = self._stop.received(done)
+        if done == total or stopping or self._due(done):
+            run.log.flush(refuse_bad=True)
+            run.checkpoints.save(done, state, {
+                'config': settings.jsonable(run.experiment.config), 'wall_time': run.wall_time()})
+            self._saved_at = time.time()
+        if stopping and done < total:
+            run.checkpoints.wait()
+            raise Preempted(
+                f'Stopped by SIGTERM at step {done} of {total}; the state is saved, the same '
+                'command goes on from here.')
+
+    def _due(self, done):
+        config = self._run.experiment.config
+        epoch, position = divmod(done, self._run.experiment.steps_per_epoch)
+        if self._run.epoch_ends(done, config.checkpoint.every_epochs) or (
+                position == 0 and epoch in config.checkpoint.keep_epochs):
+            return True
+        # The clocks of processes differ, so one of them decides, now and then.
+        minutes = config.checkpoint.every_minutes
+        return bool(minutes and done % config.log_every_steps == 0
+                    and distributed.broadcast(time.time() - self._saved_at > 60 * minutes))
+
+    def results(self, state: TrainState) -> dict[str, Any]:
+        return {}

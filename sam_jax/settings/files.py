@@ -1,0 +1,90 @@
+"""Where a config comes from: a file that --config names, or the folder of a run."""
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from types import ModuleType
+
+import ml_collections
+
+from sam_jax.errors import UserError
+from sam_jax.settings import shipped
+from sam_jax.settings.overrides import flatten, nearest, unflatten
+from sam_jax.settings.schema import KEYS
+
+# Keys that came later; without them the defaults were computed.
+ADDED = ('analysis.every_epochs', 'analysis.examples', 'analysis.steps', 'analysis.rho')
+
+
+def of_run(workdir: str) -> ml_collections.ConfigDict:
+    """Returns the config of the run in a folder.
+
+    Raises:
+      UserError: it is no folder of a run.
+    """
+    path = os.path.join(workdir, 'config.json')
+    try:
+        with open(path) as file:
+            settings = json.load(file)['config']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{workdir!r} must be the folder of a run, but {path} cannot be read: '
+                        f'{e}.') from e
+    later = {key: KEYS[key].default for key in ADDED}
+    return unflatten({**later, **settings})
+
+
+def check_flags(argv: Sequence[str], default: str) -> str:
+    """Checks the file of --config and the names of the --config.KEY flags.
+
+    Args:
+      argv: the command line.
+      default: the config file where none is given.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      UserError: no such file, a bad argument of the config, or a key that it does not have.
+    """
+    given = dict(re.fullmatch(r'--?(?:no)?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
+                 for a in argv if re.match(r'--?(?:no)?config(?=[.=]|$)', a))
+    for flag, value in zip(argv, argv[1:]):
+        if flag in ('--config', '-config'):  # the form with a space
+            given['config'] = value
+    flag = given.pop('config', None) or default
+    known = flatten(load(flag)[1])
+    sections = {key.rpartition('.')[0] for key in known}
+    for key in (name.removeprefix('config.') for name in given):
+        if key not in known and key not in sections:
+            raise UserError(f'Unknown config key {key}{nearest(key, list(known))}.')
+    return shipped.resolve(flag).partition(':')[0]
+
+
+def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
+    """Loads a config as --config names it.
+
+    Args:
+      flag: 'FILE', 'FILE:ARGUMENT', or the same with the name of a config of ours.
+
+    Returns:
+      (the file as a module, what its get_config returns).
+
+    Raises:
+      UserError: no such file, no get_config in it, or a bad argument.
+    """
+    path, _, argument = shipped.resolve(flag).partition(':')
+    if not os.path.isfile(path):
+        raise UserError(f'--config is {path!r}: No such file; by name there are '
+                        f'{", ".join(shipped.names())}.')
+    spec = importlib.util.spec_from_file_location('checked_config', path)
+    module = importlib.util.module_from_spec(spec)
+    with shipped.importable(path):
+        spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'--config is {path!r}; that file must define get_config().')
+    try:
+        return module, module.get_config(argument) if argument else module.get_config()
+    except ValueError as e:
+        raise UserError(f'--config={path}:{argument}: {e}') from e

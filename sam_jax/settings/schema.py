@@ -1,0 +1,223 @@
+"""Every setting of a run: its default, type, range and meaning, each in one place.
+
+`default_config()` is made of KEYS, and so are the checks and the reference page of the settings.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from sam_jax import data, optimizers, schedules, sharpness
+
+DTYPES = ('float32', 'bfloat16', 'float64')
+
+
+class Key(NamedTuple):
+    """A setting.
+
+    Attributes:
+      default: its value where nothing is said; its type is that of the setting.
+      meaning: a few words, as the reference page has them.
+      low, high: the least and the greatest value, or None.
+      below: whether the greatest value itself is not allowed.
+      choices: the values that it may have; () for any.
+    """
+
+    default: Any
+    meaning: str
+    low: float | None = None
+    high: float | None = None
+    below: bool = False
+    choices: Sequence[str] = ()
+
+    @property
+    def kind(self) -> type:
+        """The type of its values."""
+        return type(self.default)
+
+    def why_not(self, value: Any) -> str | None:
+        """Returns what is wrong with a value, 'it must be ...', or None.
+
+        A float may be given as an int; a bool is no number.
+        """
+        accepted = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
+            return f'it must be of type {self.kind.__name__}.'
+        if self.choices and value not in self.choices:
+            return f'it must be one of {", ".join(self.choices)}.'
+        if self.low is not None:
+            high = math.inf if self.high is None else self.high
+            # Neither NaN nor infinity is a setting.
+            if not (self.low <= value < high or (value == high < math.inf and not self.below)):
+                return f'it must be at least {self.low:g}{self._upper()}.'
+        return None
+
+    def _upper(self):
+        if self.high is None:
+            return ''
+        return f' and {"below" if self.below else "at most"} {self.high:.10g}'
+
+    @property
+    def allowed(self) -> str:
+        """What its values may be, as the reference page says it."""
+        if self.choices:
+            return ', '.join(f'`{choice}`' for choice in self.choices)
+        return '' if self.low is None else f'at least {self.low:g}{self._upper()}'
+
+
+def _positive(default, meaning):
+    return Key(default, meaning, 1)
+
+
+def _amount(default, meaning):
+    return Key(default, meaning, 0)
+
+
+def _share(default, meaning, below=True):
+    return Key(default, meaning, 0, 1, below)
+
+
+def _seed(meaning):
+    return Key(0, meaning, 0, 2 ** 32 - 1)
+
+
+# The keys that every config has. Further ones under `model` are options of the model's family, and
+# under `sam` of the method.
+KEYS = {
+    'seed': _seed('decides init, order, augmentation and dropout'),
+    'total_epochs': _positive(200, 'how long to train'),
+    'batch_size': _positive(256, 'examples of a step, over all devices'),
+    'replica_batch_size': _positive(
+        32, 'examples that share BatchNorm statistics and, by default, an ascent'),
+    'replica_loop': Key('auto', 'several replicas on a device: `unroll`, or `scan` as does `auto`',
+                        choices=('auto', 'unroll', 'scan')),
+    'label_smoothing': _share(0.0, 'share of the label that all classes have alike'),
+    'log_every_steps': _positive(100, 'steps between two lines of the log'),
+
+    'model.name': Key('', 'a name of `sam_jax.models.NAMES`'),
+    'model.dtype': Key('float32', 'of the computation; params stay float32 (float64: all of it)',
+                       choices=DTYPES),
+    'model.init_from': Key('', 'file or folder of weights to start from; empty for random ones'),
+    'model.frozen_batch_norm': Key(
+        False, 'normalise by the running statistics and leave them alone'),
+    'model.sync_batch_norm': Key(False, 'statistics over all replicas, one a device'),
+    'model.remat': Key(
+        False, 'compute activations anew in the backward pass: less memory, slower'),
+
+    'data.name': Key('cifar10', 'the dataset', choices=data.NAMES),
+    'data.dir': Key('', 'where datasets lie; empty for the default of TensorFlow Datasets'),
+    'data.augment': Key('basic', 'the recipe of augmentation', choices=tuple(data.RECIPES)),
+    'data.padding': _amount(4, 'pixels of the shift crop'),
+    'data.cutout_size': _positive(16, 'side of the square that `cutout` empties'),
+    'data.cutout_per_image': Key(False, 'a place for each image, not one for the batch'),
+    'data.corrected_ops': Key(
+        False, "AutoAugment and RandAugment without the original's quirks"),
+    'data.randaugment_layers': _positive(2, 'operations on an image'),
+    'data.randaugment_magnitude': _amount(9, 'their level'),
+    'data.mixup_alpha': _amount(
+        0.0, 'mix pairs of examples, weight from Beta(alpha, alpha); 0 for never'),
+    'data.cutmix_alpha': _amount(0.0, 'exchange boxes between pairs of examples; 0 for never'),
+    'data.mix_per_image': Key(False, 'a weight for each image in place of one for the batch'),
+    'data.image_size': _amount(0, "side of the network's input; 0 for that of the dataset"),
+    'data.skip_corrupt': Key(False, 'pass over images that cannot be decoded'),
+    'data.threads': _amount(0, 'that read and decode images; 0 for one a core'),
+    'data.validation': Key(
+        False, 'hold out the last tenth of the training set and evaluate on it too'),
+    'data.label_noise': _share(
+        0.0, 'fraction of training labels that get another one', below=False),
+    'data.label_noise_kind': Key(
+        'uniform', '`uniform` over all classes, `other` ones, or the next (`pair`)',
+        choices=tuple(data.LABEL_NOISE)),
+    'data.label_noise_seed': _seed("decides which labels are noisy, whatever the run's seed"),
+    'data.labels_from': Key('', 'file of `sam-jax-predict`: train on its predictions'),
+    'data.soft_labels': Key(False, 'on its probabilities and not on the likeliest class'),
+
+    'sam.method': Key('sam', 'the method; `sgd` for the optimizer alone',
+                      choices=tuple(sharpness.METHODS)),
+    'sam.rho': _amount(0.05, 'radius of the perturbation'),
+    'sam.p': Key(2.0, 'the norm that it is measured in: greater than 1, `inf` is allowed'),
+    'sam.replicas_per_group': _positive(
+        1, 'replicas that ascend together: m = `replica_batch_size` times this'),
+    'sam.schedule': Key('constant', 'of rho; `learning_rate`: in proportion to it',
+                        choices=(*schedules.SCHEDULES, 'learning_rate')),
+    'sam.rho_min': _amount(0.0, 'rho at learning rate 0, with schedule `learning_rate`'),
+    'sam.warmup_epochs': _amount(0.0, 'of rho, linear'),
+
+    'optimizer.name': Key('sgd', 'the base optimizer', choices=tuple(optimizers.OPTIMIZERS)),
+    'optimizer.learning_rate': _amount(0.1, 'at its highest'),
+    'optimizer.schedule': Key('cosine', 'of the learning rate',
+                              choices=tuple(schedules.SCHEDULES)),
+    'optimizer.warmup_epochs': _amount(0.0, 'of the learning rate, linear'),
+    'optimizer.momentum': _share(0.9, 'of SGD and RMSProp, and of the mean of Adam'),
+    'optimizer.nesterov': Key(True, "Nesterov's momentum"),
+    'optimizer.decay': _share(
+        0.9, 'of the average of squares of RMSProp and Adam (there often 0.999)'),
+    'optimizer.epsilon': _amount(
+        1e-3, "RMSProp's inside of the root, Adam's outside (there often 1e-8)"),
+    'optimizer.weight_decay': _amount(
+        5e-4, '0.5 `weight_decay` times the sum of squares is part of the loss'),
+    'optimizer.decay_norm_and_bias': Key(
+        True, 'otherwise only parameters of two or more axes are decayed'),
+    'optimizer.clip_norm': _amount(5.0, 'global norm of the mean gradient; 0 for no clipping'),
+
+    'ema.decay': _share(0.0, 'of the moving average of params and statistics; 0 for none'),
+    'ema.warmup_steps': _amount(0, 'steps before it begins'),
+
+    'eval.every_epochs': _amount(1, 'epochs between evaluations; 0 for the last one alone'),
+    'eval.batch_size': _positive(512, 'examples evaluated at once, over all devices'),
+    'eval.top5': Key(False, 'top-5 errors too'),
+    'eval.train_set': Key(False, 'evaluate on the training set too, without augmentation'),
+
+    'checkpoint.every_minutes': _amount(10.0, 'minutes between checkpoints; 0 for never'),
+    'checkpoint.every_epochs': _amount(0, 'epochs between checkpoints; 0 for never'),
+    'checkpoint.keep_epochs': Key((), 'checkpoints after these epochs are never deleted'),
+
+    'analysis.every_epochs': _amount(
+        0, 'epochs between measurements of how flat the minimum is; 0 for never'),
+    'analysis.examples': _positive(1000, 'of the training set, on which it is measured'),
+    'analysis.steps': Key(20, 'products of Lanczos', 5),
+    'analysis.rho': _amount(
+        0.05, 'of the ball whose sharpness is measured, whatever `sam.rho` is'),
+}
+
+# Options of the families of models, by the beginning of the name.
+_RATE = 'share of activations that is dropped, before the head'
+MODEL_OPTIONS = {
+    'wrn': {
+        'dropout_rate': Key(0.0, "within the blocks, as Zagoruyko's"),
+        'batch_norm': Key(True, 'without it convolutions have biases'),
+        'extra_skips': Key(False, "AutoAugment's additional shortcuts")},
+    'shake_shake': {},
+    'pyramidnet': {'alpha': Key(200.0, 'channels that are added from first to last block')},
+    'resnet': {},
+    'efficientnet': {
+        'dropout_rate': Key(
+            0.2, f'{_RATE}; in the original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5'),
+        'stochastic_depth_rate': Key(0.2, 'share of images for which the last block is left out')},
+}
+CIFAR_RESNET_OPTIONS = {
+    'residual': Key(True, 'its shortcuts'),
+    'batch_norm': Key(True, 'without it convolutions have biases')}
+IMAGENET_RESNETS = (
+    'resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet200')
+
+
+def model_options(name: str) -> dict[str, Key]:
+    """Returns {option: Key} of a model, of which `config.model` has one each."""
+    if name.startswith('resnet') and name not in IMAGENET_RESNETS:
+        return CIFAR_RESNET_OPTIONS
+    return next((options for family, options in MODEL_OPTIONS.items() if name.startswith(family)),
+                {})
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns the settings that all experiments start from, unlocked: the paper's on CIFAR."""
+    config = ml_collections.ConfigDict()
+    for key, described in KEYS.items():
+        section, _, name = key.rpartition('.')
+        if section and section not in config:
+            config[section] = ml_collections.ConfigDict()
+        (config[section] if section else config)[name] = described.default
+    return config
