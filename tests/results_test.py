@@ -14,7 +14,7 @@ from configs import ablations, cifar, imagenet, label_noise, svhn
 from sam_jax.errors import UserError
 from sam_jax.experiments import results
 
-PAPER = results.read_paper(ROOT / 'sam_jax' / 'paper.csv')
+PAPER = results.read_paper(ROOT / 'sam_jax' / 'experiments' / 'paper.csv')
 
 
 def _groups(folder):

@@ -300,8 +300,8 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             flag, *overrides = shlex.split(line['command'])
             # By name: wherever one is, whatever `configs` lies there.
             config = load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
-            for override in overrides:
-                key, _, value = override.removeprefix('--config.').partition('=')
+            for flag in overrides:
+                key, _, value = flag.removeprefix('--config.').partition('=')
                 override(config, key, value)
             rows.append(PaperRow(
                 line['table'], line['command'], line['metric'], float(line['percent']),
