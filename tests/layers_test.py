@@ -38,7 +38,7 @@ LIBRARIES = {
     'sklearn': {'data'},
     'tensorflow': {'data', 'benchmarks'},
     'grain': {'data'},
-    'PIL': {'cli'},
+    'PIL': {'cli', 'data'},
     'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint'},
     'clu': {'run_log', 'benchmarks'},

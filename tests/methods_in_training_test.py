@@ -15,7 +15,7 @@ import pytest
 from helpers import assert_trees_equal, relative_distance
 from train_step_test import Session, count_compilations, step_config
 
-from sam_jax import sharpness
+from sam_jax import settings, sharpness
 from sam_jax.checkpoint import Checkpoints
 
 # Gates that are open at some of the four steps and shut at others; memories that speak.

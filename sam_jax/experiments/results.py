@@ -20,7 +20,7 @@ from scipy import stats
 
 from sam_jax import run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import FREE_AT_RESUME, jsonable, load
+from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
