@@ -20,7 +20,7 @@ from scipy import stats
 
 from sam_jax import run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import FREE_AT_RESUME, jsonable, load
+from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
@@ -300,8 +300,8 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             flag, *overrides = shlex.split(line['command'])
             # By name: wherever one is, whatever `configs` lies there.
             config = load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
-            for override in overrides:
-                key, _, value = override.removeprefix('--config.').partition('=')
+            for change in overrides:
+                key, _, value = change.removeprefix('--config.').partition('=')
                 override(config, key, value)
             rows.append(PaperRow(
                 line['table'], line['command'], line['metric'], float(line['percent']),
