@@ -29,6 +29,13 @@ def test_mean_and_interval():
         results.mean_and_interval([5.0])[1])
 
 
+@pytest.mark.parametrize('pair,digits,text', [
+    ((1 / 3, 0.128), 2, '0.33 ± 0.13'), ((12.0, 1.26), 1, '12.0 ± 1.3'),
+    ((5.0, math.nan), 2, '5.00'), (None, 2, '')])
+def test_interval(pair, digits, text):
+    assert results.interval(pair, digits) == text
+
+
 def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
     for seed in range(3):
         config = digits_config(data__dir=f'/{seed}', eval__batch_size=64 + seed)
