@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 FLOORS = [
-    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
+    {'errors', 'tables', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
     {'models', 'data', 'optimizers', 'checkpoint', 'run_log', 'progress', 'distributed',
      'replicas', 'quantization'},
     {'train_step', 'gradients', 'trajectory', 'evaluate'},
@@ -23,9 +23,11 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Imports within a floor: checkpoints ask for the number of processes, models for the axis.
+# Imports within a floor: checkpoints ask for the number of processes, models for the axis, the
+# registry of methods writes its table.
 NEIGHBOURS = {('checkpoint', 'distributed'), ('train_step', 'gradients'),
-              ('train_step', 'trajectory'), ('models', 'replicas')}
+              ('train_step', 'trajectory'), ('models', 'replicas'),
+              ('sharpness', 'tables')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'run_log')}

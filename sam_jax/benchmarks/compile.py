@@ -12,6 +12,7 @@ replica, without ever allocating the model, and prints a row a model as soon as 
   arguments         state, batch and hyper-parameters; the step gives the state's memory back
 """
 
+import sys
 import time
 import types
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from sam_jax import models, replicas, train_step
+from sam_jax import models, replicas, tables, train_step
 from sam_jax.models.layers import Network
 from sam_jax.settings import schema
 
@@ -87,14 +88,15 @@ def main(argv: list[str]) -> None:
     del argv
     if _CACHE.value:
         jax.config.update('jax_compilation_cache_dir', _CACHE.value)
-    print('| model | batch | image | kept (GiB) | trace (s) | compile (s) | temporary (GiB) | '
-          'arguments (GiB) |')
-    print('|---|---|---|---|---|---|---|---|', flush=True)
+    rows = []
     for name in _MODELS.value:
         batch, side, *figures = report(name)
         jax.clear_caches()  # gigabytes of programs that nobody will run
-        cells = [f'{x:.3g}' for x in figures]
-        print(f'| {name} | {batch} | {side} | {" | ".join(cells)} |', flush=True)
+        rows.append((name, batch, side, *(f'{x:.3g}' for x in figures)))
+        print(*rows[-1], file=sys.stderr, flush=True)
+    print(tables.markdown(
+        ('model', 'batch', 'image', 'kept (GiB)', 'trace (s)', 'compile (s)', 'temporary (GiB)',
+         'arguments (GiB)'), rows))
 
 
 if __name__ == '__main__':

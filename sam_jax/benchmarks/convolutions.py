@@ -7,6 +7,7 @@ the input and of that of the filter: first by JAX's own rule and then by ours, e
 its own and within a `cond`, in one run. The best of some rounds each.
 """
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from jax import lax
 
-from sam_jax import convolutions
+from sam_jax import convolutions, tables
 
 _IMAGES = flags.DEFINE_integer('images', 128, 'Images in a batch.')
 _WIDTH = flags.DEFINE_integer('width', 4, 'Of the WideResNet.')
@@ -51,32 +52,34 @@ def _best_seconds(function, arguments):
     return min(times)
 
 
-def measure(size: int, channels: int, filters: int, stride: int) -> None:
-    """Prints the rows of one convolution."""
+def measure(size: int, channels: int, filters: int, stride: int) -> list[list[str]]:
+    """Returns the rows of one convolution."""
     shapes = ((_IMAGES.value, size, size, channels), (3, 3, channels, filters),
               (_IMAGES.value, size // stride, size // stride, filters))
     arguments = [jax.device_put(np.random.RandomState(0).randn(*s).astype('f')) for s in shapes]
     operations = 2 * np.prod(shapes[2]) * np.prod(shapes[1][:3])
+    rows = []
     for name, function in passes(stride).items():
-        cells = []
+        cells = [f'{size}x{size}, {channels} to {filters}{", stride 2" * (stride == 2)}', name]
         for variant in (function, _within_cond(function)):
             with convolutions.as_jax_does():
-                cells.append(_best_seconds(variant, arguments))
-            cells.append(_best_seconds(variant, arguments))
-        print(f'| {size}x{size}, {channels} to {filters}{", stride 2" * (stride == 2)} | {name} | '
-              + ' | '.join(f'{operations / 1e9 / s:.3g}' for s in cells) + ' |', flush=True)
+                cells.append(f'{operations / 1e9 / _best_seconds(variant, arguments):.3g}')
+            cells.append(f'{operations / 1e9 / _best_seconds(variant, arguments):.3g}')
+        rows.append(cells)
+        print(*cells, file=sys.stderr, flush=True)
+    return rows
 
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
-    print('| convolution | pass | JAX | ours | JAX, in cond | ours, in cond |')
-    print('|---|---|---|---|---|---|')
     wide = 16 * _WIDTH.value
-    for layer in ((32, 16, wide, 1), (32, wide, wide, 1), (32, wide, 2 * wide, 2),
-                  (16, 2 * wide, 2 * wide, 1), (16, 2 * wide, 4 * wide, 2),
-                  (8, 4 * wide, 4 * wide, 1)):
-        measure(*layer)
+    layers = ((32, 16, wide, 1), (32, wide, wide, 1), (32, wide, 2 * wide, 2),
+              (16, 2 * wide, 2 * wide, 1), (16, 2 * wide, 4 * wide, 2),
+              (8, 4 * wide, 4 * wide, 1))
+    print(tables.markdown(
+        ('convolution', 'pass', 'JAX', 'ours', 'JAX, in cond', 'ours, in cond'),
+        [row for layer in layers for row in measure(*layer)]))
 
 
 if __name__ == '__main__':

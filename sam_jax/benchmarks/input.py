@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from sam_jax import data, replicas
+from sam_jax import data, replicas, tables
 from sam_jax.data import SOURCES, augment, decode, policies
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
@@ -317,30 +317,34 @@ def share(name: str, batch: int) -> tuple[float, float]:
     return tuple(float(np.median(seconds[r][1:])) for r in ('autoaugment_cutout', 'none'))
 
 
+def _beside(recipe, images):
+    try:
+        return f'{tf_data(recipe, images):.0f}'
+    except ImportError:
+        return 'TensorFlow is not installed'
+
+
 def main(argv: list[str]) -> None:
     """Prints what the flags ask for."""
     del argv
     images = np.random.RandomState(0).randint(
         0, 256, (_IMAGES.value, 32, 32, 3)).astype(np.uint8)
     if _RECIPES.value:
-        print('| recipe | sam_jax, images/s | tf.data, images/s |\n|---|---|---|')
-    for recipe in _RECIPES.value:
-        try:
-            other = f'{tf_data(recipe, images):.0f}'
-        except ImportError:
-            other = 'TensorFlow is not installed'
-        print(f'| {recipe} | {ours(recipe, images):.0f} | {other} |', flush=True)
+        print(tables.markdown(
+            ('recipe', 'sam_jax, images/s', 'tf.data, images/s'),
+            [(recipe, f'{ours(recipe, images):.0f}', _beside(recipe, images))
+             for recipe in _RECIPES.value]))
     if _JPEGS.value:
         threads = _THREADS.value or os.cpu_count()
-        print(f'| {threads} threads | images/s | of the bare loop |\n|---|---|---|')
-        bare = None
-        for name, rate in decoding(_JPEGS.value, threads):
-            bare = bare or rate
-            print(f'| {name} | {rate:.0f} | {rate / bare:.2f} |', flush=True)
+        rates = list(decoding(_JPEGS.value, threads))
+        print(tables.markdown(
+            (f'{threads} threads', 'images/s', 'of the bare loop'),
+            [(name, f'{rate:.0f}', f'{rate / rates[0][1]:.2f}') for name, rate in rates]))
     if _RESUME.value:
-        print('| reader | first batch (s) | batch in mid-epoch (s) |\n|---|---|---|')
-        for name, first, middle in resuming(_RESUME.value):
-            print(f'| {name} | {first:.2f} | {middle:.2f} |', flush=True)
+        print(tables.markdown(
+            ('reader', 'first batch (s)', 'batch in mid-epoch (s)'),
+            [(name, f'{first:.2f}', f'{middle:.2f}')
+             for name, first, middle in resuming(_RESUME.value)]))
     if _SHARE.value:
         whole, without = share(_SHARE.value, _BATCH.value)
         augmentation = _BATCH.value / ours('autoaugment_cutout', images[:_BATCH.value])

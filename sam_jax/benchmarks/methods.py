@@ -20,11 +20,11 @@ from typing import Any
 
 from absl import flags
 
-from sam_jax import markdown, sharpness
+from sam_jax import sharpness, tables
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
 from sam_jax.experiments import engines, grid
-from sam_jax.experiments.results import TEST, VALIDATION, mean_and_interval, shown
+from sam_jax.experiments.results import TEST, VALIDATION, interval, mean_and_interval
 
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/methods', 'Folder of the runs.')
 _METHODS = flags.DEFINE_list('methods', list(sharpness.METHODS), 'Which.')
@@ -130,7 +130,7 @@ class Method:
         results: list[Any] = [run.result() for run in self.runs]
         gradients = statistics.mean(r['gradient_evaluations'] / r['step'] for r in results)
         tried = ', '.join(f'**{v:g}**' if v == self.best else f'{v:g}' for v in self.values)
-        return (f'`{self.name}`', shown(mean_and_interval([100 * r[TEST] for r in results]), 1),
+        return (f'`{self.name}`', interval(mean_and_interval([100 * r[TEST] for r in results]), 1),
                 f'{statistics.median(float(r["analysis/lambda_max"]) for r in results):.3g}',
                 f'{gradients:.2f}', f'{self.key.removeprefix("sam.")}: {tried}')
 
@@ -148,7 +148,7 @@ def main() -> None:
                if status.state != 'finished']
         if bad:
             raise UserError(f'{len(bad)} runs did not finish, such as {bad[0]}.')
-    print(markdown.table(
+    print(tables.markdown(
         ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
         sorted((method.row() for method in methods), key=lambda row: float(row[1].split()[0]))))
 

@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sam_jax import rngs, settings, sharpness, train
+from sam_jax import rngs, settings, sharpness, tables, train
 from sam_jax.cli import commands
 from sam_jax.data import augment
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
-from sam_jax.experiments.results import mean_and_interval
+from sam_jax.experiments.results import interval, mean_and_interval
 from sam_jax.quantization import min_max_step, quantize_kernels
 
 EPOCHS = 20  # of a teacher that is trained here
@@ -138,17 +138,16 @@ def make_measure(experiment: Experiment) -> Callable[..., tuple[float, float]]:
     return lambda *arguments: tuple(map(float, measure(*arguments)))
 
 
-def print_row(bits: int, name: str, results: list[tuple[float, float]],
-              plain: list[tuple[float, float]] | None = None) -> None:
-    """Prints a line of the table: results are those of `measure`, one a seed."""
+def row(bits: int, name: str, results: list[tuple[float, float]],
+        plain: list[tuple[float, float]] | None = None) -> tuple[Any, ...]:
+    """Returns a row of the table: results are those of `measure`, one a seed."""
     accuracies, distances = zip(*results)
     gain = ''
     if plain:
         gain = '{:+z.2f} ± {:.2f}'.format(*mean_and_interval(
             [a - b for a, (b, _) in zip(accuracies, plain)]))
-    print('| {} | {} | {:.2f} ± {:.2f} | {} | {:.3f} ± {:.3f} |'.format(
-        bits, name, *mean_and_interval(accuracies), gain, *mean_and_interval(distances)),
-        flush=True)
+    return (bits, name, interval(mean_and_interval(list(accuracies))), gain,
+            interval(mean_and_interval(list(distances)), 3))
 
 
 def main() -> None:
@@ -172,12 +171,10 @@ def main() -> None:
     methods = {'plain min-max': sharpness.erm(), **{
         f'SAM min-max, rho {rho}': sharpness.sam(float(rho)) for rho in args.rho.split(',')}}
 
-    print('| bits | student | test accuracy (%) | gain over plain (%) | difference of logits |')
-    print('|---|---|---|---|---|')
-    print_row(32, 'full precision', [measure(t, t['params']) for t in teachers])
+    rows = [row(32, 'full precision', [measure(t, t['params']) for t in teachers])]
     for bits in map(int, args.bits.split(',')):
-        print_row(bits, 'rounded, not trained',
-                  [measure(t, quantize_kernels(t['params'], bits)) for t in teachers])
+        rows.append(row(bits, 'rounded, not trained', [
+            measure(t, quantize_kernels(t['params'], bits)) for t in teachers]))
         plain = None
         for name, method in methods.items():
             parts = dict(model=experiment.model, generator=generator, bits=bits, ascent=adam,
@@ -188,8 +185,11 @@ def main() -> None:
                 results.append(measure(teacher, quantize_kernels(x, bits)))
                 print(f'{bits} bits, {name}, seed {seed}: {results[-1][0]:.1f} %', file=sys.stderr,
                       flush=True)
-            print_row(bits, name, results, plain)
+            rows.append(row(bits, name, results, plain))
             plain = plain or results
+    print(tables.markdown(
+        ('bits', 'student', 'test accuracy (%)', 'gain over plain (%)', 'difference of logits'),
+        rows))
 
 
 if __name__ == '__main__':

@@ -43,7 +43,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from sam_jax import convolutions, gradients, replicas, settings, train, train_step
+from sam_jax import convolutions, gradients, replicas, settings, tables, train, train_step
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
 
@@ -335,12 +335,8 @@ def main(argv: list[str]) -> None:
         rows.append(measure(case, _ROUNDS.value))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print('| ' + ' | '.join(names) + ' |')
-    print('|' + '---|' * len(names))
-    for row in rows:
-        cells = [row.get(name, '') for name in names]
-        print('| ' + ' | '.join(f'{c:.4g}' if isinstance(c, float) else str(c) for c in cells)
-              + ' |')
+    print(tables.markdown(names, [[f'{row[name]:.4g}' if isinstance(row.get(name), float)
+                                   else row.get(name, '') for name in names] for row in rows]))
     if _JSON.value:
         with open(_JSON.value, 'w') as f:
             json.dump(rows, f, indent=2)

@@ -1,10 +1,10 @@
 """How flat the minima of many runs are: what `sam-jax-analyze` has written beside each of them."""
 
+import math
 import os
 
 from sam_jax import run_log
-from sam_jax.experiments import results
-from sam_jax.experiments.results import Group, Record
+from sam_jax.experiments.results import Group, Record, mean_and_interval
 
 
 def of_run(record: Record) -> dict[str, float]:
@@ -33,7 +33,7 @@ def rows(groups: list[Group], names: list[str]) -> list[dict[str, str]]:
       names: of the groups, all different.
 
     Returns:
-      [{'': measure, name: 'mean ± half width of the 95 % t-interval', ...}, ...].
+      [{'measure': measure, name: 'mean ± half width of the 95 % t-interval', ...}, ...].
     """
     columns = {}
     for group, name in zip(groups, names):
@@ -42,5 +42,12 @@ def rows(groups: list[Group], names: list[str]) -> list[dict[str, str]]:
             columns[name] = {measure: [found[measure] for found in measured if measure in found]
                              for measure in measured[0]}
     measures = dict.fromkeys(measure for column in columns.values() for measure in column)
-    return [{'': measure, **{name: results.significant(column[measure]) if measure in column else ''
-                             for name, column in columns.items()}} for measure in measures]
+    return [{'measure': measure, **{name: _shown(column.get(measure))
+                                    for name, column in columns.items()}} for measure in measures]
+
+
+def _shown(values):
+    if not values:
+        return ''
+    mean, half = mean_and_interval(values)
+    return f'{mean:.4g}' + ('' if math.isnan(half) else f' ± {half:.2g}')

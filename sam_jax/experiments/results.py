@@ -40,6 +40,14 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
+def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
+    """Returns '0.28 ± 0.15' of a (mean, half width); '0.28' where that is NaN; '' of None."""
+    if pair is None:
+        return ''
+    mean, half = pair
+    return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
+
+
 def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the distribution of a run's result, of its flat settings.
 
@@ -300,8 +308,8 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             flag, *overrides = shlex.split(line['command'])
             # By name: wherever one is, whatever `configs` lies there.
             config = load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
-            for flag in overrides:
-                key, _, value = flag.removeprefix('--config.').partition('=')
+            for change in overrides:
+                key, _, value = change.removeprefix('--config.').partition('=')
                 override(config, key, value)
             rows.append(PaperRow(
                 line['table'], line['command'], line['metric'], float(line['percent']),
