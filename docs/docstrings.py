@@ -12,12 +12,14 @@ SECTION = re.compile(r'(Args|Attributes|Returns|Raises|Yields)(?: \((.*)\))?:')
 ITEM = re.compile(r'(\*{0,2}\w+(?:, \w+)*): (.*)')
 
 
+# What Markdown would take for its own. Entities, since griffe reads a backslash as Python does.
+ESCAPES = str.maketrans({c: f'&#{ord(c)};' for c in '*_[]|<&'})
+
+
 def escaped(text):
-    """Returns text with what Markdown would take for its own kept as it is, outside of `code`."""
+    """Returns text as Markdown shows it unchanged; `code` is left as it is."""
     parts = re.split(r'(`[^`]*`)', text)
-    return ''.join(part if part.startswith('`') else re.sub(
-        r'([*_\[\]])', r'\\\1', part.replace('&', '&amp;').replace('<', '&lt;')).replace(
-            '||', '&#124;&#124;') for part in parts)
+    return ''.join(part if part.startswith('`') else part.translate(ESCAPES) for part in parts)
 
 
 def blocks(lines):
@@ -52,10 +54,12 @@ def sections(doc):
     """Returns {'': text, 'Args': lines, ...} of a docstring, cleaned."""
     found, name = {'': []}, ''
     for line in inspect.cleandoc(doc).splitlines():
-        section = SECTION.fullmatch(line)
-        if section:
+        if SECTION.fullmatch(line):
             name = line.removesuffix(':')
             found[name] = []
+        elif name and line.startswith('Source: '):
+            name = 'Source'
+            found[name] = [line.removeprefix('Source: ')]
         else:
             found[name].append(line)
     return {name: inspect.cleandoc('\n' + '\n'.join(lines)).strip('\n')
@@ -85,7 +89,26 @@ class Docstrings(Extension):
             parts = sections(obj.docstring.value)
             text = prose(parts.pop(''))
             for name, body in parts.items():
-                lines = '\n'.join(f'  {escaped(line)}' for line in body.splitlines())
-                known = ' ' not in name  # `Raises (from update):` is no section to griffe
-                text += f'\n\n{name}:\n{lines}' if known else f'\n\n{name}: {lines.strip()}'
+                if name in ('Args', 'Attributes', 'Raises', 'Returns', 'Yields'):
+                    text += f'\n\n{name}:\n' + '\n'.join(f'  {x}' for x in entries(name, body))
+                else:  # `Raises (from update):` is no section to griffe
+                    text += f'\n\n{name}: {escaped(" ".join(body.split()))}'
             obj.docstring.value = text
+
+
+def entries(name, body):
+    """Yields the lines of a section; `a, b: ...` is one entry for each."""
+    lines = body.splitlines()
+    if name in ('Returns', 'Yields'):
+        yield from map(escaped, lines)
+        return
+    together = []
+    for line in lines:
+        item = None if line.startswith(' ') else ITEM.fullmatch(line)
+        if item:
+            yield from (x for entry in together for x in entry)
+            together = [[f'{one}: {escaped(item[2])}'] for one in item[1].split(', ')]
+        else:
+            for entry in together:
+                entry.append(f'  {escaped(line.strip())}')
+    yield from (x for entry in together for x in entry)

@@ -176,7 +176,7 @@ def _as_of_sam(option):
 
 
 def _cell(text):
-    return docstrings.escaped(text).replace('|', '&#124;')
+    return docstrings.escaped(text)
 
 
 # The pictures.
