@@ -6,7 +6,7 @@ the last step is. Its `results(state)` are its part of result.json.
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from sam_jax import analysis, distributed, run_log, settings
 from sam_jax.checkpoint import Checkpoints
@@ -56,6 +56,16 @@ class Run(NamedTuple):
         self.progress.say(f'step {done}: ' + ', '.join(
             f'{name} {value:{form}}' for name, value in results.items()))
         self.progress.start_clock(done)
+
+
+class Action(Protocol):
+    """What is called after every step; see above."""
+
+    def __call__(self, done: int, state: TrainState) -> None:
+        ...
+
+    def results(self, state: TrainState) -> dict[str, Any]:
+        ...
 
 
 class Evaluation:

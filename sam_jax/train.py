@@ -122,8 +122,7 @@ def _loop(run, state, first_step, stop):
     """Trains from a step on; returns (final state, content of result.json)."""
     experiment = run.experiment
     step_fn, constants = experiment.train_step, experiment.constants
-    evaluation = periodic.Evaluation(run)
-    actions = [evaluation]
+    actions: list[periodic.Action] = [periodic.Evaluation(run)]
     if experiment.config.analysis.every_epochs:
         actions.append(periodic.Flatness(run, state))
     actions.append(periodic.Saving(run, stop))

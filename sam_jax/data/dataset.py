@@ -56,6 +56,35 @@ class Dataset:
         size = self.augmentation.image_size
         return (size, size, self.pixel_shape[2]) if size else self.pixel_shape
 
+    # What the two input paths do each in its own way.
+
+    def device_arrays(self, split: Any) -> dict[str, np.ndarray]:
+        """Returns the arrays of a split that the compiled functions take, on the host."""
+        raise NotImplementedError
+
+    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
+        """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
+        raise NotImplementedError
+
+    def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
+        """Returns what a training step (0-based) of this process's devices receives."""
+        raise NotImplementedError
+
+    def eval_feeds(self, split: Any, batch_size: int,
+                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
+        """Yields what the evaluation steps of this process's devices receive."""
+        raise NotImplementedError
+
+    def original_images(self, count: int) -> np.ndarray:
+        """Returns the first training images before augmentation, uint8 (n, H, W, C)."""
+        raise NotImplementedError
+
+    def check_memory(self, splits: list[Any], memory: float, num_devices: int) -> None:
+        """Refuses what the devices cannot hold."""
+        raise NotImplementedError
+
+    # What they share.
+
     def train_index(self, seed: int, step: int, layout: Any) -> np.ndarray:
         """Returns the training examples of step `step` (0-based), as positions in `train`.
 

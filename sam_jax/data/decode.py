@@ -61,8 +61,9 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     if _has_tensorflow():
         return _run(_function(random_window, size), encoded, seed)
     pixels = pillow.decode(encoded)
-    window = pillow.random_window(*pixels.shape[:2], seed, AREA, ASPECT, COVERED)
-    return pillow.crop(pixels, window or _center(*pixels.shape[:2], size), size)
+    height, width, _ = pixels.shape
+    window = pillow.random_window(height, width, seed, AREA, ASPECT, COVERED)
+    return pillow.crop(pixels, window or _center(height, width, size), size)
 
 
 def center_crop(encoded: bytes, size: int) -> np.ndarray:
@@ -73,7 +74,8 @@ def center_crop(encoded: bytes, size: int) -> np.ndarray:
     if _has_tensorflow():
         return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
     pixels = pillow.decode(encoded)
-    return pillow.crop(pixels, _center(*pixels.shape[:2], size), size)
+    height, width, _ = pixels.shape
+    return pillow.crop(pixels, _center(height, width, size), size)
 
 
 def random_window(shape: Any, size: int, seed: Any) -> Any:

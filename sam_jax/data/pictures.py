@@ -10,11 +10,10 @@ import numpy as np
 from sam_jax import rngs
 from sam_jax.data import ops
 from sam_jax.data.augment import Augmentation
-from sam_jax.data.resident import ResidentDataset
-from sam_jax.data.streaming import StreamingDataset
+from sam_jax.data.dataset import Dataset
 
 
-def training_images(dataset: ResidentDataset | StreamingDataset, seed: int, step: int, layout: Any,
+def training_images(dataset: Dataset, seed: int, step: int, layout: Any,
                     count: int = 64) -> np.ndarray:
     """Returns the first images of a training step as the network gets them, of this process.
 

@@ -138,9 +138,10 @@ def random_window(height: int, width: int, seed: np.ndarray, area: tuple[float, 
     """
     random = _Philox(seed)
     least, most = (np.float32(x) for x in aspect)
+    smallest, largest = (np.float32(x) for x in area)
     for _ in range(ATTEMPTS):
         ratio = random.share() * (most - least) + least
-        window = _attempt(height, width, ratio, *(np.float32(x) for x in area), random)
+        window = _attempt(height, width, ratio, smallest, largest, random)
         if window and np.float32(window[2] * window[3]) >= np.float32(covered) * np.float32(
                 height * width):
             return window

@@ -16,9 +16,9 @@ from sam_jax.settings.overrides import (
     short_names,
     unflatten,
 )
-from sam_jax.settings.schema import DTYPES, KEYS, Key, default_config
+from sam_jax.settings.schema import DTYPES, KEYS, Config, Key, default_config
 
 __all__ = [
-    'DTYPES', 'FREE_AT_RESUME', 'KEYS', 'Key', 'check', 'check_flags', 'check_same_mathematics',
-    'check_with_data', 'check_with_layout', 'default_config', 'flatten', 'jsonable', 'load',
-    'nearest', 'of_run', 'override', 'short_names', 'unflatten']
+    'Config', 'DTYPES', 'FREE_AT_RESUME', 'KEYS', 'Key', 'check', 'check_flags',
+    'check_same_mathematics', 'check_with_data', 'check_with_layout', 'default_config', 'flatten',
+    'jsonable', 'load', 'nearest', 'of_run', 'override', 'short_names', 'unflatten']

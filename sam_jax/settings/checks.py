@@ -2,21 +2,19 @@
 
 from typing import Any
 
-import ml_collections
-
 from sam_jax import data, models, sharpness
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 from sam_jax.replicas import Layout
 from sam_jax.settings.overrides import flatten, nearest
-from sam_jax.settings.schema import KEYS, Key, model_options
+from sam_jax.settings.schema import KEYS, Config, Key, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.',
                   'analysis.')
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: Config) -> None:
     """Checks a config by itself: keys, types, names, ranges, the model and its options.
 
     Raises:
@@ -159,7 +157,7 @@ def _check_data_settings(settings):
         raise UserError('data.soft_labels is True; it needs data.labels_from.')
 
 
-def check_with_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+def check_with_data(config: Config, dataset: Dataset) -> None:
     """Checks a config against its dataset.
 
     Raises:
@@ -181,7 +179,7 @@ def check_with_data(config: ml_collections.ConfigDict, dataset: Dataset) -> None
             f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')
 
 
-def check_with_layout(config: ml_collections.ConfigDict, layout: Layout) -> None:
+def check_with_layout(config: Config, layout: Layout) -> None:
     """Checks a config against the devices.
 
     Raises:
@@ -194,7 +192,7 @@ def check_with_layout(config: ml_collections.ConfigDict, layout: Layout) -> None
             f'replica_batch_size to {config.batch_size // len(layout.devices)}.')
 
 
-def check_same_mathematics(config: ml_collections.ConfigDict, before: dict[str, Any]) -> None:
+def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
     """Refuses to resume with settings that change what is computed.
 
     Args:

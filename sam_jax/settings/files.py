@@ -7,18 +7,16 @@ import re
 from collections.abc import Sequence
 from types import ModuleType
 
-import ml_collections
-
 from sam_jax.errors import UserError
 from sam_jax.settings import shipped
 from sam_jax.settings.overrides import flatten, nearest, unflatten
-from sam_jax.settings.schema import KEYS
+from sam_jax.settings.schema import KEYS, Config
 
 # Keys that came later; without them the defaults were computed.
 ADDED = ('analysis.every_epochs', 'analysis.examples', 'analysis.steps', 'analysis.rho')
 
 
-def of_run(workdir: str) -> ml_collections.ConfigDict:
+def of_run(workdir: str) -> Config:
     """Returns the config of the run in a folder.
 
     Raises:
@@ -48,8 +46,9 @@ def check_flags(argv: Sequence[str], default: str) -> str:
     Raises:
       UserError: no such file, a bad argument of the config, or a key that it does not have.
     """
-    given = dict(re.fullmatch(r'--?(?:no)?(config[^=]*)(?:=(.*))?', a, re.DOTALL).groups()
-                 for a in argv if re.match(r'--?(?:no)?config(?=[.=]|$)', a))
+    matches = (re.fullmatch(r'--?(?:no)?(config(?:\.[^=]*)?)(?:=(.*))?', argument, re.DOTALL)
+               for argument in argv)
+    given: dict[str, str] = {match[1]: match[2] for match in matches if match}
     for flag, value in zip(argv, argv[1:]):
         if flag in ('--config', '-config'):  # the form with a space
             given['config'] = value
@@ -62,7 +61,7 @@ def check_flags(argv: Sequence[str], default: str) -> str:
     return shipped.resolve(flag).partition(':')[0]
 
 
-def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
+def load(flag: str) -> tuple[ModuleType, Config]:
     """Loads a config as --config names it.
 
     Args:
@@ -79,6 +78,7 @@ def load(flag: str) -> tuple[ModuleType, ml_collections.ConfigDict]:
         raise UserError(f'--config is {path!r}: No such file; by name there are '
                         f'{", ".join(shipped.names())}.')
     spec = importlib.util.spec_from_file_location('checked_config', path)
+    assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)
     with shipped.importable(path):
         spec.loader.exec_module(module)

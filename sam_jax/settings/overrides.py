@@ -8,10 +8,10 @@ from typing import Any
 import ml_collections
 
 from sam_jax.errors import UserError
-from sam_jax.settings.schema import KEYS, Key
+from sam_jax.settings.schema import KEYS, Config, Key
 
 
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """Returns {'section.key': value} of a ConfigDict."""
     flat = {}
     for name, value in config.items():
@@ -28,12 +28,12 @@ def jsonable(config: Any) -> dict[str, Any]:
             for k, v in flatten(config).items()}
 
 
-def unflatten(flat: dict[str, Any]) -> ml_collections.ConfigDict:
+def unflatten(flat: dict[str, Any]) -> Config:
     """Returns the locked ConfigDict of {'section.key': value}, as a run's config.json holds it."""
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
     for key, value in flat.items():
         *sections, name = key.split('.')
-        section = config
+        section: Config = config
         for part in sections:
             if part not in section:
                 section[part] = ml_collections.ConfigDict()
@@ -42,7 +42,7 @@ def unflatten(flat: dict[str, Any]) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+def override(config: Config, key: str, value: Any) -> None:
     """Sets a key of a config; text is read as the type that the key has.
 
     Raises:

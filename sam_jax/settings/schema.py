@@ -5,11 +5,14 @@
 
 import math
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 
 from sam_jax import data, optimizers, schedules, sharpness
+
+# A locked ConfigDict. No checker of types knows its keys; `check` does.
+Config: TypeAlias = Any
 
 DTYPES = ('float32', 'bfloat16', 'float64')
 
@@ -212,9 +215,9 @@ def model_options(name: str) -> dict[str, Key]:
                 {})
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
     """Returns the settings that all experiments start from, unlocked: the paper's on CIFAR."""
-    config = ml_collections.ConfigDict()
+    config: Config = ml_collections.ConfigDict()
     for key, described in KEYS.items():
         section, _, name = key.rpartition('.')
         if section and section not in config:
@@ -223,14 +226,14 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def set_model(config: ml_collections.ConfigDict, name: str) -> None:
+def set_model(config: Config, name: str) -> None:
     """Chooses a model and declares its options, `config.model.*`."""
     config.model.name = name
     for option, described in model_options(name).items():
         config.model[option] = described.default
 
 
-def set_method(config: ml_collections.ConfigDict, name: str) -> None:
+def set_method(config: Config, name: str) -> None:
     """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
 
     What they mean stands in the docstring of the method, sam_jax.sharpness.NAME.
