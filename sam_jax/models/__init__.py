@@ -108,7 +108,7 @@ def from_config(settings: Any, num_classes: int) -> layers.Network:
         options['batch_norm_axis'] = AXIS
     if settings.dtype == 'float64':
         # To tell a bug from rounding; then params and statistics are float64 as well.
-        if jax.dtypes.canonicalize_dtype(float) != float:
+        if jax.dtypes.canonicalize_dtype(float).itemsize < 8:
             raise UserError('model.dtype is float64; that needs JAX_ENABLE_X64=1.')
         options['param_dtype'] = 'float64'
     try:
