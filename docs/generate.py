@@ -238,9 +238,8 @@ def path(name, momentum=0.0):
 
     def step(carry, key):
         params, state = carry
-        value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(
-            grads, state, params, loss=network, value=value, key=key, gate_key=key,
+            jax.grad(loss)(params), state, params, loss=network, key=key, gate_key=key,
             momentum=optax.tree.get(state, 'trace', None), learning_rate=RATE)
         params = optax.apply_updates(params, updates)
         return (params, state), params

@@ -90,7 +90,7 @@ def gradients(name: str, step: int, **settings) -> int | None:
 
 
 def table() -> str:
-    """Returns the table of all methods, Markdown, as README has it."""
+    """Returns the table of all methods, Markdown, as the documentation has it."""
     head = ('method', 'what is handed to the optimizer', 'gradients a step', 'settings besides rho')
     lines = [f'| {" | ".join(head)} |', '|---|---|---|---|']
     for name, entry in METHODS.items():
