@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 FLOORS = [
-    {'errors', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
+    {'errors', 'tables', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
     {'models', 'data', 'optimizers', 'checkpoint', 'run_log', 'progress', 'distributed',
      'replicas', 'quantization'},
     {'train_step', 'gradients', 'trajectory', 'evaluate'},
@@ -19,37 +19,42 @@ FLOORS = [
     {'periodic'},
     {'train'},
     {'cli'},
-    {'main'},
+    {'main', 'benchmarks'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Imports within a floor: checkpoints ask for the number of processes, models for the axis.
+# Imports within a floor: checkpoints ask for the number of processes, models for the axis, the
+# registry of methods writes its table.
 NEIGHBOURS = {('checkpoint', 'distributed'), ('train_step', 'gradients'),
-              ('train_step', 'trajectory'), ('models', 'replicas')}
+              ('train_step', 'trajectory'), ('models', 'replicas'),
+              ('sharpness', 'tables')}
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.
 CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 'run_log')}
 
 # Where each outside library may be imported, besides jax, numpy and Python's own.
 LIBRARIES = {
-    'optax': {'sharpness', 'optimizers', 'train_step', 'provenance', 'quantization'},
+    'optax': {'sharpness', 'optimizers', 'train_step', 'provenance', 'quantization', 'benchmarks'},
     'jaxtyping': {'sharpness', 'losses', 'data'},
-    'flax': {'models', 'train_step', 'provenance'},
+    'flax': {'models', 'train_step', 'provenance', 'benchmarks'},
     'sklearn': {'data'},
-    'tensorflow': {'data'},
+    'tensorflow': {'data', 'benchmarks'},
     'grain': {'data'},
-    'PIL': {'cli'},
-    'tensorflow_datasets': {'data'},
+    'PIL': {'cli', 'data'},
+    'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint'},
-    'clu': {'run_log'},
+    'clu': {'run_log', 'benchmarks'},
     'tqdm': {'progress'},
     'matplotlib': {'experiments'},
     'scipy': {'experiments', 'analysis'},
-    'absl': {'cli', 'main'},
+    'absl': {'cli', 'main', 'benchmarks'},
     'ml_collections': {'settings', 'cli', 'main', 'experiments'},
     'markdown': {'experiments'},
     'rich': {'experiments'},
     'submitit': {'experiments'},
+    'torch': {'benchmarks'},
+    'pyhessian': {'benchmarks'},
+    'matfree': {'benchmarks'},
     'h5py': {'models'},
     'safetensors': {'models'},
 }

@@ -7,14 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
 from configs import ablations, cifar, imagenet, label_noise, svhn
 from sam_jax.errors import UserError
-from sam_jax.experiments import results
+from sam_jax.experiments import report, results
 
-PAPER = results.read_paper(ROOT / 'sam_jax' / 'paper.csv')
+PAPER = results.read_paper(report.PAPER)
 
 
 def _groups(folder):
@@ -28,6 +27,13 @@ def test_mean_and_interval():
     assert math.isclose(half, 4.302653 * math.sqrt(7 / 3 / 3), rel_tol=1e-6)
     assert results.mean_and_interval([5.0])[0] == 5 and math.isnan(
         results.mean_and_interval([5.0])[1])
+
+
+@pytest.mark.parametrize('pair,digits,text', [
+    ((1 / 3, 0.128), 2, '0.33 ± 0.13'), ((12.0, 1.26), 1, '12.0 ± 1.3'),
+    ((5.0, math.nan), 2, '5.00'), (None, 2, '')])
+def test_interval(pair, digits, text):
+    assert results.interval(pair, digits) == text
 
 
 def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
@@ -220,10 +226,7 @@ def test_the_report_of_two_methods_says_their_rho(tmp_path):
 def test_panels_name_the_setting(tmp_path):
     for noise in (0.0, 0.4):
         write_run(tmp_path / str(noise), digits_config(f'noise={noise}'), error=2)
-    code = ('from sam_jax import report, results; '
-            f'print(list(report.by_panel(results.group(results.find([{str(tmp_path)!r}]))[0])))')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['label noise 0', 'label noise 0.4']"
+    assert list(report.by_panel(_groups(tmp_path)[0])) == ['label noise 0', 'label noise 0.4']
 
 
 def test_bad_input_of_the_report(tmp_path):

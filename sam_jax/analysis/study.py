@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_jax import replicas, run_log
+from sam_jax import replicas, run_log, tables
 from sam_jax.analysis import hessian, landscape, monitor, sharpness
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
@@ -304,6 +304,17 @@ def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
     return said
 
 
+def is_done(out: str, settings: Settings, split: str, examples: int) -> bool:
+    """Whether a folder holds the same measurements, whole."""
+    said = run_log.read_json(os.path.join(out, 'analysis.json'))
+    if not said:
+        return False
+    run = said['runs'][0]
+    drawn = 'landscape' not in settings.what or os.path.exists(os.path.join(out, 'landscape.png'))
+    return (drawn and json.loads(json.dumps(dataclasses.asdict(settings))) == said['settings']
+            and run['split'] == split and examples in (0, run['examples']))
+
+
 def _identity(run):
     """What a surface of a run depends on, besides its directions and places."""
     checksum = _checksum([run.params, run.objective.batch_stats, run.objective.split.index])
@@ -353,33 +364,12 @@ def _path_between(runs, out, points, tell):
 def report(said: dict[str, Any]) -> str:
     """Returns the Markdown report of what analysis.json says: a column for each run."""
     runs, what = said['runs'], said['settings']['what']
+    head = ['', *(f'{r["name"]} (step {r["step"]})' for r in runs)]
     lines = ['# How flat it is', '',
              f'Loss of {runs[0]["examples"]} examples of {runs[0]["dataset"]}, split '
              f'{runs[0]["split"]}, BatchNorm in evaluation mode.', '',
-             '| | ' + ' | '.join(f'{r["name"]} (step {r["step"]})' for r in runs) + ' |',
-             '|---|' + '---|' * len(runs)]
-
-    def row(name, values):
-        lines.append(f'| {name} | ' + ' | '.join(values) + ' |')
-
-    row('weight decay of the L2 penalty', [
-        f'{r["weight_decay"]:g}' if r['weight_decay'] else 'without penalty' for r in runs])
-    row('label smoothing', [f'{r["label_smoothing"]:g}' for r in runs])
-    row('loss', [f'{r["loss"]:.4g}' for r in runs])
-    row('error rate (%)', [f'{100 * r["error_rate"]:.2f}' for r in runs])
-    if 'spectrum' in what:
-        spectra = [r['spectrum'] for r in runs]
-        row('lambda_max', [f'{s["lambda_max"]:.4g}' for s in spectra])
-        row('lambda_max / lambda_5', [f'{s["lambda_ratio"]:.3g}' for s in spectra])
-        row('least eigenvalue at most', [f'{s["lowest"]:.3g}' for s in spectra])
-        row('trace (standard error)', [
-            f'{s["trace"]:.4g} ({s["trace_standard_error"]:.2g})' for s in spectra])
+             tables.markdown(head, _rows(runs, what))]
     if 'sharpness' in what:
-        for name in runs[0]['sharpness']:
-            row(f'rise of the loss: {name}', [
-                f'{r["sharpness"][name]["sharpness"]:.4g}' for r in runs])
-            row(f'rise of the error rate: {name} (points of %)', [
-                f'{100 * r["sharpness"][name]["error_rise"]:z.2f}' for r in runs])
         lines += ['', f'The balls have radius {said["settings"]["rho"]:g}, unless named otherwise.']
         lines += [f'There are too few examples for m = {m}.' for m in said['settings']['m']
                   if m > runs[0]['examples']]
@@ -392,3 +382,29 @@ def report(said: dict[str, Any]) -> str:
         elif len(runs) == 2:
             lines += ['', 'The params of the runs differ in shape: there is no line between them.']
     return '\n'.join(lines) + '\n'
+
+
+def _rows(runs, what):
+    """Returns the rows of the report's table: what is measured, and the value of each run."""
+    rows = [
+        ['weight decay of the L2 penalty', *(
+            f'{r["weight_decay"]:g}' if r['weight_decay'] else 'without penalty' for r in runs)],
+        ['label smoothing', *(f'{r["label_smoothing"]:g}' for r in runs)],
+        ['loss', *(f'{r["loss"]:.4g}' for r in runs)],
+        ['error rate (%)', *(f'{100 * r["error_rate"]:.2f}' for r in runs)]]
+    if 'spectrum' in what:
+        spectra = [r['spectrum'] for r in runs]
+        rows += [
+            ['lambda_max', *(f'{s["lambda_max"]:.4g}' for s in spectra)],
+            ['lambda_max / lambda_5', *(f'{s["lambda_ratio"]:.3g}' for s in spectra)],
+            ['least eigenvalue at most', *(f'{s["lowest"]:.3g}' for s in spectra)],
+            ['trace (standard error)', *(
+                f'{s["trace"]:.4g} ({s["trace_standard_error"]:.2g})' for s in spectra)]]
+    if 'sharpness' in what:
+        for name in runs[0]['sharpness']:
+            rises = [r['sharpness'][name] for r in runs]
+            rows += [
+                [f'rise of the loss: {name}', *(f'{x["sharpness"]:.4g}' for x in rises)],
+                [f'rise of the error rate: {name} (points of %)', *(
+                    f'{100 * x["error_rise"]:z.2f}' for x in rises)]]
+    return rows

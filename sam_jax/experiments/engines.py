@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import sam_jax
 from sam_jax.errors import EXIT_USER_ERROR, UserError
 from sam_jax.experiments import grid
 
@@ -79,7 +80,7 @@ def start(command: Sequence[str], log: str, environment: dict[str, str],
 
 def python_path() -> dict[str, str]:
     """Returns the environment variable by which a run finds sam_jax, installed or not."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(sam_jax.__file__)))
     given = os.environ.get('PYTHONPATH')
     return {'PYTHONPATH': os.pathsep.join(filter(None, [root, given]))}
 

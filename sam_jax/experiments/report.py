@@ -6,13 +6,13 @@ import csv
 import html
 import io
 import json
-import math
 import os
 import statistics
 from typing import Any
 
 import markdown
 
+from sam_jax import tables
 from sam_jax.errors import UserError
 from sam_jax.experiments import figures, results
 from sam_jax.experiments.results import TEST, VALIDATION
@@ -48,14 +48,6 @@ img {{ max-width: 100% }}
 """
 
 
-def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
-    """'0.28 ± 0.15', or '0.28' for one run, or ''."""
-    if pair is None:
-        return ''
-    mean, half = pair
-    return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
-
-
 def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | None:
     """Mean of a number of result.json, or None."""
     values = group.values(metric)
@@ -71,8 +63,8 @@ def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
         row = {short[key]: _shown(g.settings.get(key)) for key in keys}
         runs = len(g.finished) + len(g.unfinished)
         row['runs'] = str(runs) if not g.unfinished else f'{len(g.finished)} of {runs}'
-        row['test error (%)'] = interval(g.percent(TEST))
-        row['validation error (%)'] = interval(g.percent(VALIDATION))
+        row['test error (%)'] = results.interval(g.percent(TEST))
+        row['validation error (%)'] = results.interval(g.percent(VALIDATION))
         row['best rho'] = 'best' if g in best else ''
         row['paper (%)'] = '; '.join(str(r) for r in results.of_paper(g, paper))
         evaluations = mean_of(g, 'gradient_evaluations')
@@ -87,14 +79,6 @@ def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
 
 def _shown(value):
     return '' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
-
-
-def table(rows: list[dict]) -> str:
-    """Returns the Markdown of rows of one kind, without the columns that are empty in all."""
-    columns = [c for c in rows[0] if any(row[c] for row in rows)]
-    lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
-    lines += ['| ' + ' | '.join(row[c] for c in columns) + ' |' for row in rows]
-    return '\n'.join(lines)
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
@@ -218,8 +202,8 @@ def rows_of_switches(switches: list[Any], keys: list[str],
         theirs = reduction_of_paper(s, paper)
         rows.append({
             'from': label(s.baseline, keys), 'to': label(s.method, keys),
-            'test error (%)': f'{interval(s.baseline.percent(TEST))} to '
-                              f'{interval(s.method.percent(TEST))}',
+            'test error (%)': f'{results.interval(s.baseline.percent(TEST))} to '
+                              f'{results.interval(s.method.percent(TEST))}',
             'reduction (%)': f'{s.reduction:.1f}',
             'paper (%)': '' if theirs is None else f'{theirs:.1f}'})
     return rows
@@ -268,7 +252,7 @@ def document(groups: list[results.Group], keys: list[str], best: Any, notes: lis
     finished = sum(len(g.finished) for g in groups)
     parts = [f'# {finished} finished runs, {len(groups)} settings',
              'Means over seeds and 95 % t-intervals.',
-             table(rows_of_table(groups, keys, best, paper))]
+             tables.of_records(rows_of_table(groups, keys, best, paper))]
     tried = any('sam.rho' in g.settings for g in groups)
     if best:
         parts.append('The best rho is that of the lowest mean error on the validation split.')
@@ -280,8 +264,8 @@ def document(groups: list[results.Group], keys: list[str], best: Any, notes: lis
         parts += ['## Error against rho', '![Error against rho](rho.png)']
     if switches:
         pictures['switches.png'] = figures.reductions(rows_of_figure_1(switches, paper))
-        parts += ['## What switching to SAM gains', table(rows_of_switches(switches, keys, paper)),
-                  SWITCHES,
+        parts += ['## What switching to SAM gains',
+                  tables.of_records(rows_of_switches(switches, keys, paper)), SWITCHES,
                   '![Error reduction by switching to SAM](switches.png)']
     if described := training_panels(groups):
         pictures['training.png'] = figures.panels(described)

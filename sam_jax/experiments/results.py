@@ -20,7 +20,7 @@ from scipy import stats
 
 from sam_jax import run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import FREE_AT_RESUME, jsonable, load
+from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
@@ -38,6 +38,14 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
         return values[0], math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values), float(half)
+
+
+def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
+    """Returns '0.28 ± 0.15' of a (mean, half width); '0.28' where that is NaN; '' of None."""
+    if pair is None:
+        return ''
+    mean, half = pair
+    return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
 def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
@@ -300,8 +308,8 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             flag, *overrides = shlex.split(line['command'])
             # By name: wherever one is, whatever `configs` lies there.
             config = load(flag.removeprefix('configs/').replace('.py', '', 1))[1]
-            for override in overrides:
-                key, _, value = override.removeprefix('--config.').partition('=')
+            for change in overrides:
+                key, _, value = change.removeprefix('--config.').partition('=')
                 override(config, key, value)
             rows.append(PaperRow(
                 line['table'], line['command'], line['metric'], float(line['percent']),

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from sam_jax import tables
 from sam_jax.sharpness.as_optax import Link
 
 # What a method is given by its surroundings and is not an option of its own.
@@ -91,10 +92,10 @@ def gradients(name: str, step: int, **settings) -> int | None:
 
 def table() -> str:
     """Returns the table of all methods, Markdown, as the documentation has it."""
-    head = ('method', 'what is handed to the optimizer', 'gradients a step', 'settings besides rho')
-    lines = [f'| {" | ".join(head)} |', '|---|---|---|---|']
+    rows = []
     for name, entry in METHODS.items():
-        own = ', '.join(f'`{option}`' for option in (*options(name), *(
-            ['p'] if 'p' in takes(name) else [])))
-        lines.append(f'| `{name}` | {entry.gives} | {entry.cost or entry.gradients} | {own} |')
-    return '\n'.join(lines)
+        own = [*options(name), *(['p'] if 'p' in takes(name) else [])]
+        rows.append([f'`{name}`', entry.gives, entry.cost or entry.gradients,
+                     ', '.join(f'`{option}`' for option in own)])
+    return tables.markdown(['method', 'what is handed to the optimizer', 'gradients a step',
+                            'settings besides rho'], rows)

@@ -47,7 +47,7 @@ def against_momentum(state: Any, params: Any, now: Now) -> Any:
     return jax.tree.map(jnp.negative, now.need('momentum'))
 
 
-@registry.enter('the gradient at w - rho v / \\|v\\|, v the momentum', 1, uphill=False, late=True)
+@registry.enter('the gradient at w - rho v / |v|, v the momentum', 1, uphill=False, late=True)
 def momentum_sam(rho: Rho) -> Link:
     """Momentum-SAM (MSAM, 2401.12033): one gradient, taken against the momentum.
 

@@ -81,7 +81,7 @@ def unnormalized_sam(rho: Rho) -> Link:
     return sharpness_aware(ascent.unnormalized(rho))
 
 
-@registry.enter('g_p, eps no longer than `sigma` / \\|g\\|', 2, norm='at most rho')
+@registry.enter('g_p, eps no longer than `sigma` / |g|', 2, norm='at most rho')
 def le_sam(rho: Rho, sigma: float = 1.0) -> Link:
     """LE-SAM (2605.10183): the radius shrinks where the gradient is long.
 
