@@ -75,15 +75,9 @@ def on_page_markdown(markdown, page, **kwargs):
     return markdown
 
 
-def table(head, rows):
-    """Returns a Markdown table."""
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def settings_page():
     """Returns the page of all keys of a config."""
-    from sam_jax import sharpness
+    from sam_jax import sharpness, tables
     from sam_jax.settings import schema
 
     def rows(prefix, keys):
@@ -103,7 +97,7 @@ def settings_page():
     for section, title in titles.items():
         keys = {name.rpartition('.')[2]: key for name, key in schema.KEYS.items()
                 if name.rpartition('.')[0] == section}
-        parts += [f'## {title}', table(head, rows(section and f'{section}.', keys))]
+        parts += [f'## {title}', tables.markdown(head, rows(section and f'{section}.', keys))]
     parts += ['## Options of the models', 'The name of the model decides which of these keys '
               'there are. Choose the model with the argument of the config, `model=NAME`.']
     families = {**schema.MODEL_OPTIONS, 'resnet': schema.CIFAR_RESNET_OPTIONS}
@@ -112,11 +106,11 @@ def settings_page():
              'efficientnet': '`efficientnet-b0` and others'}
     for family, keys in families.items():
         if keys:
-            parts += [f'### {names[family]}', table(head, rows('model.', keys))]
+            parts += [f'### {names[family]}', tables.markdown(head, rows('model.', keys))]
     parts += ['## Options of the methods', 'The method decides which of these keys there are. '
               'Choose the method with the argument of the config, `method=NAME`. The page of a '
               'method says what they mean.']
-    parts.append(table(('method', 'keys and their defaults'), [
+    parts.append(tables.markdown(('method', 'keys and their defaults'), [
         [f'[`{name}`](methods/{name}.md)', ', '.join(
             f'`sam.{option}` = {_code(default)}'
             for option, default in sharpness.options(name).items())]
@@ -130,7 +124,7 @@ def _code(value):
 
 def method_page(name):
     """Returns the page of a method: formula, cost, settings, figures and picture."""
-    from sam_jax import sharpness
+    from sam_jax import sharpness, tables
     from sam_jax.sharpness import registry
 
     entry = sharpness.METHODS[name]
@@ -141,7 +135,7 @@ def method_page(name):
              f'    sam-jax-train --config=digits:method={name} --workdir=runs/{name}',
              '## What it computes', docstrings.prose(docstrings.sections(doc)[''])]
     if parameters:
-        parts += ['## Settings', table(('setting', 'default', 'meaning'), [
+        parts += ['## Settings', tables.markdown(('setting', 'default', 'meaning'), [
             [_key(option, registry), 'none' if p.default is p.empty else _code(p.default),
              _cell(meaning.get(option, _as_of_sam(option)))]
             for option, p in parameters.items()])]
