@@ -129,15 +129,15 @@ def method_page(name):
 
     entry = sharpness.METHODS[name]
     doc = inspect.getdoc(entry.make)
-    meaning, parameters = docstrings.arguments(doc), inspect.signature(entry.make).parameters
+    parameters = inspect.signature(entry.make).parameters
     parts = [f'# {name}', f'What it hands to the optimizer: **{entry.gives}**. Gradients a step: '
              f'**{entry.cost or entry.gradients}**.',
              f'    sam-jax-train --config=digits:method={name} --workdir=runs/{name}',
              '## What it computes', docstrings.prose(docstrings.sections(doc)[''])]
     if parameters:
         parts += ['## Settings', tables.markdown(('setting', 'default', 'meaning'), [
-            [_key(option, registry), 'none' if p.default is p.empty else _code(p.default),
-             _cell(meaning.get(option, _as_of_sam(option)))]
+            [_key(option, registry), '' if p.default is p.empty else _code(p.default),
+             docstrings.escaped(_meaning(name, option))]
             for option, p in parameters.items()])]
     if entry.refuses:
         parts.append(f'It {entry.why}. So a run must have ' + ', '.join(
@@ -163,14 +163,16 @@ def _key(option, registry):
     return f'`sam.{option}`' if in_config else f'`{option}`, in Python'
 
 
-def _as_of_sam(option):
+def _meaning(name, option):
+    """Returns what a docstring says of an argument, also where it says `as of another`."""
     from sam_jax import sharpness
 
-    return docstrings.arguments(inspect.getdoc(sharpness.sam)).get(option, '')
-
-
-def _cell(text):
-    return docstrings.escaped(text)
+    known = docstrings.arguments(inspect.getdoc(sharpness.METHODS[name].make))
+    text = known.get(option, 'as of `sam`.')
+    other = re.match(r'as of `(\w+)`(.*)', text, re.DOTALL)
+    if other and other[1] in sharpness.METHODS and other[1] != name:
+        return _meaning(other[1], option).rstrip('.') + other[2]
+    return text
 
 
 # The pictures.

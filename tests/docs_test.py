@@ -9,9 +9,11 @@ import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -20,6 +22,7 @@ from helpers import ROOT
 from sam_jax import settings, sharpness
 
 DOCS = ROOT / 'docs'
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 NOTEBOOKS = sorted((DOCS / 'notebooks').glob('*.ipynb'))
 
 
@@ -118,6 +121,39 @@ def test_the_page_of_the_settings_has_every_key(sources):
     for key, described in settings.KEYS.items():
         assert f'| `{key}` | ' in sources['docs/settings.md'], key
         assert described.meaning in sources['docs/settings.md']
+
+
+def _commands(text):
+    """Yields (command, its arguments) of the commands that a page shows."""
+    blocks = '\n'.join(re.findall(r'^    .*$', text, re.MULTILINE))
+    inline = '\n'.join(re.findall(r'`((?:sam-jax-|\./scripts/train)[^`\n]*)`', text))
+    for line in re.sub(r'\\\n\s*', '', f'{blocks}\n{inline}').splitlines():
+        words = shlex.split(line, comments=True) if re.match(r' *(sam-jax-|\./scr)', line) else []
+        if words and (words[0].startswith('sam-jax-') or words[0] == './scripts/train.sh'):
+            yield words[0], words[1:]
+
+
+def test_commands_name_flags_and_keys_that_exist(sources):
+    shared = {'config', 'helpfull'}
+    seen = 0
+    for page, text in sources.items():
+        for command, arguments in _commands(text):
+            if command == './scripts/train.sh':
+                command = 'sam-jax-train'
+                arguments = [f'--config={a}' if re.match('configs/', a) else a for a in arguments]
+            module, _, _ = PROJECT['scripts'][command].partition(':')
+            defined = set(re.findall(r"DEFINE_\w+\(\s*'(\w+)'", (
+                ROOT / f"{module.replace('.', '/')}.py").read_text())) | shared
+            flags = [a for a in arguments if a.startswith('--')]
+            names = {a[2:].partition('=')[0] for a in flags}
+            assert {n for n in names if not n.startswith('config.')} <= defined, (page, arguments)
+            if not any(word in ' '.join(arguments) for word in ('NAME', 'CONFIG', 'my/', 'mine', '...')):
+                settings.check_flags(flags, str(ROOT / 'configs' / 'digits.py'))
+            for a in flags:
+                key = re.match(r'--sweep=([a-z_.]+)=', a)
+                assert not key or key[1] in settings.KEYS, (page, a)
+            seen += 1
+    assert seen > 40
 
 
 def test_every_method_is_drawn_or_says_why_not(generate):
