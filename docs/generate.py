@@ -33,7 +33,7 @@ SETTINGS = {
     'extrapolated': {'rho': 0.1},
     'bsam': {'rho': 0.05, 'prior_precision': 0.0, 'num_examples': 25, 'data_factor': 1.0},
 }
-MOMENTUM = 0.9  # of the optimizer for the methods that use it
+MOMENTUM = 0.5  # of the optimizer for the methods that use it
 
 
 # The pages.
@@ -72,7 +72,7 @@ def on_page_markdown(markdown, page, **kwargs):
         markdown = markdown.replace('<!-- sharpness.table() -->', sharpness.table())
     if page.file.src_uri in ('methods/index.md', 'methods/measured.md'):
         markdown = re.sub(r'^\| `(\w+)` \|', r'| [`\1`](\1.md) |', markdown, flags=re.MULTILINE)
-    return markdown
+    return markdown.replace(' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}')
 
 
 def settings_page():
@@ -132,7 +132,7 @@ def method_page(name):
     parameters = inspect.signature(entry.make).parameters
     parts = [f'# {name}', f'What it hands to the optimizer: **{entry.gives}**. Gradients a step: '
              f'**{entry.cost or entry.gradients}**.',
-             f'    sam-jax-train --config=digits:method={name} --workdir=runs/{name}',
+             _command(name),
              '## What it computes', docstrings.prose(docstrings.sections(doc)[''])]
     if parameters:
         parts += ['## Settings', tables.markdown(('setting', 'default', 'meaning'), [
@@ -156,6 +156,19 @@ def method_page(name):
               '(../reference/sharpness.md#the-methods). How to use it in your own loop: '
               '[SAM in my own loop](../howto/loop.md).']
     return '\n\n'.join(parts) + '\n'
+
+
+def _command(name):
+    """A run of the method on noisy digits, with the rho or lam that was chosen there."""
+    _, rows = measured()
+    chosen = re.search(r'(rho|lam): .*\*\*([\d.]+)\*\*', rows.get(name, ''))
+    argument, flag = '', ''
+    if chosen and name != 'sgd':
+        setting, value = chosen.groups()
+        argument, flag = ((f',rho={value}', '') if setting == 'rho' else
+                          ('', f' --config.sam.{setting}={value}'))
+    return (f'    sam-jax-train --config=digits:noise=0.4,method={name}{argument}{flag} '
+            f'--workdir=runs/{name}')
 
 
 def _key(option, registry):
