@@ -5,7 +5,7 @@
     ./scripts/train.sh configs/finetune.py:dataset=aircraft --config.data.dir=FOLDER \\
         --config.model.init_from=CKPT
 
-CKPT is the folder of an unpacked checkpoint of the README's table: RandAugment's for B7,
+CKPT is the folder of an unpacked checkpoint of the table in docs/zoo.md: RandAugment's for B7,
 NoisyStudent's at 475 pixels for L2. Settings: paper, section 3.2 and appendix C.2. Test error (%),
 mean and 95 % confidence interval of 5 runs, SAM (without):
 

@@ -13,7 +13,7 @@ ITEM = re.compile(r'(\*{0,2}\w+(?:, \w+)*): (.*)')
 
 
 # What Markdown would take for its own. Entities, since griffe reads a backslash as Python does.
-ESCAPES = str.maketrans({c: f'&#{ord(c)};' for c in '*_[]|<&'})
+ESCAPES = str.maketrans({c: f'&#{ord(c)};' for c in '*_[]|<>&'})
 
 
 def escaped(text):

@@ -33,7 +33,7 @@ SETTINGS = {
     'extrapolated': {'rho': 0.1},
     'bsam': {'rho': 0.05, 'prior_precision': 0.0, 'num_examples': 25, 'data_factor': 1.0},
 }
-MOMENTUM = 0.9  # of the optimizer for the methods that use it
+MOMENTUM = 0.5  # of the optimizer for the methods that use it
 
 
 # The pages.
@@ -72,18 +72,12 @@ def on_page_markdown(markdown, page, **kwargs):
         markdown = markdown.replace('<!-- sharpness.table() -->', sharpness.table())
     if page.file.src_uri in ('methods/index.md', 'methods/measured.md'):
         markdown = re.sub(r'^\| `(\w+)` \|', r'| [`\1`](\1.md) |', markdown, flags=re.MULTILINE)
-    return markdown
-
-
-def table(head, rows):
-    """Returns a Markdown table."""
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    return markdown.replace(' ± ', '\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}')
 
 
 def settings_page():
     """Returns the page of all keys of a config."""
-    from sam_jax import sharpness
+    from sam_jax import sharpness, tables
     from sam_jax.settings import schema
 
     def rows(prefix, keys):
@@ -103,7 +97,7 @@ def settings_page():
     for section, title in titles.items():
         keys = {name.rpartition('.')[2]: key for name, key in schema.KEYS.items()
                 if name.rpartition('.')[0] == section}
-        parts += [f'## {title}', table(head, rows(section and f'{section}.', keys))]
+        parts += [f'## {title}', tables.markdown(head, rows(section and f'{section}.', keys))]
     parts += ['## Options of the models', 'The name of the model decides which of these keys '
               'there are. Choose the model with the argument of the config, `model=NAME`.']
     families = {**schema.MODEL_OPTIONS, 'resnet': schema.CIFAR_RESNET_OPTIONS}
@@ -112,11 +106,11 @@ def settings_page():
              'efficientnet': '`efficientnet-b0` and others'}
     for family, keys in families.items():
         if keys:
-            parts += [f'### {names[family]}', table(head, rows('model.', keys))]
+            parts += [f'### {names[family]}', tables.markdown(head, rows('model.', keys))]
     parts += ['## Options of the methods', 'The method decides which of these keys there are. '
               'Choose the method with the argument of the config, `method=NAME`. The page of a '
               'method says what they mean.']
-    parts.append(table(('method', 'keys and their defaults'), [
+    parts.append(tables.markdown(('method', 'keys and their defaults'), [
         [f'[`{name}`](methods/{name}.md)', ', '.join(
             f'`sam.{option}` = {_code(default)}'
             for option, default in sharpness.options(name).items())]
@@ -130,20 +124,20 @@ def _code(value):
 
 def method_page(name):
     """Returns the page of a method: formula, cost, settings, figures and picture."""
-    from sam_jax import sharpness
+    from sam_jax import sharpness, tables
     from sam_jax.sharpness import registry
 
     entry = sharpness.METHODS[name]
     doc = inspect.getdoc(entry.make)
-    meaning, parameters = docstrings.arguments(doc), inspect.signature(entry.make).parameters
+    parameters = inspect.signature(entry.make).parameters
     parts = [f'# {name}', f'What it hands to the optimizer: **{entry.gives}**. Gradients a step: '
              f'**{entry.cost or entry.gradients}**.',
-             f'    sam-jax-train --config=digits:method={name} --workdir=runs/{name}',
+             _command(name),
              '## What it computes', docstrings.prose(docstrings.sections(doc)[''])]
     if parameters:
-        parts += ['## Settings', table(('setting', 'default', 'meaning'), [
-            [_key(option, registry), 'none' if p.default is p.empty else _code(p.default),
-             _cell(meaning.get(option, _as_of_sam(option)))]
+        parts += ['## Settings', tables.markdown(('setting', 'default', 'meaning'), [
+            [_key(option, registry), '' if p.default is p.empty else _code(p.default),
+             docstrings.escaped(_meaning(name, option))]
             for option, p in parameters.items()])]
     if entry.refuses:
         parts.append(f'It {entry.why}. So a run must have ' + ', '.join(
@@ -164,19 +158,34 @@ def method_page(name):
     return '\n\n'.join(parts) + '\n'
 
 
+def _command(name):
+    """A run of the method on noisy digits, with the rho or lam that was chosen there."""
+    _, rows = measured()
+    chosen = re.search(r'(rho|lam): .*\*\*([\d.]+)\*\*', rows.get(name, ''))
+    argument, flag = '', ''
+    if chosen and name != 'sgd':
+        setting, value = chosen.groups()
+        argument, flag = ((f',rho={value}', '') if setting == 'rho' else
+                          ('', f' --config.sam.{setting}={value}'))
+    return (f'    sam-jax-train --config=digits:noise=0.4,method={name}{argument}{flag} '
+            f'--workdir=runs/{name}')
+
+
 def _key(option, registry):
     in_config = option not in registry.GIVEN or option in ('rho', 'p')
     return f'`sam.{option}`' if in_config else f'`{option}`, in Python'
 
 
-def _as_of_sam(option):
+def _meaning(name, option):
+    """Returns what a docstring says of an argument, also where it says `as of another`."""
     from sam_jax import sharpness
 
-    return docstrings.arguments(inspect.getdoc(sharpness.sam)).get(option, '')
-
-
-def _cell(text):
-    return docstrings.escaped(text)
+    known = docstrings.arguments(inspect.getdoc(sharpness.METHODS[name].make))
+    text = known.get(option, 'as of `sam`.')
+    other = re.match(r'as of `(\w+)`(.*)', text, re.DOTALL)
+    if other and other[1] in sharpness.METHODS and other[1] != name:
+        return _meaning(other[1], option).rstrip('.') + other[2]
+    return text
 
 
 # The pictures.
@@ -238,9 +247,8 @@ def path(name, momentum=0.0):
 
     def step(carry, key):
         params, state = carry
-        value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(
-            grads, state, params, loss=network, value=value, key=key, gate_key=key,
+            jax.grad(loss)(params), state, params, loss=network, key=key, gate_key=key,
             momentum=optax.tree.get(state, 'trace', None), learning_rate=RATE)
         params = optax.apply_updates(params, updates)
         return (params, state), params

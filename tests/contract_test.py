@@ -380,21 +380,36 @@ def test_erm_compiles_to_the_program_of_plain_sgd():
 # One place for a method.
 
 
-def test_readme_s_table_is_the_registry_s():
-    assert sharpness.table() in (ROOT / 'README.md').read_text(), (
-        'README wants what sam_jax.sharpness.table() returns.')
+def _run_python_of(page, capsys):
+    """Runs a page's Python blocks one after the other; returns their names and what they print."""
+    names = {}
+    exec('\n'.join(re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)), names)
+    return names, capsys.readouterr().out.splitlines()
 
 
 def test_readme_s_python_runs(capsys):
-    """The drop-in trains, and a method written by hand is SAM."""
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    names = {}
-    exec('\n'.join(blocks), names)
-    assert float(capsys.readouterr().out) < 1e-3
-    x, y, params = names['x'], names['y'], names['params']
-    grad_fn = jax.grad(lambda p: names['loss'](p, x, y))
+    """The drop-in trains."""
+    _, (printed,) = _run_python_of('README.md', capsys)
+    assert float(printed) < 1e-3
+
+
+def test_the_guide_s_python_runs(capsys):
+    """The drop-in of README, linen, nnx; a method written by hand is SAM; an experiment trains."""
+    readme, guide = ((ROOT / page).read_text() for page in ('README.md', 'docs/howto/loop.md'))
+    assert re.search(r'```python\n(.*?)```', readme, re.DOTALL)[1] in guide
+    names, printed = _run_python_of('docs/howto/loop.md', capsys)
+    assert float(printed[0]) < 1e-3 and 'test/error_rate' in printed[1]
+    x, y = names['x'], names['y']
+    out = names['net'].apply(
+        {'params': names['params'], 'batch_stats': names['batch_stats']}, x, train=False)
+    assert float(jnp.mean((out - y) ** 2)) < 0.1 * float(jnp.var(y))
+    model = nnx.merge(names['graph'], names['nnx_params'], names['rest'])
+    model.eval()
+    assert float(jnp.mean((model(x) - y) ** 2)) < 0.1 * float(jnp.var(y))
+    params, grad_fn, _ = quadratic()
     ours, by_hand = (tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
-                     for tx in (optax.chain(sharpness.sam(0.05), optax.sgd(0.1)), names['tx']))
+                     for tx in (optax.chain(sharpness.sam(0.05), optax.sgd(0.1)),
+                                names['by_hand']))
     np.testing.assert_allclose(flat(ours), flat(by_hand), rtol=1e-6)
 
 

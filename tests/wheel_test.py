@@ -19,13 +19,14 @@ COMMANDS = PROJECT['scripts']
 
 def _lines(name):
     lines = (line.partition('#')[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return {line.replace('"', "'") for line in lines if line and not line.startswith('-r')}
+    return {line.replace('"', "'") for line in lines if line and not line.startswith('-')}
 
 
 def test_requirements_are_those_of_the_package():
     optional = PROJECT['optional-dependencies']
     assert _lines('requirements.txt') == {*PROJECT['dependencies'], *optional['tf']}
     assert _lines('requirements-test.txt') == {*optional['test']} - {'sam_jax[tf]'}
+    assert _lines('requirements-docs.txt') == {*optional['docs']}
 
 
 @pytest.fixture(scope='module')

@@ -47,7 +47,8 @@ def resolve(flag: str) -> str:
     """Returns what --config names with the path of its file: 'digits:noise=0.4' or 'my/file.py:x'.
 
     A name without a folder and without '.py' is that of a config of ours; a path 'configs/NAME.py'
-    that does not lead to a file is, too, so that the commands of README work from any folder.
+    that does not lead to a file is, too, so that the commands of the documentation work from any
+    folder.
     """
     path, colon, argument = flag.partition(':')
     head, tail = os.path.split(path)

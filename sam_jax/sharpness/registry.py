@@ -91,7 +91,7 @@ def gradients(name: str, step: int, **settings) -> int | None:
 
 
 def table() -> str:
-    """Returns the table of all methods, Markdown, as README has it."""
+    """Returns the table of all methods, Markdown, as the documentation has it."""
     rows = []
     for name, entry in METHODS.items():
         own = [*options(name), *(['p'] if 'p' in takes(name) else [])]

@@ -1,5 +1,5 @@
 # ruff: noqa: I001
-"""The methods: importing this enters them all in the registry, in the order of README's table."""
+"""The methods: importing this enters them in the registry, in the order of the table of methods."""
 
 from sam_jax.sharpness.methods import perturbed
 from sam_jax.sharpness.methods import combined

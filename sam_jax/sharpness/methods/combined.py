@@ -43,9 +43,9 @@ def wsam(rho: Rho, gamma: float = 0.9, decoupled: bool = True,
     authors do; the coupled result is for what follows to clip.
 
     A link of a chain cannot reach past what follows it: in a plain chain the result is the coupled
-    one, the authors' update where the optimizer has no memory. Who adds `add_correction` to the
-    optimizer's updates says so by `corrected=True`, and gets the decoupled form with any optimizer;
-    the train step does.
+    one, the authors' update where the optimizer has no memory. If you apply `add_correction` to the
+    optimizer's updates, say so by `corrected=True`: this is the decoupled form with any optimizer.
+    The train step does so.
 
     Two gradient evaluations; state: decoupled one pytree, of that step alone.
 

@@ -243,6 +243,10 @@ def fisher_sam(rho: Rho, eta: float = 1.0) -> Link:
     `sam`. There is no code of the authors; F^-1 = 1 / (1 + eta g^2), rho = 0.1 and eta = 1 are
     from secondary sources.
 
+    Args:
+      rho: as of `sam`.
+      eta: >= 0, weight of the squared gradient in the metric.
+
     Raises:
       ValueError: rho or eta < 0.
     """
