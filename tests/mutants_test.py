@@ -1,6 +1,7 @@
 """The code is broken on purpose, in a copy, and a test must notice: ./scripts/test.sh -m slow."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -326,9 +327,19 @@ def _copy(tmp_path):
             shutil.copy(source, tmp_path)
 
 
+def _pattern(old):
+    """A regular expression for a piece of code, however its lines are broken."""
+    indent = re.match(r'\s*', old)[0]
+    tokens = re.findall(r"'[^'\n]*'|\w+|[^\w\s]", old)
+    parts = [rf',?\s*{re.escape(t)}' if t in ')]}' else rf'\s*{re.escape(t)}' for t in tokens]
+    end = r'\n' if old.endswith('\n') else ''
+    return re.compile(re.escape(indent) + ''.join(parts).removeprefix(r'\s*') + end)
+
+
 def test_what_is_broken_on_purpose_is_there():
     for name, (file, old, _, _) in MUTANTS.items():
-        assert (ROOT / file).read_text().count(old) == 1, f'{name}: {file}, {old!r}'
+        found = _pattern(old).findall((ROOT / file).read_text())
+        assert len(found) == 1, f'{name}: {file}, {old!r}'
 
 
 @pytest.mark.slow
@@ -337,7 +348,7 @@ def test_a_test_notices(name, tmp_path):
     file, old, new, test = MUTANTS[name]
     _copy(tmp_path)
     text = (tmp_path / file).read_text()
-    (tmp_path / file).write_text(text.replace(old, new))
+    (tmp_path / file).write_text(_pattern(old).sub(lambda _: new, text))
     run = subprocess.run(
         [sys.executable, '-m', 'pytest', '-x', '-m', 'not slurm and not browser', *test.split()],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''},
