@@ -2,8 +2,10 @@
 
 import ml_collections
 
-from sam_jax import sharpness
 from sam_jax.settings import schema
+from sam_jax.settings.schema import set_method, set_model
+
+__all__ = ['finish', 'get_config', 'one_of', 'parse_arg', 'set_method', 'set_model', 'table_7']
 
 
 def parse_arg(arg, **defaults):
@@ -28,33 +30,6 @@ def parse_arg(arg, **defaults):
             raise ValueError(
                 f'config argument {name} is {text!r}; it must be of type {kind.__name__}.') from e
     return ml_collections.ConfigDict(values)
-
-
-def set_model(c, name):
-    """Chooses a model and declares its options, `config.model.*`."""
-    c.model.name = name
-    for option, described in schema.model_options(name).items():
-        c.model[option] = described.default
-
-
-def set_method(c, name):
-    """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
-
-    What they mean stands in the docstring of the method, sam_jax.sharpness.NAME.
-
-    Three methods also decide on other sections: bSAM is an optimizer with a prior of its own, MESA
-    learns from the moving average, and Momentum-SAM has no second look-ahead.
-    """
-    c.sam.method = name
-    if name in sharpness.METHODS:  # of another the checks say that there is none
-        for option, default in sharpness.options(name).items():
-            c.sam[option] = default
-    if name == 'bsam':
-        c.optimizer.momentum = c.optimizer.weight_decay = c.optimizer.clip_norm = 0.0
-    if name in ('bsam', 'momentum_sam'):
-        c.optimizer.nesterov = False
-    if name == 'mesa':
-        c.ema.decay = 0.9998
 
 
 # The tiny model of each family, by the beginning of the name.

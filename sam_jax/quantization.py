@@ -7,8 +7,8 @@ and the generator, which looks for where they differ:
     min over x, max over y of f(x, y) = D(teacher(G_y(z)), student_Q(x)(G_y(z)))
 
 The student descends sharpness-awarely. The paper has it for language models; D, rho and the rates
-are the caller's. `scripts/quantize_digits.py` is a worked example, `docs/quantization.md` tells
-what it gains.
+are the caller's. A worked example is `sam_jax/benchmarks/quantize_digits.py`; what it gains stands
+in `docs/quantization.md`.
 """
 
 from collections.abc import Callable

@@ -121,7 +121,8 @@ def test_configs_hold_settings_only(stem):
             imported |= {f'{node.module}.{alias.name}' for alias in node.names}
     # The options of a method and their defaults stand beside its formula.
     assert imported <= {'ml_collections', 'configs.common'} | (
-        {'sam_jax.sharpness', 'sam_jax.settings.schema'} if stem == 'common' else set())
+        {'sam_jax.settings.schema', 'sam_jax.settings.schema.set_method',
+         'sam_jax.settings.schema.set_model'} if stem == 'common' else set())
 
 
 # The paper's numbers, copied from it once more, and not from the configs.

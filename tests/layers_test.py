@@ -19,7 +19,7 @@ FLOORS = [
     {'periodic'},
     {'train'},
     {'cli'},
-    {'main'},
+    {'main', 'benchmarks'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -34,24 +34,27 @@ CLOSED = {(room, door) for room in FLOORS[2] for door in ('data', 'checkpoint', 
 
 # Where each outside library may be imported, besides jax, numpy and Python's own.
 LIBRARIES = {
-    'optax': {'sharpness', 'optimizers', 'train_step', 'provenance', 'quantization'},
+    'optax': {'sharpness', 'optimizers', 'train_step', 'provenance', 'quantization', 'benchmarks'},
     'jaxtyping': {'sharpness', 'losses', 'data'},
-    'flax': {'models', 'train_step', 'provenance'},
+    'flax': {'models', 'train_step', 'provenance', 'benchmarks'},
     'sklearn': {'data'},
-    'tensorflow': {'data'},
+    'tensorflow': {'data', 'benchmarks'},
     'grain': {'data'},
-    'PIL': {'cli'},
-    'tensorflow_datasets': {'data'},
+    'PIL': {'cli', 'data'},
+    'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint'},
-    'clu': {'run_log'},
+    'clu': {'run_log', 'benchmarks'},
     'tqdm': {'progress'},
     'matplotlib': {'experiments'},
     'scipy': {'experiments', 'analysis'},
-    'absl': {'cli', 'main'},
+    'absl': {'cli', 'main', 'benchmarks'},
     'ml_collections': {'settings', 'cli', 'main', 'experiments'},
     'markdown': {'experiments'},
     'rich': {'experiments'},
     'submitit': {'experiments'},
+    'torch': {'benchmarks'},
+    'pyhessian': {'benchmarks'},
+    'matfree': {'benchmarks'},
     'h5py': {'models'},
     'safetensors': {'models'},
 }

@@ -15,7 +15,7 @@ import pytest
 from helpers import assert_trees_equal, relative_distance
 from train_step_test import Session, count_compilations, step_config
 
-from sam_jax import sharpness
+from sam_jax import settings, sharpness
 from sam_jax.checkpoint import Checkpoints
 
 # Gates that are open at some of the four steps and shut at others; memories that speak.
@@ -58,11 +58,11 @@ def _session(method, num_devices=1, **overrides):
     """4 replicas of 8 examples, in groups of 2; a group covers two of four devices."""
     dtype = overrides.pop('dtype', 'float64')
     size = overrides.pop('size', 160 if method in TRAJECTORY else 8)
-    settings = {f'sam__{key}': value for key, value in SETTINGS.get(method, {}).items()}
+    options = {f'sam__{key}': value for key, value in SETTINGS.get(method, {}).items()}
     config = step_config(**{
         'sam__method': method, 'batch_size': 4 * size, 'replica_batch_size': size,
         'sam__replicas_per_group': 2, 'sam__rho': 0.1, 'model__dtype': dtype,
-        'optimizer__learning_rate': 0.05, **settings, **overrides})
+        'optimizer__learning_rate': 0.05, **options, **overrides})
     settings.check(config)
     return Session(config, num_devices, _Mlp(dtype=dtype))
 

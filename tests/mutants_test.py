@@ -139,7 +139,7 @@ MUTANTS = {
         'combine.perturbed(),\n        gate.adaptive',
         f'{FORMS} -k ae_looksam'),
     'a resumed SAMPa without its last batch': (
-        'sam_jax/train.py', 'max(first_step - 1, 0) if', 'first_step if',
+        'sam_jax/experiment.py', 'max(first_step - 1, 0) if', 'first_step if',
         f'{BY_HAND} -k feeds'),
     'bsam: another number of examples': (
         STEP, 'num_examples=steps_per_epoch * config.batch_size', 'num_examples=config.batch_size',

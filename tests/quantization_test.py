@@ -9,8 +9,8 @@ import pytest
 from quadratics import RHO, ball_step, quadratic
 
 from sam_jax import sharpness
+from sam_jax.benchmarks import quantize_digits
 from sam_jax.quantization import fake_quantize, min_max_step, quantize_kernels
-from scripts import quantize_digits
 
 LR_X, LR_Y = 0.1, 0.2
 ASCENT = optax.sgd(LR_Y)

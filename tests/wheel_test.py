@@ -72,7 +72,7 @@ def test_what_is_installed(installed):
     bin_folder, site = installed
     assert {p.name for p in bin_folder.iterdir()} >= set(COMMANDS)
     assert not (site / 'configs').exists() and (site / 'sam_jax' / 'configs').is_dir()
-    assert (site / 'sam_jax' / 'paper.csv').is_file()
+    assert (site / 'sam_jax' / 'experiments' / 'paper.csv').is_file()
     assert (site / f'sam_jax-{sam_jax.__version__}.dist-info').is_dir()
 
 

@@ -304,6 +304,17 @@ def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
     return said
 
 
+def is_done(out: str, settings: Settings, split: str, examples: int) -> bool:
+    """Whether a folder holds the same measurements, whole."""
+    said = run_log.read_json(os.path.join(out, 'analysis.json'))
+    if not said:
+        return False
+    run = said['runs'][0]
+    drawn = 'landscape' not in settings.what or os.path.exists(os.path.join(out, 'landscape.png'))
+    return (drawn and json.loads(json.dumps(dataclasses.asdict(settings))) == said['settings']
+            and run['split'] == split and examples in (0, run['examples']))
+
+
 def _identity(run):
     """What a surface of a run depends on, besides its directions and places."""
     checksum = _checksum([run.params, run.objective.batch_stats, run.objective.split.index])

@@ -5,6 +5,11 @@
 
 writes RUN/analysis/: report.md, analysis.json, spectrum.png, landscape.png, path.png and the
 numbers behind them as .npz. A landscape that was interrupted goes on where it stopped.
+
+    sam-jax-analyze --runs=SWEEP --what=spectrum,sharpness
+
+does so for every finished run in a folder and below that has no such measurements yet; then
+`sam-jax-report SWEEP` has their means.
 """
 
 import contextlib
@@ -14,14 +19,16 @@ import os
 import jax
 from absl import flags
 
-from sam_jax import run_log
 from sam_jax.analysis import study
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
+from sam_jax.experiments import results
+from sam_jax.progress import Bars
 
 _DEFAULT = study.Settings()
 
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of a run, finished or not.')
+_RUNS = flags.DEFINE_string('runs', '', 'Folder of many runs, each to be measured.')
 _COMPARE = flags.DEFINE_string('compare', '', 'Folder of another run, to be drawn beside it.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for the results; default WORKDIR/analysis.')
 _DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the datasets lie; default the run's own.")
@@ -67,16 +74,35 @@ def main() -> None:
     settings = study.Settings(
         tuple(_WHAT.value), m=tuple(map(int, _M.value)), directions=_DIRECTIONS.value,
         **{flag.name: flag.value for flag in _NUMBERS})
-    folders = [_WORKDIR.value] + ([_COMPARE.value] if _COMPARE.value else [])
-    runs = [study.open_run(folder, _SPLIT.value, _EXAMPLES.value, _PENALTY.value,
-                              settings.seed, _DATA_DIR.value, _EPOCH.value,
-                              _BATCH_SIZE.value)
-            for folder in folders]
-    out = _OUT.value or os.path.join(_WORKDIR.value, 'analysis')
-    with contextlib.closing(run_log.Bars()) as bars:
-        study.analyze(runs, out, settings, bars)
+    with contextlib.closing(Bars()) as bars:
+        if _RUNS.value:
+            _all_of(_RUNS.value, settings, bars)
+            return
+        out = _OUT.value or os.path.join(_WORKDIR.value, 'analysis')
+        folders = [_WORKDIR.value] + ([_COMPARE.value] if _COMPARE.value else [])
+        study.analyze([_open(folder, settings) for folder in folders], out, settings, bars)
     with open(os.path.join(out, 'report.md')) as file:
         _log.info('%s\n%s', out, file.read())
+
+
+def _open(folder, settings):
+    return study.open_run(folder, _SPLIT.value, _EXAMPLES.value, _PENALTY.value, settings.seed,
+                          _DATA_DIR.value, _EPOCH.value, _BATCH_SIZE.value)
+
+
+def _all_of(folder, settings, bars):
+    for flag in (_WORKDIR, _COMPARE, _OUT):
+        if flag.value:
+            raise UserError(f'--{flag.name} is {flag.value!r} and --runs is {folder!r}; give one '
+                            'of them.')
+    finished = [record.workdir for record in results.find([folder]) if record.result]
+    if not finished:
+        raise UserError(f'--runs is {folder!r}; none of the runs in it is finished.')
+    for workdir in finished:
+        out = os.path.join(workdir, 'analysis')
+        if not study.is_done(out, settings, _SPLIT.value, _EXAMPLES.value):
+            study.analyze([_open(workdir, settings)], out, settings, bars)
+            _log.info('%s is measured.', os.path.relpath(workdir))
 
 
 def run() -> None:

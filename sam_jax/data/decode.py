@@ -2,18 +2,37 @@
 
 The numbers are the SAM paper's code's: the same windows, TensorFlow's v1 bicubic resizing; its
 result is rounded to uint8 (the code trains on floats that overshoot [0, 255] at edges). All of it
-is one TensorFlow function, so that a thread which decodes does not hold Python's lock.
+is one TensorFlow function, so that a thread which decodes does not hold Python's lock. Where
+TensorFlow is not installed, `pillow` does the same.
 """
 
 import functools
+import importlib.util
+import logging
 from typing import Any
 
 import numpy as np
 
+from sam_jax.data import pillow
 from sam_jax.errors import first_line
+
+# The window of the training: shares of the image's area, ratios of width to height, and the share
+# of the image that it must cover, by TensorFlow's default.
+AREA, ASPECT, COVERED = (0.08, 1.0), (3 / 4, 4 / 3), 0.1
+
+_log = logging.getLogger(__name__)
 
 # Around the centre crop of the evaluation, in pixels at the size of the network's input.
 CROP_PADDING = 32
+
+
+@functools.cache
+def _has_tensorflow():
+    if importlib.util.find_spec('tensorflow'):
+        return True
+    _log.info('TensorFlow is not installed: Pillow decodes the images. JPEG files differ by a few '
+              'of 255 levels in single pixels from what TensorFlow makes of them.')
+    return False
 
 
 @functools.cache
@@ -39,7 +58,11 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: the bytes are no image.
     """
-    return _run(_function(random_window, size), encoded, seed)
+    if _has_tensorflow():
+        return _run(_function(random_window, size), encoded, seed)
+    pixels = pillow.decode(encoded)
+    window = pillow.random_window(*pixels.shape[:2], seed, AREA, ASPECT, COVERED)
+    return pillow.crop(pixels, window or _center(*pixels.shape[:2], size), size)
 
 
 def center_crop(encoded: bytes, size: int) -> np.ndarray:
@@ -47,7 +70,10 @@ def center_crop(encoded: bytes, size: int) -> np.ndarray:
 
     Arguments and errors as of `random_crop`.
     """
-    return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
+    if _has_tensorflow():
+        return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
+    pixels = pillow.decode(encoded)
+    return pillow.crop(pixels, _center(*pixels.shape[:2], size), size)
 
 
 def random_window(shape: Any, size: int, seed: Any) -> Any:
@@ -55,8 +81,8 @@ def random_window(shape: Any, size: int, seed: Any) -> Any:
     tf = tensorflow()
 
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=0.1,
-        aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0), max_attempts=10,
+        shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=COVERED,
+        aspect_ratio_range=ASPECT, area_range=AREA, max_attempts=pillow.ATTEMPTS,
         use_image_if_no_bounding_boxes=True)
     # The whole image is what TensorFlow gives when all attempts have failed.
     failed = tf.reduce_all(extent[:2] == shape[:2])
@@ -72,6 +98,12 @@ def center_window(shape: Any, size: int, seed: Any) -> Any:
     shorter = tf.cast(tf.minimum(shape[0], shape[1]), tf.float64)
     side = tf.maximum(tf.cast(size / (size + CROP_PADDING) * shorter, tf.int32), 1)
     return tf.stack([(shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side])
+
+
+def _center(height, width, size):
+    """The window of `center_crop` without TensorFlow."""
+    side = max(int(size / (size + CROP_PADDING) * min(height, width)), 1)
+    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
 @functools.cache

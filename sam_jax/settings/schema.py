@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -30,7 +30,7 @@ class Key(NamedTuple):
     low: float | None = None
     high: float | None = None
     below: bool = False
-    choices: Sequence[str] = ()
+    choices: Collection[str] = ()
 
     @property
     def kind(self) -> type:
@@ -135,7 +135,7 @@ KEYS = {
     'data.soft_labels': Key(False, 'on its probabilities and not on the likeliest class'),
 
     'sam.method': Key('sam', 'the method; `sgd` for the optimizer alone',
-                      choices=tuple(sharpness.METHODS)),
+                      choices=sharpness.METHODS),
     'sam.rho': _amount(0.05, 'radius of the perturbation'),
     'sam.p': Key(2.0, 'the norm that it is measured in: greater than 1, `inf` is allowed'),
     'sam.replicas_per_group': _positive(
@@ -221,3 +221,30 @@ def default_config() -> ml_collections.ConfigDict:
             config[section] = ml_collections.ConfigDict()
         (config[section] if section else config)[name] = described.default
     return config
+
+
+def set_model(config: ml_collections.ConfigDict, name: str) -> None:
+    """Chooses a model and declares its options, `config.model.*`."""
+    config.model.name = name
+    for option, described in model_options(name).items():
+        config.model[option] = described.default
+
+
+def set_method(config: ml_collections.ConfigDict, name: str) -> None:
+    """Chooses a sharpness-aware method and declares its options, `config.sam.*`.
+
+    What they mean stands in the docstring of the method, sam_jax.sharpness.NAME.
+
+    Three methods also decide on other sections: bSAM is an optimizer with a prior of its own, MESA
+    learns from the moving average, and Momentum-SAM has no second look-ahead.
+    """
+    config.sam.method = name
+    if name in sharpness.METHODS:  # of another the checks say that there is none
+        for option, default in sharpness.options(name).items():
+            config.sam[option] = default
+    if name == 'bsam':
+        config.optimizer.momentum = config.optimizer.weight_decay = config.optimizer.clip_norm = 0.0
+    if name in ('bsam', 'momentum_sam'):
+        config.optimizer.nesterov = False
+    if name == 'mesa':
+        config.ema.decay = 0.9998

@@ -1,9 +1,9 @@
 """Speed of the input: augmentation on the device, decoding on the host, each beside TensorFlow's.
 
-    python scripts/benchmark_data.py [--recipes=autoaugment_cutout,basic] [--images=2048]
-    python scripts/benchmark_data.py --recipes= --jpegs=512 --threads=1     # decoding alone
-    python scripts/benchmark_data.py --recipes= --resume=4096               # in mid-epoch
-    python scripts/benchmark_data.py --recipes= --share=wrn28_10            # of a training step
+    python -m sam_jax.benchmarks.input [--recipes=autoaugment_cutout,basic] [--images=2048]
+    python -m sam_jax.benchmarks.input --recipes= --jpegs=512 --threads=1     # decoding alone
+    python -m sam_jax.benchmarks.input --recipes= --resume=4096               # in mid-epoch
+    python -m sam_jax.benchmarks.input --recipes= --share=wrn28_10            # of a training step
 
 Augmentation: images/s of ours (compiled, on JAX's default device, uint8 in and normalised float
 out) and of the same recipe in tf.data with parallel calls. Decoding: JPEG files -> uint8 crops of
@@ -17,20 +17,19 @@ those of the same step on images that are augmented already.
 import concurrent.futures
 import io
 import os
-import sys
 import tempfile
 import time
 import types
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from configs import common
-from sam_jax import data, models, replicas, train_step
+from sam_jax import data, replicas, tables
 from sam_jax.data import SOURCES, augment, decode, policies
+from sam_jax.experiment import Experiment
+from sam_jax.settings import schema
 
 _RECIPES = flags.DEFINE_list('recipes', ['basic', 'autoaugment_cutout'], 'Recipes to time.')
 _IMAGES = flags.DEFINE_integer('images', 2048, 'Images a call.')
@@ -52,7 +51,7 @@ def _best_rate(function, n, rounds=5):
     return n / min(seconds)
 
 
-def ours(recipe, images):
+def ours(recipe: str, images: np.ndarray) -> float:
     """Images/s of a recipe with normalisation."""
     source, augmentation = SOURCES['cifar10'], augment.Augmentation(recipe)
 
@@ -67,7 +66,7 @@ def ours(recipe, images):
     return _best_rate(lambda: run(images, 0).block_until_ready(), len(images))
 
 
-def tf_data(recipe, images):
+def tf_data(recipe: str, images: np.ndarray) -> float:
     """Images/s of the same recipe in tf.data; of 'basic' and 'autoaugment_cutout'."""
     import tensorflow as tf
 
@@ -195,7 +194,7 @@ def _tf_autoaugment(policy):
     return run
 
 
-def decoding(n, threads):
+def decoding(n: int, threads: int) -> Iterator[tuple[str, float]]:
     """Yields (name, images/s) of four ways from JPEG files to pixels, in `threads` threads."""
     import tensorflow as tf
 
@@ -206,7 +205,7 @@ def decoding(n, threads):
             os.makedirs(folder, exist_ok=True)
             photo = tf.cast(tf.image.resize(image, (375, 500), 'bicubic'), tf.uint8)
             tf.io.write_file(os.path.join(folder, f'{i}.jpg'), tf.io.encode_jpeg(photo, quality=90))
-        config = common.get_config()
+        config = schema.default_config()
         config.data.update(name='folder', dir=root, image_size=224, augment='imagenet',
                            threads=threads)
         dataset = data.load_dataset(config.data)
@@ -238,7 +237,7 @@ def decoding(n, threads):
             lambda: [None for _ in dataset.train_feeds(0, 0, 8, layout)], 8 * batch, 3)
 
 
-def resuming(n, batch=32):
+def resuming(n: int, batch: int = 32) -> Iterator[tuple[str, float, float]]:
     """Yields (reader, seconds to the first batch of an epoch, to the one in its middle)."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -281,7 +280,7 @@ def resuming(n, batch=32):
                 decoders={'image': tfds.decode.SkipDecoding()})
             next(iter(dataset.skip(step)))
 
-        config = common.get_config()
+        config = schema.default_config()
         config.data.update(name='food101', dir=os.path.join(root, 'array_record'), image_size=224,
                            augment='imagenet')
         dataset = data.load_dataset(config.data)
@@ -292,27 +291,22 @@ def resuming(n, batch=32):
                            for s in (0, middle)))
 
 
-def share(name, batch):
+def share(name: str, batch: int) -> tuple[float, float]:
     """Returns seconds of a SAM step (with AutoAugment and cutout, without any augmentation).
 
     Medians of alternating rounds.
     """
     seconds, steps = {}, {}
     for recipe in ('none', 'autoaugment_cutout'):
-        config = common.get_config()
-        common.set_model(config, name)
+        config = schema.default_config()
+        schema.set_model(config, name)
         config.batch_size, config.replica_batch_size = batch, min(batch, 32)
         config.data.update(name='fake_cifar10', augment=recipe)
-        dataset = data.load_dataset(config.data)
-        layout, _ = replicas.make_layout(batch, min(batch, 32), 1, devices=jax.devices()[:1])
-        model = models.from_config(config.model, 10)
-        step = train_step.make_train_step(model, config, layout, dataset)
-        state = layout.replicate(jax.device_get(
-            train_step.create_train_state(config, model, dataset.image_shape)))
-        arguments = (layout.shard(dataset.train_feed(0, 0, layout)),
-                     layout.replicate(dataset.device_arrays(dataset.train)),
-                     layout.replicate(train_step.HParams.from_config(config)))
-        steps[recipe] = types.SimpleNamespace(step=step, state=state, arguments=arguments)
+        experiment = Experiment.from_config(config, jax.devices()[:1])
+        feed = experiment.dataset.train_feed(0, 0, experiment.layout)
+        steps[recipe] = types.SimpleNamespace(
+            step=experiment.train_step, state=experiment.initial_state(),
+            arguments=(experiment.layout.shard(feed), *experiment.constants))
         seconds[recipe] = []
     for _ in range(3):
         for recipe, s in steps.items():
@@ -323,29 +317,34 @@ def share(name, batch):
     return tuple(float(np.median(seconds[r][1:])) for r in ('autoaugment_cutout', 'none'))
 
 
-def main(argv):
+def _beside(recipe, images):
+    try:
+        return f'{tf_data(recipe, images):.0f}'
+    except ImportError:
+        return 'TensorFlow is not installed'
+
+
+def main(argv: list[str]) -> None:
+    """Prints what the flags ask for."""
     del argv
     images = np.random.RandomState(0).randint(
         0, 256, (_IMAGES.value, 32, 32, 3)).astype(np.uint8)
     if _RECIPES.value:
-        print('| recipe | sam_jax, images/s | tf.data, images/s |\n|---|---|---|')
-    for recipe in _RECIPES.value:
-        try:
-            other = f'{tf_data(recipe, images):.0f}'
-        except ImportError:
-            other = 'TensorFlow is not installed'
-        print(f'| {recipe} | {ours(recipe, images):.0f} | {other} |', flush=True)
+        print(tables.markdown(
+            ('recipe', 'sam_jax, images/s', 'tf.data, images/s'),
+            [(recipe, f'{ours(recipe, images):.0f}', _beside(recipe, images))
+             for recipe in _RECIPES.value]))
     if _JPEGS.value:
         threads = _THREADS.value or os.cpu_count()
-        print(f'| {threads} threads | images/s | of the bare loop |\n|---|---|---|')
-        bare = None
-        for name, rate in decoding(_JPEGS.value, threads):
-            bare = bare or rate
-            print(f'| {name} | {rate:.0f} | {rate / bare:.2f} |', flush=True)
+        rates = list(decoding(_JPEGS.value, threads))
+        print(tables.markdown(
+            (f'{threads} threads', 'images/s', 'of the bare loop'),
+            [(name, f'{rate:.0f}', f'{rate / rates[0][1]:.2f}') for name, rate in rates]))
     if _RESUME.value:
-        print('| reader | first batch (s) | batch in mid-epoch (s) |\n|---|---|---|')
-        for name, first, middle in resuming(_RESUME.value):
-            print(f'| {name} | {first:.2f} | {middle:.2f} |', flush=True)
+        print(tables.markdown(
+            ('reader', 'first batch (s)', 'batch in mid-epoch (s)'),
+            [(name, f'{first:.2f}', f'{middle:.2f}')
+             for name, first, middle in resuming(_RESUME.value)]))
     if _SHARE.value:
         whole, without = share(_SHARE.value, _BATCH.value)
         augmentation = _BATCH.value / ours('autoaugment_cutout', images[:_BATCH.value])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 
-def to_torch(x):
+def to_torch(x: np.ndarray) -> np.ndarray:
     """A kernel, matrix or vector of ours in PyTorch's order of dimensions."""
     order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[x.ndim]
     return np.ascontiguousarray(np.transpose(np.asarray(x), order))
@@ -46,7 +46,7 @@ class WideResNet(nn.Module):
             self._weight(f'{name}/scale'), self._weight(f'{name}/bias'), self.train_mode,
             1 - self.model.batch_norm_momentum, self.model.batch_norm_epsilon))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._conv(x, 'conv_init', 1)
         for group, stride in enumerate((1, 2, 2)):
             for block in range((self.model.depth - 4) // 6):
@@ -90,7 +90,7 @@ class Stepper:
         penalty = sum(w.square().sum() for w in self.net.parameters())
         (loss + 0.5 * self._config.optimizer.weight_decay * penalty).backward()
 
-    def step(self):
+    def step(self) -> None:
         """Makes one SAM step, and returns once it is done."""
         weights = list(self.net.parameters())
         self._backward()
@@ -106,7 +106,7 @@ class Stepper:
         nn.utils.clip_grad_norm_(weights, self._config.optimizer.clip_norm)
         self._optimizer.step()
 
-    def params(self):
+    def params(self) -> dict[str, np.ndarray]:
         """{our name: the parameter in our order of dimensions}."""
         back = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
         return {name.removeprefix('params/'): np.transpose(w.detach().numpy(), back[w.ndim])

@@ -1,6 +1,6 @@
 """How long the SAM step of every full-size model takes to compile, and the memory it needs.
 
-    python scripts/compile_report.py [--models=wrn28_10,...] [--remat] [--cache=DIR]
+    python -m sam_jax.benchmarks.compile [--models=wrn28_10,...] [--remat] [--cache=DIR]
 
 Traces and compiles the whole train step (two gradients, clipping, momentum) on one device for one
 replica, without ever allocating the model, and prints a row a model as soon as it is known:
@@ -12,19 +12,17 @@ replica, without ever allocating the model, and prints a row a model as soon as 
   arguments         state, batch and hyper-parameters; the step gives the state's memory back
 """
 
-import os
 import sys
 import time
 import types
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from configs import common
-from sam_jax import models, replicas, train_step
+from sam_jax import models, replicas, tables, train_step
+from sam_jax.models.layers import Network
+from sam_jax.settings import schema
 
 # Model -> (side of the image, classes, examples of a replica as in the paper).
 MODELS = {
@@ -42,7 +40,7 @@ _REMAT = flags.DEFINE_bool('remat', False, 'With config.model.remat.')
 _CACHE = flags.DEFINE_string('cache', '', 'Folder of a persistent compilation cache.')
 
 
-def kept(model, images):
+def kept(model: Network, images: jax.ShapeDtypeStruct) -> int:
     """Returns the bytes that the gradient at a batch of images' shape keeps between its passes."""
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
@@ -59,12 +57,12 @@ def kept(model, images):
     return sum(x.size * x.dtype.itemsize for x in residuals)
 
 
-def report(name):
+def report(name: str) -> tuple[float, ...]:
     """Returns (batch, side, GiB kept, seconds to trace, to compile, GiB of temporaries, of
     arguments)."""
     side, classes, batch = MODELS[name]
-    config = common.get_config()
-    common.set_model(config, name)
+    config = schema.default_config()
+    schema.set_model(config, name)
     config.batch_size = config.replica_batch_size = batch
     config.model.remat = _REMAT.value
     layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
@@ -85,18 +83,20 @@ def report(name):
             memory.temp_size_in_bytes / 2 ** 30, memory.argument_size_in_bytes / 2 ** 30)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Prints the table."""
     del argv
     if _CACHE.value:
         jax.config.update('jax_compilation_cache_dir', _CACHE.value)
-    print('| model | batch | image | kept (GiB) | trace (s) | compile (s) | temporary (GiB) | '
-          'arguments (GiB) |')
-    print('|---|---|---|---|---|---|---|---|', flush=True)
+    rows = []
     for name in _MODELS.value:
         batch, side, *figures = report(name)
         jax.clear_caches()  # gigabytes of programs that nobody will run
-        cells = [f'{x:.3g}' for x in figures]
-        print(f'| {name} | {batch} | {side} | {" | ".join(cells)} |', flush=True)
+        rows.append((name, batch, side, *(f'{x:.3g}' for x in figures)))
+        print(*rows[-1], file=sys.stderr, flush=True)
+    print(tables.markdown(
+        ('model', 'batch', 'image', 'kept (GiB)', 'trace (s)', 'compile (s)', 'temporary (GiB)',
+         'arguments (GiB)'), rows))
 
 
 if __name__ == '__main__':

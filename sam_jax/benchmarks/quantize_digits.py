@@ -1,6 +1,6 @@
 """Quantises a trained digits network without its training data: the table in docs/quantization.md.
 
-    python scripts/quantize_digits.py [--workdir=RUN] [--seeds=5] [--bits=4] [--rho=0.05]
+    python -m sam_jax.benchmarks.quantize_digits [--workdir=RUN] [--seeds=5] [--bits=4] [--rho=0.05]
 
 The teacher is the full-precision network of RUN or, if none is given, for each seed one of its own,
 which is trained first. The student begins as a copy whose kernels are rounded to so many bits in
@@ -19,25 +19,24 @@ same seed.
 
 import argparse
 import functools
-import json
 import logging
 import math
 import os
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from configs import digits
-from sam_jax import rngs, settings, sharpness, train
+from sam_jax import rngs, settings, sharpness, tables, train
 from sam_jax.cli import commands
 from sam_jax.data import augment
 from sam_jax.errors import UserError
-from sam_jax.experiments.results import mean_and_interval
+from sam_jax.experiment import Experiment
+from sam_jax.experiments.results import interval, mean_and_interval
 from sam_jax.quantization import min_max_step, quantize_kernels
 
 EPOCHS = 20  # of a teacher that is trained here
@@ -54,21 +53,21 @@ class Generator(nn.Module):
     std: tuple
 
     @nn.compact
-    def __call__(self, latents):
+    def __call__(self, latents: jax.Array) -> jax.Array:
         x = nn.relu(nn.Dense(128)(latents))
         x = nn.relu(nn.Dense(128)(x))
         pixels = 255 * nn.sigmoid(nn.Dense(math.prod(self.shape))(x))
         return augment.normalize(pixels.reshape(-1, *self.shape), self.mean, self.std)
 
 
-def divergence(model, teacher, params, images):
+def divergence(model: Any, teacher: Any, params: Any, images: jax.Array) -> jax.Array:
     """Mean absolute difference of the logits of the teacher's variables and a student's params."""
     student = {**teacher, 'params': params}
     return jnp.mean(jnp.abs(model.apply(teacher, images, train=False)
                             - model.apply(student, images, train=False)))
 
 
-def mismatch(model, teacher, images):
+def mismatch(model: Any, teacher: Any, images: jax.Array) -> jax.Array:
     """How far a training pass on the images would move the running BatchNorm statistics.
 
     The mean square of each mean's and variance's way, summed over layers. The way is 1 - momentum
@@ -81,7 +80,9 @@ def mismatch(model, teacher, images):
 
 @functools.partial(
     jax.jit, static_argnames=('model', 'generator', 'bits', 'descent', 'ascent'))
-def step(teacher, x, y, states, key, *, model, generator, bits, descent, ascent):
+def step(teacher: Any, x: Any, y: Any, states: Any, key: jax.Array, *, model: Any,
+         generator: Generator, bits: int, descent: optax.GradientTransformation,
+         ascent: optax.GradientTransformation) -> tuple[Any, Any, Any]:
     """One min-max step of student x and generator y on new latents; returns (x, y, states)."""
     latents = jax.random.normal(key, (BATCH, LATENTS))
 
@@ -93,7 +94,9 @@ def step(teacher, x, y, states, key, *, model, generator, bits, descent, ascent)
     return min_max_step(f, x, y, states, descent, ascent)
 
 
-def train_student(teacher, seed, steps, *, generator, descent, ascent, **parts):
+def train_student(teacher: Any, seed: int, steps: int, *, generator: Generator,
+                  descent: optax.GradientTransformation, ascent: optax.GradientTransformation,
+                  **parts: Any) -> tuple[Any, Any]:
     """Returns the params of student and generator after so many steps; `parts` as of `step`."""
     x = teacher['params']
     y = generator.init(rngs.key(seed, 'generator'), jnp.zeros((1, LATENTS)))['params']
@@ -104,25 +107,23 @@ def train_student(teacher, seed, steps, *, generator, descent, ascent, **parts):
     return x, y
 
 
-def open_teacher(workdir, seed):
-    """Returns (plan, variables) of a run or, where workdir is '', of one that is trained now."""
-    if workdir:
-        with open(os.path.join(workdir, 'config.json')) as file:
-            config = settings.unflatten(json.load(file)['config'])
-    else:
+def open_teacher(workdir: str, seed: int) -> tuple[Experiment, Any]:
+    """Returns (experiment, weights) of a run; where workdir is '', of one that is trained now."""
+    if not workdir:
         workdir = os.path.join('runs', 'quantize_digits', f'seed={seed}')
-        config = digits.get_config(f'seed={seed}')
+        _, config = settings.load(f'digits:seed={seed}')
         config.total_epochs = EPOCHS
         train.train_and_evaluate(config, workdir)
-    plan, state, _ = train.restore(config, workdir)
-    variables = state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
-    return plan, jax.device_get(variables)
+    experiment = Experiment.of_run(workdir)
+    state, _ = experiment.restore(workdir)
+    return experiment, jax.device_get(experiment.weights(state))
 
 
-def make_measure(plan):
+def make_measure(experiment: Experiment) -> Callable[..., tuple[float, float]]:
     """Returns the function (teacher, params) -> (test accuracy in %, divergence on test images)."""
-    dataset, split = plan.dataset, plan.dataset.evals['test']
-    feed, = dataset.eval_feeds(split, len(split), plan.layout)
+    dataset, model = experiment.dataset, experiment.model
+    split = dataset.evals['test']
+    feed, = dataset.eval_feeds(split, len(split), experiment.layout)
     batch = dataset.eval_batch(dataset.device_arrays(split), feed)
     # The places that fill up the last device come last.
     images, labels = (batch[k].reshape(-1, *batch[k].shape[2:])[:len(split)]
@@ -130,26 +131,27 @@ def make_measure(plan):
 
     @jax.jit
     def measure(teacher, params):
-        logits = plan.model.apply({**teacher, 'params': params}, images, train=False)
+        logits = model.apply({**teacher, 'params': params}, images, train=False)
         return (100 * jnp.mean(jnp.argmax(logits, -1) == labels),
-                divergence(plan.model, teacher, params, images))
+                divergence(model, teacher, params, images))
 
     return lambda *arguments: tuple(map(float, measure(*arguments)))
 
 
-def print_row(bits, name, results, plain=None):
-    """Prints a line of the table: results are those of `measure`, one a seed."""
+def row(bits: int, name: str, results: list[tuple[float, float]],
+        plain: list[tuple[float, float]] | None = None) -> tuple[Any, ...]:
+    """Returns a row of the table: results are those of `measure`, one a seed."""
     accuracies, distances = zip(*results)
     gain = ''
     if plain:
         gain = '{:+z.2f} ± {:.2f}'.format(*mean_and_interval(
             [a - b for a, (b, _) in zip(accuracies, plain)]))
-    print('| {} | {} | {:.2f} ± {:.2f} | {} | {:.3f} ± {:.3f} |'.format(
-        bits, name, *mean_and_interval(accuracies), gain, *mean_and_interval(distances)),
-        flush=True)
+    return (bits, name, interval(mean_and_interval(list(accuracies))), gain,
+            interval(mean_and_interval(list(distances)), 3))
 
 
-def main():
+def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--workdir', default='', help='Folder of a run on the digits.')
@@ -161,22 +163,21 @@ def main():
     for name in ('sam_jax', 'absl'):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    plans, teachers = zip(*(open_teacher(args.workdir, seed) for seed in range(args.seeds)))
-    plan, measure = plans[0], make_measure(plans[0])
-    generator = Generator(plan.dataset.image_shape, plan.dataset.mean, plan.dataset.std)
+    experiments, teachers = zip(*(open_teacher(args.workdir, seed) for seed in range(args.seeds)))
+    experiment, measure = experiments[0], make_measure(experiments[0])
+    dataset = experiment.dataset
+    generator = Generator(dataset.image_shape, dataset.mean, dataset.std)
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
     methods = {'plain min-max': sharpness.erm(), **{
         f'SAM min-max, rho {rho}': sharpness.sam(float(rho)) for rho in args.rho.split(',')}}
 
-    print('| bits | student | test accuracy (%) | gain over plain (%) | difference of logits |')
-    print('|---|---|---|---|---|')
-    print_row(32, 'full precision', [measure(t, t['params']) for t in teachers])
+    rows = [row(32, 'full precision', [measure(t, t['params']) for t in teachers])]
     for bits in map(int, args.bits.split(',')):
-        print_row(bits, 'rounded, not trained',
-                  [measure(t, quantize_kernels(t['params'], bits)) for t in teachers])
+        rows.append(row(bits, 'rounded, not trained', [
+            measure(t, quantize_kernels(t['params'], bits)) for t in teachers]))
         plain = None
         for name, method in methods.items():
-            parts = dict(model=plan.model, generator=generator, bits=bits, ascent=adam,
+            parts = dict(model=experiment.model, generator=generator, bits=bits, ascent=adam,
                          descent=optax.chain(method, adam))
             results = []
             for seed, teacher in enumerate(teachers):
@@ -184,8 +185,11 @@ def main():
                 results.append(measure(teacher, quantize_kernels(x, bits)))
                 print(f'{bits} bits, {name}, seed {seed}: {results[-1][0]:.1f} %', file=sys.stderr,
                       flush=True)
-            print_row(bits, name, results, plain)
+            rows.append(row(bits, name, results, plain))
             plain = plain or results
+    print(tables.markdown(
+        ('bits', 'student', 'test accuracy (%)', 'gain over plain (%)', 'difference of logits'),
+        rows))
 
 
 if __name__ == '__main__':

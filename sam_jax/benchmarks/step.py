@@ -1,9 +1,10 @@
 """Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
 
-    python scripts/benchmark.py [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
-    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch
-    taskset -c 0 python scripts/benchmark.py --cases=digits --epochs=-1 --gates
-    python scripts/benchmark.py --cases=wrn16_4 --rounds=4 --epochs=-1 --replicas=8
+    python -m sam_jax.benchmarks.step [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
+    python -m sam_jax.benchmarks.step --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch
+    taskset -c 0 python -m sam_jax.benchmarks.step --cases=digits --epochs=-1 \
+        --methods=periodic_sam,rst,looksam,ae_sam
+    python -m sam_jax.benchmarks.step --cases=wrn16_4 --rounds=4 --epochs=-1 --replicas=8
 
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
@@ -20,8 +21,8 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
             same weights on the same batch, not augmented, in PyTorch with as many threads, its
             images lying as they do by default and with the channels last; median times, ours over
             each, and the distance of the params after two steps;
-  gates     with --gates: the methods that climb at some steps only, over SGD, and the gradients a
-            step that they took, which is what the ratio should be;
+  methods   with --methods: these over SGD, and the gradients a step that they took, which is what
+            the ratio should be: of those, too, that climb at some steps only;
   replicas  with --replicas=N: SAM with the batch cut into N replicas on one device, unrolled and
             scanned: seconds to compile, median time of a step;
   MFU       XLA's count of floating point operations / time / peak of the device (if known).
@@ -35,28 +36,25 @@ import statistics
 import sys
 import tempfile
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from absl import app, flags
 
-from configs import cifar, common, digits
-from sam_jax import convolutions, data, gradients, models, replicas, train, train_step
+from sam_jax import convolutions, gradients, replicas, settings, tables, train, train_step
+from sam_jax.experiment import Experiment
+from sam_jax.settings import schema
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
 _EPOCHS = flags.DEFINE_integer(
     'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
 _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
-_GATES = flags.DEFINE_bool('gates', False, 'Time the methods that climb at some steps only.')
+_METHODS = flags.DEFINE_list('methods', [], 'Methods to time over SGD.')
 _REPLICAS = flags.DEFINE_integer('replicas', 0, 'Time the step of so many replicas; 0: do not.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
-
-# With their defaults these climb at a fifth, a half, a fifth of the steps, and as the norm says.
-GATED = ('periodic_sam', 'rst', 'looksam', 'ae_sam')
 
 # Dense bfloat16 FLOP/s by device kind.
 PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100': 312e12,
@@ -65,10 +63,10 @@ PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A1
 
 def _config(case):
     if case == 'digits':
-        config = digits.get_config()
+        _, config = settings.load('digits')
         epochs = 20
     else:
-        config = cifar.get_config(f'model={case}')
+        _, config = settings.load(f'cifar:model={case}')
         config.data.name = 'fake_cifar10'
         config.batch_size = 128 if case == 'wrn16_4' else 256
         config.replica_batch_size = config.batch_size
@@ -87,29 +85,26 @@ class Stepper:
     """A compiled step with all its arguments on the device."""
 
     def __init__(self, config, make_step, own_state=None):
-        layout, _ = replicas.make_layout(
-            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
-            config.replica_loop, jax.devices()[:1])
-        dataset = data.load_dataset(config.data)
-        self.model = model = models.from_config(config.model, dataset.num_classes)
+        experiment = Experiment.from_config(config, jax.devices()[:1])
+        layout, dataset, self.model = experiment.layout, experiment.dataset, experiment.model
         self._batch = functools.partial(_replica, layout=layout, dataset=dataset)
-        hparams = train_step.HParams.from_config(config)
-        state = train_step.create_train_state(config, model, dataset.image_shape)
+        state = experiment.create_state()
         if own_state:
+            hparams = train_step.HParams.from_config(config)
             state = state.replace(opt_state=own_state(config, hparams).init(state.params))
         self.state = layout.replicate(jax.tree.map(jax.numpy.copy, state))
-        self._arguments = (
-            layout.shard(dataset.train_feed(config.seed, 0, layout)),
-            layout.replicate(dataset.device_arrays(dataset.train)),
-            layout.replicate(hparams))
-        step = make_step(model, config, layout, dataset)
+        feed = dataset.train_feed(config.seed, 0, layout)
+        if train_step.asks_for_previous(config):
+            feed = train_step.paired(feed, None)
+        self._arguments = layout.shard(feed), *experiment.constants
+        step = make_step(self.model, config, layout, dataset)
         then = time.perf_counter()
         self._step = step.lower(self.state, *self._arguments).compile()
         self.compile_seconds = time.perf_counter() - then
         cost = self._step.cost_analysis()
         self.flops = (cost[0] if isinstance(cost, list) else cost).get('flops', 0.0)
 
-    def batch(self):
+    def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images, labels) that the next step trains on, NumPy, as augmented and normalised."""
         feed, arrays, hparams = self._arguments
         replica = jax.device_get(jax.pmap(
@@ -117,11 +112,11 @@ class Stepper:
                 self.state.step, feed, arrays, hparams))
         return replica['image'][0], replica['label'][0]
 
-    def gradients_a_step(self):
+    def gradients_a_step(self) -> float:
         """The mean so far, of a method of ours."""
         return 1 + int(self.state.sharpness_state.evaluations) / int(self.state.step)
 
-    def time(self, steps):
+    def time(self, steps: int) -> float:
         """Seconds a step, over a few."""
         then = time.perf_counter()
         for _ in range(steps):
@@ -177,7 +172,7 @@ def _using(config, method, **options):
     """The config with another method, its options those given or else its defaults."""
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
-        common.set_method(changed, method)
+        schema.set_method(changed, method)
         changed.sam.update(options)
     return changed
 
@@ -195,8 +190,8 @@ def _steppers(config):
     if jax.default_backend() == 'cpu':
         with convolutions.as_jax_does():
             steppers['sam_as_jax_does'] = Stepper(config, train_step.make_train_step)
-    if _GATES.value:
-        steppers |= {name: Stepper(using(name), train_step.make_train_step) for name in GATED}
+    steppers |= {name: Stepper(using(name), train_step.make_train_step)
+                 for name in _METHODS.value if name not in steppers}
     for stepper in steppers.values():
         stepper.time(2)
     return steppers
@@ -211,7 +206,7 @@ def _distance(ours, theirs):
 def _step_times(steppers, rounds):
     """Median seconds a step of each, the kinds taking turns."""
     # Whole periods of the gates.
-    steps = 5 * max(1, round(0.1 / steppers['sgd'].time(1))) if _GATES.value else max(
+    steps = 5 * max(1, round(0.1 / steppers['sgd'].time(1))) if _METHODS.value else max(
         1, round(0.5 / steppers['sgd'].time(1)))
     times = {name: [] for name in steppers}
     for _ in range(rounds):
@@ -222,7 +217,7 @@ def _step_times(steppers, rounds):
 
 def _against_pytorch(config, rounds):
     """Figures of our SAM step and PyTorch's, the three taking turns; not augmented."""
-    import pytorch_peer
+    from sam_jax.benchmarks import pytorch_peer
     config = config.copy_and_resolve_references()
     config.data.augment = 'none'
     ours = Stepper(config, train_step.make_train_step)
@@ -288,7 +283,7 @@ def _epoch_ratio(config, rounds):
     return statistics.median(ratios)
 
 
-def measure(case, rounds):
+def measure(case: str, rounds: int) -> dict[str, Any]:
     """Returns the figures of a case as a dict."""
     config = _config(case)
     device = jax.devices()[0]
@@ -309,7 +304,7 @@ def measure(case, rounds):
     }
     if 'sam_as_jax_does' in times:
         figures['sam_over_sam_as_jax_does'] = times['sam'] / times['sam_as_jax_does']
-    for name in GATED if _GATES.value else ():
+    for name in _METHODS.value:
         figures[f'{name}_over_sgd'] = times[name] / times['sgd']
         figures[f'{name}_gradients'] = steppers[name].gradients_a_step()
     if device.device_kind in PEAK_FLOPS:
@@ -328,7 +323,8 @@ def measure(case, rounds):
     return figures
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Prints the table."""
     del argv
     logging.getLogger('sam_jax').setLevel(logging.WARNING)
     logging.getLogger('absl').setLevel(logging.WARNING)
@@ -339,12 +335,8 @@ def main(argv):
         rows.append(measure(case, _ROUNDS.value))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print('| ' + ' | '.join(names) + ' |')
-    print('|' + '---|' * len(names))
-    for row in rows:
-        cells = [row.get(name, '') for name in names]
-        print('| ' + ' | '.join(f'{c:.4g}' if isinstance(c, float) else str(c) for c in cells)
-              + ' |')
+    print(tables.markdown(names, [[f'{row[name]:.4g}' if isinstance(row.get(name), float)
+                                   else row.get(name, '') for name in names] for row in rows]))
     if _JSON.value:
         with open(_JSON.value, 'w') as f:
             json.dump(rows, f, indent=2)

@@ -1,7 +1,7 @@
 """What Hessian-vector products and Lanczos cost, side by side in one run.
 
-    python scripts/benchmark_hessian.py [--model=wrn16_4] [--examples=1000] [--steps=20]
-    python scripts/benchmark_hessian.py --peers=pyhessian,matfree   # those that are installed
+    python -m sam_jax.benchmarks.hessian [--model=wrn16_4] [--examples=1000] [--steps=20]
+    python -m sam_jax.benchmarks.hessian --peers=pyhessian,matfree   # those that are installed
 
 Prints the median time of a product of all examples over that of a gradient of the same (rounds in
 turns), the time of so many Lanczos steps, and with --peers
@@ -15,21 +15,19 @@ turns), the time of so many Lanczos steps, and with --peers
 Images are random (fake_cifar10), or the digits for --data=digits.
 """
 
-import os
 import statistics
-import sys
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 from jax.flatten_util import ravel_pytree
 
-from configs import cifar, digits
-from sam_jax import data, models, replicas, train_step
+from sam_jax import settings
 from sam_jax.analysis import hessian, monitor, objective
+from sam_jax.experiment import Experiment
 
 _MODEL = flags.DEFINE_string('model', 'wrn16_4', 'A WideResNet.')
 _DATA = flags.DEFINE_string('data', 'fake_cifar10', 'Data set that needs no download.')
@@ -40,28 +38,26 @@ _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of gradients and products; 0 for no
 _PEERS = flags.DEFINE_list('peers', [], 'Of pyhessian, matfree.')
 
 
-def open_network():
+def open_network() -> tuple[objective.Objective, Any]:
     """Returns (Objective, params): random weights, which is all that matters for time."""
-    source = digits if _DATA.value == 'digits' else cifar
-    config = source.get_config(f'model={_MODEL.value}')
+    source = 'digits' if _DATA.value == 'digits' else 'cifar'
+    _, config = settings.load(f'{source}:model={_MODEL.value}')
     config.data.name = _DATA.value
-    layout, _ = replicas.make_layout(1, 1, 1, devices=jax.devices()[:1])
-    dataset = data.load_dataset(config.data)
-    model = models.from_config(config.model, dataset.num_classes)
-    state = train_step.create_train_state(config, model, dataset.image_shape)
+    experiment = Experiment.from_config(config, jax.devices()[:1])
+    dataset = experiment.dataset
     split = monitor.chosen_examples(dataset.train, _EXAMPLES.value, 0)
     return objective.create(
-        model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset, split, layout,
-        _BATCH_SIZE.value)
+        experiment.model, experiment.weights(experiment.create_state()), dataset, split,
+        experiment.layout, _BATCH_SIZE.value)
 
 
-def seconds(function):
+def _seconds(function):
     then = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - then
 
 
-def batches(loss):
+def batches(loss: objective.Objective) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The images, normalised, and labels of the batches, as NumPy arrays."""
     for feed in loss.feeds:
         batch = jax.device_get(jax.jit(loss.dataset.eval_batch)(
@@ -70,11 +66,12 @@ def batches(loss):
         yield batch['image'][real], batch['label'][real]
 
 
-def against_pyhessian(loss, params):
+def against_pyhessian(loss: objective.Objective, params: Any) -> None:
     """Prints the time of as many products of PyHessian, and one product of both."""
-    import pytorch_peer
     import torch
     from pyhessian import hessian as pyhessian
+
+    from sam_jax.benchmarks import pytorch_peer
 
     net = pytorch_peer.WideResNet(
         loss.model, {'params': params, 'batch_stats': loss.batch_stats}, train=False)
@@ -102,7 +99,7 @@ def _warm(net, loader):
     return loader
 
 
-def against_matfree(loss, params):
+def against_matfree(loss: objective.Objective, params: Any) -> None:
     """Prints the times of both Lanczos on the first batch, compiled, and what they find."""
     from matfree import decomp, eig
 
@@ -124,7 +121,7 @@ def against_matfree(loss, params):
     one_product = jax.jit(product)
     theirs = float(largest(vector, *arguments))
     one_product(vector, *arguments)
-    times = [seconds(lambda: largest(vector, *arguments))]
+    times = [_seconds(lambda: largest(vector, *arguments))]
     then = time.perf_counter()
     found = hessian.lanczos(
         lambda v: np.asarray(one_product(v, *arguments)), np.asarray(vector), _STEPS.value)
@@ -133,25 +130,26 @@ def against_matfree(loss, params):
           f'{theirs:.8g}; ours {times[1]:.2f} s, largest {found.eigen()[0][-1]:.8g}')
 
 
-def compare_products(loss, params, flat):
+def compare_products(loss: objective.Objective, params: Any, flat: hessian.Flat) -> None:
     """Prints the median time of a gradient, and of products over it."""
     vector = loss.layout.replicate(flat.unflatten(hessian.random_start(flat.size, 0)))
     steps = {'gradient': lambda: loss.gradient(params),
              'Hessian': lambda: loss.hessian_product(params, vector),
              'Gauss-Newton': lambda: loss.gauss_newton_product(params, vector)}
     for step in steps.values():
-        seconds(step)
+        _seconds(step)
     times = {name: [] for name in steps}
     for _ in range(_ROUNDS.value):
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(_seconds(step))
     medians = {name: statistics.median(t) for name, t in times.items()}
     print(f'gradient {medians["gradient"]:.3g} s; over it: ' + ', '.join(
         f'{name} product {t / medians["gradient"]:.2f}' for name, t in medians.items()
         if name != 'gradient'), flush=True)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Prints the times."""
     del argv
     loss, params = open_network()
     flat = hessian.flat(loss.hessian_product, params, loss.layout)

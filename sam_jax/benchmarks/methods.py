@@ -1,0 +1,157 @@
+"""All methods on one small task: the table in docs/methods.
+
+    python -m sam_jax.benchmarks.methods --workdir=runs/methods --parallel=2 [--methods=sam,gsam]
+
+Each method is trained on the digits with 40 % label noise, with three to five values of rho and
+seed 0; while the best is at an end of them, one more is tried beyond it, up to eight. The best,
+with the lowest error on the validation split (the last tenth of the training set, its true labels;
+of equals the smallest value), is trained with the seeds 1 to 4 as well. The runs are those of a
+sweep: the same command goes on where it was stopped.
+
+Prints errors on the test split with the 95 % t-interval of the mean, the largest eigenvalue of the
+Hessian of the training loss (median over seeds; of 300 examples with the labels trained on) and the
+gradients a step. What a step takes: `python -m sam_jax.benchmarks.step --methods=...`.
+
+A WideResNet-10-1, 20 epochs of batches of 64 examples in one group: m = 64.
+"""
+
+import statistics
+from typing import Any
+
+from absl import flags
+
+from sam_jax import sharpness, tables
+from sam_jax.cli import commands
+from sam_jax.errors import UserError
+from sam_jax.experiments import engines, grid
+from sam_jax.experiments.results import TEST, VALIDATION, interval, mean_and_interval
+
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/methods', 'Folder of the runs.')
+_METHODS = flags.DEFINE_list('methods', list(sharpness.METHODS), 'Which.')
+_PARALLEL = flags.DEFINE_integer('parallel', 0, 'Runs at once; 0: as many as GPUs, or one.', 0)
+_EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run.', 1)
+
+SEARCH_SEED = 0
+SEEDS = range(5)
+MOST_VALUES = 8
+
+# Where the search starts: key and values; sam.rho in 0.5, 1, 2 where nothing is said. Radii are in
+# units of each method's own; the middle value is about what the digits' sweep of rho suggests.
+GRIDS = {
+    'sgd': ('sam.rho', (0.0,)),
+    'esam': ('sam.rho', (0.1, 0.25, 0.5)),
+    'unnormalized_sam': ('sam.rho', (0.2, 0.5, 1.0)),
+    'asam': ('sam.rho', (2.0, 5.0, 10.0)),
+    'layerwise_sam': ('sam.rho', (0.02, 0.05, 0.1)),
+    'sparse_sam': ('sam.rho', (1.0, 2.0, 4.0)),
+    'wsam': ('sam.rho', (0.05, 0.1, 0.2)),
+    'look_layersam': ('sam.rho', (0.02, 0.05, 0.1)),
+    'trace_sam': ('sam.rho', (0.01, 0.02, 0.05, 0.1, 0.2)),
+    'det_sam': ('sam.rho', (1.0, 3.0, 10.0, 33.0)),
+    'frob_sam': ('sam.lam', (0.005, 0.05, 0.5)),
+    'random_sam': ('sam.rho', (1.0, 2.0, 5.0, 10.0, 20.0)),
+    'momentum_sam': ('sam.rho', (1.0, 2.0, 4.0)),
+    'extrapolated': ('sam.rho', (0.1, 0.3, 1.0)),
+    'bsam': ('sam.rho', (0.01, 0.05, 0.2)),
+    'saf': ('sam.lam', (0.1, 0.3, 1.0)),
+    'mesa': ('sam.lam', (0.3, 0.8, 2.0)),
+}
+# Where the defaults make no sense on this task: bSAM's momentum is a mean and not a sum, and of
+# Frob-SAM lam is the weight; its rho is only where the probes lie.
+SETTINGS = {'bsam': {'optimizer.learning_rate': 0.5}, 'frob_sam': {'sam.rho': 0.005}}
+
+
+def start_of(method: str) -> tuple[str, tuple[float, ...]]:
+    """Returns (key, values) with which the search for a method starts."""
+    return GRIDS.get(method, ('sam.rho', (0.5, 1.0, 2.0)))
+
+
+def make_run(method: str, value: float, seed: int, workdir: str, epochs: int) -> grid.Run:
+    """Returns the run of a method with a value of the key that is searched."""
+    overrides = {'data.validation': True, 'total_epochs': epochs, 'analysis.every_epochs': epochs,
+                 'analysis.examples': 300, 'analysis.steps': 30, **SETTINGS.get(method, {})}
+    run, = grid.make_runs(
+        'digits:noise=0.4', [{':method': method, start_of(method)[0]: value, ':seed': seed}],
+        overrides, workdir)
+    return run
+
+
+def search(values: tuple[float, ...], errors: dict[float, float]
+           ) -> tuple[list[float], float | None, list[float]]:
+    """Returns (all values, the best of them if it is known, the values to be tried next).
+
+    Args:
+      values: with which the search starts, ascending.
+      errors: of the values that were tried.
+    """
+    values = list(values)
+    while True:
+        missing = [value for value in values if value not in errors]
+        if missing:
+            return values, None, missing
+        best = min(values, key=errors.__getitem__)
+        if len(values) in (1, MOST_VALUES) or best not in (values[0], values[-1]):
+            return values, best, []
+        if best == values[0]:
+            values.insert(0, _beyond(*values[:2]))
+        else:
+            values.append(_beyond(*values[:-3:-1]))
+
+
+def _beyond(end, neighbour):
+    """The next value of a geometric grid, with two digits."""
+    return float(f'{end ** 2 / neighbour:.2g}')
+
+
+class Method:
+    """The runs of a method: those of the search, then those of the other seeds."""
+
+    def __init__(self, name, workdir, epochs):
+        self.name = name
+        self.key, self._start = start_of(name)
+        self._run = lambda value, seed: make_run(name, value, seed, workdir, epochs)
+        self._errors = {}
+
+    def next_runs(self) -> list[grid.Run]:
+        """Returns the runs that are to be made before more is known; none at the end."""
+        self.values, self.best, missing = search(self._start, self._errors)
+        while missing:
+            runs = {value: self._run(value, SEARCH_SEED) for value in missing}
+            results = {value: run.result() for value, run in runs.items()}
+            if not all(results.values()):
+                return [run for value, run in runs.items() if not results[value]]
+            self._errors |= {value: result[VALIDATION] for value, result in results.items()}
+            self.values, self.best, missing = search(self._start, self._errors)
+        self.runs = [self._run(self.best, seed) for seed in SEEDS]
+        return [run for run in self.runs if not run.result()]
+
+    def row(self) -> tuple[str, ...]:
+        """Returns its row of the table, once there are no more runs to be made."""
+        results: list[Any] = [run.result() for run in self.runs]
+        gradients = statistics.mean(r['gradient_evaluations'] / r['step'] for r in results)
+        tried = ', '.join(f'**{v:g}**' if v == self.best else f'{v:g}' for v in self.values)
+        return (f'`{self.name}`', interval(mean_and_interval([100 * r[TEST] for r in results]), 1),
+                f'{statistics.median(float(r["analysis/lambda_max"]) for r in results):.3g}',
+                f'{gradients:.2f}', f'{self.key.removeprefix("sam.")}: {tried}')
+
+
+def main() -> None:
+    """Runs what is missing and prints the table, best method first."""
+    for name in _METHODS.value:
+        if name not in sharpness.METHODS:
+            raise UserError(f'--methods has {name!r}; it must be some of '
+                            f'{", ".join(sharpness.METHODS)}.')
+    methods = [Method(name, _WORKDIR.value, _EPOCHS.value) for name in _METHODS.value]
+    while runs := [run for method in methods for run in method.next_runs()]:
+        statuses = engines.execute(engines.Local(_PARALLEL.value, retries=1), runs)
+        bad = [f'{name}: {status.line}' for name, status in statuses.items()
+               if status.state != 'finished']
+        if bad:
+            raise UserError(f'{len(bad)} runs did not finish, such as {bad[0]}.')
+    print(tables.markdown(
+        ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
+        sorted((method.row() for method in methods), key=lambda row: float(row[1].split()[0]))))
+
+
+if __name__ == '__main__':
+    commands.run(main)

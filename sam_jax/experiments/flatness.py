@@ -1,0 +1,53 @@
+"""How flat the minima of many runs are: what `sam-jax-analyze` has written beside each of them."""
+
+import math
+import os
+
+from sam_jax import run_log
+from sam_jax.experiments.results import Group, Record, mean_and_interval
+
+
+def of_run(record: Record) -> dict[str, float]:
+    """Returns {measure: value} of the run's analysis/analysis.json; nothing if there is none."""
+    said = run_log.read_json(os.path.join(record.workdir, 'analysis', 'analysis.json'))
+    if not said:
+        return {}
+    run = said['runs'][0]
+    found = {f'loss of {run["examples"]} examples, split {run["split"]}': float(run['loss'])}
+    spectrum = run.get('spectrum', {})
+    for name, key in (('lambda_max', 'lambda_max'), ('lambda_max / lambda_5', 'lambda_ratio'),
+                      ('trace', 'trace')):
+        if key in spectrum:
+            found[name] = float(spectrum[key])
+    for name, rise in run.get('sharpness', {}).items():
+        found[f'rise of the loss: {name}'] = float(rise['sharpness'])
+        found[f'rise of the error rate: {name} (points of %)'] = 100 * float(rise['error_rise'])
+    return found
+
+
+def rows(groups: list[Group], names: list[str]) -> list[dict[str, str]]:
+    """Returns a row for each measure, with a column for each group that was measured.
+
+    Args:
+      groups: Groups of runs.
+      names: of the groups, all different.
+
+    Returns:
+      [{'measure': measure, name: 'mean ± half width of the 95 % t-interval', ...}, ...].
+    """
+    columns = {}
+    for group, name in zip(groups, names):
+        measured = [found for found in map(of_run, group.finished) if found]
+        if measured:
+            columns[name] = {measure: [found[measure] for found in measured if measure in found]
+                             for measure in measured[0]}
+    measures = dict.fromkeys(measure for column in columns.values() for measure in column)
+    return [{'measure': measure, **{name: _shown(column.get(measure))
+                                    for name, column in columns.items()}} for measure in measures]
+
+
+def _shown(values):
+    if not values:
+        return ''
+    mean, half = mean_and_interval(values)
+    return f'{mean:.4g}' + ('' if math.isnan(half) else f' ± {half:.2g}')
