@@ -33,6 +33,12 @@ def test_losses_are_plain_numbers(values, label):
     assert label in _labels(yaxis) + _labels(yaxis, minor=True)
 
 
+def test_a_curve_of_one_place_is_to_be_seen():
+    curves = [figures.Curve(str(n), list(range(n)), [1.0] * n, [math.nan] * n) for n in (1, 2)]
+    ax, = figures.panels([figures.Panel('', 'epoch', 'error', curves)]).axes
+    assert [line.get_marker() for line in ax.get_lines()] == ['o', '']
+
+
 @pytest.mark.parametrize('number', [2, 6, 20, 50, 300])
 def test_many_names_stand_beside_the_curves(number):
     curves = [figures.Curve(f'sam, learning rate {i}', [1, 2], [i, i], [math.nan] * 2)

@@ -112,7 +112,9 @@ def _draw(ax, panel):
             ax.errorbar(curve.x, curve.mean, half, marker='o', capsize=3, label=curve.label,
                         **style)
         else:
-            line, = ax.plot(curve.x, curve.mean, label=curve.label, **style)
+            # One place makes no line.
+            marker = 'o' if len(curve.x) == 1 else ''
+            line, = ax.plot(curve.x, curve.mean, marker=marker, label=curve.label, **style)
             ax.fill_between(curve.x, [m - h for m, h in zip(curve.mean, half)],
                             [m + h for m, h in zip(curve.mean, half)], alpha=0.2,
                             color=line.get_color(), linewidth=0)
@@ -130,7 +132,8 @@ def _draw(ax, panel):
     if panel.xlabel == 'epoch':
         # From the start of the run: its first ticks are 0 and a whole number of epochs.
         ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(
+            8, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
     if panel.log_y:
         ax.set_yscale('log')
         ax.yaxis.set_major_formatter(_Plain())

@@ -9,7 +9,7 @@ from typing import Any
 
 from sam_jax import tables
 from sam_jax.errors import UserError
-from sam_jax.experiments import figures, results, web
+from sam_jax.experiments import figures, flatness, results, web
 from sam_jax.experiments.results import TEST, VALIDATION
 
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.csv')
@@ -94,7 +94,8 @@ def rows_of_runs(groups: list[results.Group]) -> list[dict]:
 
 def by_panel(groups: list[results.Group]) -> dict:
     """Returns {title: groups} of the panels of curves."""
-    differ = [key for key in results.varying(groups) if key in PANEL]
+    varying = results.varying(groups)
+    differ = [key for key in PANEL if key in varying]
     found = collections.defaultdict(list)
     for g in groups:
         found[_named(g, differ) or _named(g, ['model.name', 'data.name'])].append(g)
@@ -247,6 +248,9 @@ def document(groups: list[results.Group], keys: list[str], best: Any, notes: lis
     if described := training_panels(groups):
         pictures['training.png'] = described
         parts += ['## Training', '![Training loss and test error](training.png)']
+    if measured := flatness.rows(groups, [label(g, keys) for g in groups]):
+        parts += ['## Flatness', 'What `sam-jax-analyze` has measured, of each run by itself.',
+                  tables.of_records(measured)]
     notes = [*notes, *notes_of(groups)]
     if notes:
         parts += ['## Notes', '\n'.join(f'- {note}' for note in notes)]

@@ -175,7 +175,7 @@ def find(folders: Iterable[str]) -> list[Record]:
         for place, subfolders, files in os.walk(folder):
             subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
             if 'config.json' in files:
-                written, result = (_read(os.path.join(place, f'{name}.json'))
+                written, result = (read(os.path.join(place, f'{name}.json'))
                                    for name in ('config', 'result'))
                 if not isinstance(written.get('config'), dict):
                     raise UserError(f'{place}/config.json is not that of a run.')
@@ -187,7 +187,8 @@ def find(folders: Iterable[str]) -> list[Record]:
     return [Record(*one, base) for one in found.values()]
 
 
-def _read(path):
+def read(path: str) -> Any:
+    """Returns the content of a JSON file of a run, or None; UserError if it is damaged."""
     try:
         return run_log.read_json(path)
     except ValueError as e:

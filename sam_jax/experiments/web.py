@@ -24,6 +24,7 @@ th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; overflow-wrap: normal }}
 td {{ white-space: nowrap }}
 code {{ font-size: .9em }}
+pre {{ white-space: pre-wrap }}
 img {{ max-width: 100%; height: auto }}
 </style></head><body>
 {body}
