@@ -35,7 +35,7 @@ LOOK = """
   };
   const images = [...document.images].map(i => ({
     alt: i.alt, complete: i.complete, natural: i.naturalWidth, width: i.width, height: i.height,
-    right: i.getBoundingClientRect().right}));
+    right: (i.closest('div.box') || i).getBoundingClientRect().right}));
   const tables = [...document.querySelectorAll('table')].map(t => ({
     rows: t.rows.length, cells: new Set([...t.rows].map(r => r.cells.length)).size,
     head: [...t.rows[0].cells].map(c => c.textContent), box: t.parentElement.clientWidth,
@@ -141,8 +141,8 @@ def test_the_page_of_a_sweep(width, tmp_path):
         runs.append(grid.Run(name, str(tmp_path / name), digits_config(), ()))
         if i < 8:
             write_run(tmp_path / name, digits_config(), error=2 + i, epochs=60)
-        statuses[name] = Status(('finished', 'waiting', 'failed')[max(0, i - 8) and 1 + i % 2],
-                                'status 1: ' + 'a_word_without_an_end' * 20)
+        state = 'finished' if i < 8 else 'waiting' if i < 11 else 'failed'
+        statuses[name] = Status(state, 'status 1: ' + 'a_word_without_an_end' * 20)
     page.Live(runs, statuses).update()
     file = tmp_path / page.FILE
     file.write_text(re.sub('<meta http-equiv.*?>', '', file.read_text()))  # the look is one

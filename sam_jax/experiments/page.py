@@ -117,7 +117,7 @@ def html(title: str, runs: Sequence[grid.Run], statuses: Mapping[str, Any],
     parts.append(tables.of_records(rows(runs, statuses, seen)))
     pictures = {}
     if drawn := panel(runs, seen):
-        pictures['error'] = [figures.panels([drawn], width=7.0)]
+        pictures['error'] = [figures.panels([drawn], width=5.5)]
         parts += ['## Test error', '![Test error](error)']
     failed = [f'{run.name}: {statuses[run.name].line}' for run in runs
               if statuses[run.name].state == 'failed']

@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 
 from sam_jax.experiments import figures
 
+# Inches of a picture that is still to be read when a narrow window makes it smaller.
+_SHRINKS = 6.5
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">{refresh}
@@ -18,7 +21,7 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
   color: #222; background: #fff; overflow-wrap: break-word }}
-div.table {{ overflow-x: auto }}
+div.box {{ overflow-x: auto }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; overflow-wrap: normal }}
@@ -26,6 +29,7 @@ td {{ white-space: nowrap }}
 code {{ font-size: .9em }}
 pre {{ white-space: pre-wrap }}
 img {{ max-width: 100%; height: auto }}
+div.box img {{ max-width: none }}
 </style></head><body>
 {body}
 </body></html>
@@ -35,8 +39,8 @@ img {{ max-width: 100%; height: auto }}
 def page(text: str, pictures: dict[str, Sequence[Figure]], refresh: int = 0) -> str:
     """Returns a document as HTML.
 
-    Wide tables scroll in a box of their own. Of a picture's figures as many stand side by side as
-    there is room for.
+    Wide tables and pictures scroll in a box of their own. Of a picture's figures as many stand side
+    by side as there is room for.
 
     Args:
       text: Markdown; its first line is the title.
@@ -44,7 +48,7 @@ def page(text: str, pictures: dict[str, Sequence[Figure]], refresh: int = 0) -> 
       refresh: after how many seconds a browser loads the page anew; 0 for never.
     """
     body = markdown.markdown(text, extensions=['tables'])
-    body = body.replace('<table>', '<div class="table" tabindex="0"><table>')
+    body = body.replace('<table>', '<div class="box" tabindex="0"><table>')
     body = body.replace('</table>', '</table></div>')
     for name, drawn in pictures.items():
         body = re.sub(f'<img alt="([^"]*)" src="{re.escape(name)}" />',
@@ -57,8 +61,15 @@ def page(text: str, pictures: dict[str, Sequence[Figure]], refresh: int = 0) -> 
 def _images(alt, drawn):
     titles = [html.escape(figure.axes[0].get_title()) for figure in drawn]
     alts = [alt] if len(drawn) == 1 else [f'{alt}: {title}' for title in titles]
-    return '\n'.join(f'<img alt="{alt}" src="{_address(figure)}">'
-                     for alt, figure in zip(alts, drawn))
+    return '\n'.join(_image(alt, figure) for alt, figure in zip(alts, drawn))
+
+
+def _image(alt, figure):
+    image = f'<img alt="{alt}" src="{_address(figure)}">'
+    if figure.get_figwidth() <= _SHRINKS:
+        return image
+    # Markdown has the picture in a paragraph, which can hold no box.
+    return f'</p><div class="box" tabindex="0">{image}</div><p>'
 
 
 def _address(figure):
