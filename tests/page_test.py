@@ -96,6 +96,8 @@ def test_curves_of_test_error(sweep):
     drawn = page.panel(runs, {run.name: page.look(run.workdir) for run in runs})
     assert [(c.label, c.x, c.mean) for c in drawn.curves] == [
         ('finished', [2.0, 4.0], pytest.approx([3.5, 3.5])), ('running', [1.0], [25.0])]
+    one = {run.name: page.look(run.workdir + 'x' * (run.name != 'running')) for run in runs}
+    assert [drawn.title, page.panel(runs, one).title] == ['', 'running']
     nothing = {run.name: page.look(run.workdir + 'x') for run in runs}
     assert page.panel(runs, nothing) is None
 

@@ -91,7 +91,11 @@ def panel(runs: Sequence[grid.Run], seen: Mapping[str, Seen]) -> figures.Panel |
             # A color stays that of its run, whichever others have a curve by then.
             curves.append(figures.Curve(run.name, x, y, [math.nan] * len(x),
                                         figures.shade(i / max(1, len(runs) - 1))))
-    return figures.Panel('', 'epoch', 'test error (%)', curves) if curves else None
+    if not curves:
+        return None
+    # One curve has no legend.
+    title = curves[0].label if len(curves) == 1 else ''
+    return figures.Panel(title, 'epoch', 'test error (%)', curves)
 
 
 def html(title: str, runs: Sequence[grid.Run], statuses: Mapping[str, Any],
