@@ -1,7 +1,9 @@
 """Analysis during training and of a finished run, as users start it, on real digits."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -15,6 +17,7 @@ from sam_jax import models, train
 from sam_jax.analysis import landscape, study
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
+from sam_jax.experiments import flatness, results
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -132,6 +135,57 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
     assert '| lambda_max / lambda_5 |' in text and 'without penalty' in text
     assert 'There are too few examples for m = 1000.' in text
     assert f'| lambda_max | {first["spectrum"]["lambda_max"]:.4g} |' in text
+
+
+# The command several times in a process of its own, with the network of `tiny`.
+COMMANDS = """
+import json, sys
+from absl import flags
+from helpers import Net
+from sam_jax import models
+from sam_jax.cli import analyze
+
+models.from_config = lambda settings, num_classes: Net(settings.dtype)
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    flags.FLAGS.unparse_flags()
+    try:
+        analyze.run()
+    except SystemExit as ended:
+        print(ended.code or 0, flush=True)
+"""
+
+
+def test_all_runs_of_a_folder(folders, tmp_path):
+    for name in ('sgd', 'sam'):
+        shutil.copytree(folders / name, tmp_path / 'runs' / name)
+    (tmp_path / 'runs' / 'unfinished').mkdir()
+    shutil.copy(folders / 'sgd' / 'config.json', tmp_path / 'runs' / 'unfinished')
+    command = [f'--runs={tmp_path / "runs"}', '--what=sharpness', '--m=16', '--examples=50']
+    done = subprocess.run(
+        [sys.executable, '-c', COMMANDS, json.dumps([
+            command, command, [*command, f'--workdir={tmp_path / "runs" / "sgd"}']])],
+        cwd=ROOT, env={**lean_environment(tmp_path), 'PYTHONPATH': str(ROOT / 'tests')},
+        capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ['0', '0', '2'], done.stderr
+    # Once each: the second call measures nothing.
+    assert [done.stderr.count(f'{name} is measured.') for name in ('sam', 'sgd', 'unfinished')] == [
+        1, 1, 0]
+    assert '--workdir is ' in done.stderr and 'give one of them' in done.stderr
+
+    groups, _ = results.group(results.find([str(tmp_path / 'runs')]))
+    names = [g.settings['sam.method'] for g in groups]
+    rows = {row['measure']: row for row in flatness.rows(groups, names)}
+    for name in ('sam', 'sgd'):
+        file = tmp_path / 'runs' / name / 'analysis' / 'analysis.json'
+        run, = json.loads(file.read_text())['runs']
+        rise = run['sharpness']['m = 16']['sharpness']
+        assert rows['rise of the loss: m = 16'][name] == f'{rise:.4g}'
+    settings = study.Settings(what=('sharpness',), m=(16,))
+    out = str(tmp_path / 'runs' / 'sam' / 'analysis')
+    assert study.is_done(out, settings, 'train', 50)
+    assert not study.is_done(out, dataclasses.replace(settings, rho=0.1), 'train', 50)
+    assert not study.is_done(out, settings, 'test', 50)
 
 
 def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):

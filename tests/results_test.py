@@ -53,6 +53,19 @@ def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
     assert math.isclose(mean, 2) and math.isclose(half, 4.302653 / math.sqrt(3), rel_tol=1e-6)
 
 
+def test_places_are_told_relative_to_the_folder_of_all_runs(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / 'new' / f'b{seed}', digits_config(
+            model__init_from=str(tmp_path / 'old' / f'{seed}')), error=1, seed=seed)
+    write_run(tmp_path / 'other' / 'c', digits_config())
+    records = results.find([str(tmp_path / 'new'), str(tmp_path / 'other')])
+    assert [r.name for r in records] == ['new/b0', 'new/b1', 'other/c']
+    assert results.group(records)[1] == [
+        'One mean is over runs with a file each: old/0, old/1.']
+    assert [r.name for r in results.find([str(tmp_path / 'new')])] == ['b0', 'b1']
+    assert [r.name for r in results.find([str(tmp_path / 'other' / 'c')])] == ['c']
+
+
 def test_the_same_run_twice_counts_once(tmp_path):
     write_run(tmp_path / 'a', digits_config())
     write_run(tmp_path / 'b', digits_config(), error=2)
@@ -207,7 +220,11 @@ def test_the_report(tmp_path):
     with open(out / 'runs.csv') as file:
         assert len(list(csv.DictReader(file))) == 9
     page = (out / 'report.html').read_text()
-    assert page.count('<img') == 3 == page.count('src="data:image/svg+xml;base64,')
+    alts = re.findall('<img alt="([^"]*)" src="data:image/svg[+]xml;base64,', page)
+    assert page.count('<img') == len(alts) == 1 + 1 + 2 * 3
+    assert alts[:2] == ['Error against rho', 'Error reduction by switching to SAM']
+    assert all(alt.startswith('Training loss and test error: ') for alt in alts[2:])
+    assert str(tmp_path) not in text + page + (out / 'runs.csv').read_text()
     assert page.count('<tr>') == text.count('\n| ') and 'http' not in page
     assert {p.name for p in out.glob('*.png')} == {'rho.png', 'switches.png', 'training.png'}
     # A report in the folder of its runs is none of them, and is made anew.
@@ -226,7 +243,10 @@ def test_the_report_of_two_methods_says_their_rho(tmp_path):
 def test_panels_name_the_setting(tmp_path):
     for noise in (0.0, 0.4):
         write_run(tmp_path / str(noise), digits_config(f'noise={noise}'), error=2)
-    assert list(report.by_panel(_groups(tmp_path)[0])) == ['label noise 0', 'label noise 0.4']
+    groups, _ = _groups(tmp_path)
+    assert list(report.by_panel(groups)) == ['label noise 0', 'label noise 0.4']
+    assert report.label(groups[1], ['data.label_noise', 'sam.method', 'sam.rho']) == (
+        'label noise 0.4, sam, rho 0.5')
 
 
 def test_bad_input_of_the_report(tmp_path):

@@ -162,6 +162,41 @@ def test_tensorboard_hparams(events):
     assert hparams == HPARAMS
 
 
+def test_tensorboard_shows_all_runs_of_a_sweep_with_their_errors(tmp_path):
+    """What its HParams tab asks its own reader of the files: a row a run, a column a metric."""
+    from tensorboard import context
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    errors = {'rho=0.05': 0.25, 'rho=0.1': 0.125}
+    for name, error in errors.items():
+        writer = run_log.RunWriter(str(tmp_path / name), True)
+        writer.start({**HPARAMS, 'sam.rho': float(name[4:])}, {'train_images': IMAGES})
+        for step, value in ((1, 0.5), (2, error)):
+            writer.scalars(step, {'test/error_rate': value, 'validation/error_rate': value})
+        writer.close()
+
+    files = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    files.Reload()
+    provider = data_provider.MultiplexerDataProvider(files, str(tmp_path))
+    reader = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    request = context.RequestContext()
+    tab = reader.experiment_from_metadata(
+        request, '', True, reader.hparams_metadata(request, ''), [])
+    assert 'sam.rho' in {column.name for column in tab.hparam_infos}
+    columns = {column.name.tag for column in tab.metric_infos}
+    assert {'test/error_rate', 'validation/error_rate'} <= columns
+    shown = list_session_groups.Handler(request, reader, '', api_pb2.ListSessionGroupsRequest(
+        allowed_statuses=[api_pb2.STATUS_UNKNOWN], start_index=0, slice_size=10,
+        col_params=[api_pb2.ColParams(metric=metric.name) for metric in tab.metric_infos])).run()
+    assert {session.name: {value.name.tag: value.value for value in session.metric_values
+                           if value.name.tag == 'test/error_rate'}
+            for group in shown.session_groups for session in group.sessions} == {
+        name: {'test/error_rate': error} for name, error in errors.items()}
+    assert {group.hparams['sam.rho'].number_value for group in shown.session_groups} == {0.05, 0.1}
+
+
 def test_without_tensorflow_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, 'clu', None)
     with caplog.at_level(logging.INFO, 'sam_jax'):

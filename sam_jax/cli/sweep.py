@@ -12,6 +12,9 @@ The same command goes on where a sweep was stopped: finished runs are skipped, b
 Engines: `local` runs --parallel runs at once, each on a GPU or a share of the cores of its own;
 `slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
 commands. Ends with status 1 if a run failed, and names it.
+
+Meanwhile WORKDIR/index.html, one file that loads itself anew, shows how far the runs are.
+`tensorboard --logdir=WORKDIR` compares them in its HParams tab.
 """
 
 import collections

@@ -333,27 +333,32 @@ class Display:
 
 
 def execute(engine: Any, runs: list[grid.Run]) -> dict[str, Status]:
-    """Runs the runs that are not finished.
+    """Runs the runs that are not finished, and keeps the page of the sweep meanwhile.
 
     Returns:
       {name: Status} at the end.
     """
+    from sam_jax.experiments import page  # with matplotlib and scipy: slow
+
     statuses = {run.name: Status('finished' if run.result() else 'waiting') for run in runs}
     asked = []
     previous = {s: signal.signal(s, lambda *_: asked.append(True))
                 for s in (signal.SIGINT, signal.SIGTERM)}
-    display = Display(runs, statuses)
+    display, live = Display(runs, statuses), page.Live(runs, statuses)
     try:
         engine.submit([run for run in runs if statuses[run.name].state != 'finished'], statuses)
         while engine.working():
             display.update()
+            live.update()
             if asked:
                 asked.clear()
                 engine.stop()
             time.sleep(0.2)
         display.update()
+        live.update()
     finally:
         display.close()
+        live.close()
         for s, handler in previous.items():
             signal.signal(s, handler)
     return statuses

@@ -15,6 +15,10 @@ STYLE = {
 }
 
 
+# Names of a legend within the axes; of one beside them in a column, and in all.
+_IN_LEGEND, _IN_COLUMN, _BESIDE = 6, 18, 54
+
+
 class Curve(NamedTuple):
     """A line of a panel.
 
@@ -60,21 +64,38 @@ def shade(position: float) -> tuple[float, float, float, float]:
     return colormaps['viridis'](0.9 * position)
 
 
+class _Plain(ticker.LogFormatter):
+    """0.5 and not 5 x 10^-1; at the places that its parent names."""
+
+    def __call__(self, x, pos=None):
+        return super().__call__(x, pos) and f'{x:g}'
+
+
 def _axes(rows, columns, width=4.2, height=3.0):
     figure = mpl_figure.Figure(figsize=(width * columns, height * rows))
     return figure, [ax for row in figure.subplots(rows, columns, squeeze=False) for ax in row]
 
 
-def panels(described: list[Panel], columns: int = 2) -> mpl_figure.Figure:
-    """Draws Panels side by side."""
+def panels(described: list[Panel], columns: int = 2, width: float = 4.2) -> mpl_figure.Figure:
+    """Draws Panels side by side, each so many inches wide and a legend of many names beside it."""
     with rc_context(STYLE):
         columns = min(columns, len(described))
-        figure, axes = _axes(math.ceil(len(described) / columns), columns)
+        width += max(map(_room_for_legend, described))
+        figure, axes = _axes(math.ceil(len(described) / columns), columns, width)
         for ax, panel in zip(axes, described):
             _draw(ax, panel)
         for ax in axes[len(described):]:
             ax.set_visible(False)
         return figure
+
+
+def _room_for_legend(panel):
+    """Returns the inches that the legend takes beside the axes."""
+    named = len(panel.curves) + bool(panel.level)
+    if named <= _IN_LEGEND:
+        return 0.0
+    longest = max(len(curve.label) for curve in panel.curves)
+    return math.ceil(min(named, _BESIDE) / _IN_COLUMN) * (0.5 + 0.06 * longest)
 
 
 def save(figure: mpl_figure.Figure, file: str | IO, **options) -> None:
@@ -91,7 +112,9 @@ def _draw(ax, panel):
             ax.errorbar(curve.x, curve.mean, half, marker='o', capsize=3, label=curve.label,
                         **style)
         else:
-            line, = ax.plot(curve.x, curve.mean, label=curve.label, **style)
+            # One place makes no line.
+            marker = 'o' if len(curve.x) == 1 else ''
+            line, = ax.plot(curve.x, curve.mean, marker=marker, label=curve.label, **style)
             ax.fill_between(curve.x, [m - h for m, h in zip(curve.mean, half)],
                             [m + h for m, h in zip(curve.mean, half)], alpha=0.2,
                             color=line.get_color(), linewidth=0)
@@ -107,13 +130,25 @@ def _draw(ax, panel):
         ax.set_xticks(places, [f'{x:g}' for x in places])
         ax.xaxis.set_minor_locator(ticker.NullLocator())
     if panel.xlabel == 'epoch':
-        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        # From the start of the run: its first ticks are 0 and a whole number of epochs.
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(
+            8, integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10]))
     if panel.log_y:
         ax.set_yscale('log')
+        ax.yaxis.set_major_formatter(_Plain())
+        ax.yaxis.set_minor_formatter(_Plain())
     else:
         ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
     ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-    if len(panel.curves) + bool(panel.level) > 1:
+    named = len(panel.curves) + bool(panel.level)
+    if named > _IN_LEGEND:
+        # Beside the axes, where it hides no curve; of more than have room there, some.
+        step = math.ceil(named / _BESIDE)
+        handles, labels = (x[::step] for x in ax.get_legend_handles_labels())
+        ax.legend(handles, labels, loc='upper left', bbox_to_anchor=(1.0, 1.05), fontsize=7,
+                  ncols=math.ceil(len(labels) / _IN_COLUMN), labelspacing=0.3)
+    elif named > 1:
         ax.legend()
 
 

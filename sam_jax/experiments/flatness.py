@@ -3,13 +3,12 @@
 import math
 import os
 
-from sam_jax import run_log
-from sam_jax.experiments.results import Group, Record, mean_and_interval
+from sam_jax.experiments.results import Group, Record, mean_and_interval, read
 
 
 def of_run(record: Record) -> dict[str, float]:
     """Returns {measure: value} of the run's analysis/analysis.json; nothing if there is none."""
-    said = run_log.read_json(os.path.join(record.workdir, 'analysis', 'analysis.json'))
+    said = read(os.path.join(record.workdir, 'analysis', 'analysis.json'))
     if not said:
         return {}
     run = said['runs'][0]
@@ -40,7 +39,7 @@ def rows(groups: list[Group], names: list[str]) -> list[dict[str, str]]:
         measured = [found for found in map(of_run, group.finished) if found]
         if measured:
             columns[name] = {measure: [found[measure] for found in measured if measure in found]
-                             for measure in measured[0]}
+                             for measure in dict.fromkeys(m for found in measured for m in found)}
     measures = dict.fromkeys(measure for column in columns.values() for measure in column)
     return [{'measure': measure, **{name: _shown(column.get(measure))
                                     for name, column in columns.items()}} for measure in measures]
