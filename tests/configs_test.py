@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import importlib
 import re
+import sys
+import types
 
 import jax
 import pytest
@@ -13,7 +15,7 @@ from configs import common
 from sam_jax import models, replicas, settings
 from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.settings import files, schema
+from sam_jax.settings import files, schema, shipped
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
@@ -94,6 +96,16 @@ def test_smoke_of_an_unknown_model_leaves_the_name_to_the_checks():
     config = common.finish(config, common.parse_arg('smoke'))
     with pytest.raises(UserError, match="model.name is 'resnet_of_mine'; the models are"):
         settings.check(config)
+
+
+def test_a_checkout_has_its_own_configs(monkeypatch):
+    """Whatever other checkout is installed editable, which finds `sam_jax.configs`."""
+    monkeypatch.setitem(sys.modules, 'sam_jax.configs', types.ModuleType('sam_jax.configs'))
+    shipped._package.cache_clear()
+    try:
+        assert shipped.folder() == str(ROOT / 'configs')
+    finally:
+        shipped._package.cache_clear()
 
 
 @pytest.mark.parametrize('stem,argument,expected', LOADED)
