@@ -32,12 +32,6 @@ def parse_arg(arg, **defaults):
     return ml_collections.ConfigDict(values)
 
 
-# The tiny model of each family, by the beginning of the name.
-_TINY = {
-    'wrn': 'wrn10_1', 'shake_shake': 'shake_shake_8_2x4d', 'pyramidnet': 'pyramidnet11',
-    'efficientnet': 'efficientnet-tiny', 'resnet': 'resnet8'}
-
-
 def finish(c, arg):
     """Returns the config locked; made tiny first if its argument `smoke` was given.
 
@@ -50,9 +44,7 @@ def finish(c, arg):
 
 
 def _shrink(c):
-    tiny = next(tiny for family, tiny in _TINY.items() if c.model.name.startswith(family))
-    if c.model.name in schema.IMAGENET_RESNETS:
-        tiny = 'resnet10'
+    tiny = schema.tiny_model(c.model.name)
     if c.model.name.endswith('_shakedrop'):
         tiny += '_shakedrop'
     c.model.name = tiny

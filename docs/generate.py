@@ -100,11 +100,10 @@ def settings_page():
         parts += [f'## {title}', tables.markdown(head, rows(section and f'{section}.', keys))]
     parts += ['## Options of the models', 'The name of the model decides which of these keys '
               'there are. Choose the model with the argument of the config, `model=NAME`.']
-    families = {**schema.MODEL_OPTIONS, 'resnet': schema.CIFAR_RESNET_OPTIONS}
     names = {'wrn': '`wrn28_10` and other WideResNets', 'pyramidnet': '`pyramidnet272` and others',
              'resnet': '`resnet20` and other ResNets for 32x32 images',
              'efficientnet': '`efficientnet-b0` and others'}
-    for family, keys in families.items():
+    for family, keys in schema.MODEL_OPTIONS.items():
         if keys:
             parts += [f'### {names[family]}', tables.markdown(head, rows('model.', keys))]
     parts += ['## Options of the methods', 'The method decides which of these keys there are. '

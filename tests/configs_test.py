@@ -3,6 +3,9 @@
 import ast
 import dataclasses
 import importlib
+import re
+import sys
+import types
 
 import jax
 import pytest
@@ -10,8 +13,9 @@ from helpers import ROOT
 
 from configs import common
 from sam_jax import models, replicas, settings
+from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.settings import files, schema
+from sam_jax.settings import files, schema, shipped
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
@@ -60,20 +64,48 @@ def test_common_has_the_known_keys():
 
 
 @pytest.mark.parametrize('name', [
-    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
-    'efficientnet-tiny', *schema.IMAGENET_RESNETS])
+    'pyramidnet11_shakedrop', 'resnet50', *(family.tiny for family in models.FAMILIES.values())])
 def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
     config = common.get_config()
     common.set_model(config, name)
     model = models.from_config(config.model, 10)
+    family = models.family_of(name)
     base = {f.name for f in dataclasses.fields(layers.Network)}
-    # What a name fixes, and what is for tests and people who build models by hand.
-    sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
+    sizes = set(family.sizes(*re.fullmatch(family.pattern, name).groups()))
+    # ResNet's others are for tests and people who build models by hand.
+    by_hand = {'width', 'stem_relu'} if family is models.FAMILIES['imagenet_resnet'] else set()
     own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
-           if f.name not in base | sizes}
+           if f.name not in base | sizes | by_hand}
     declared = {key: value for key, value in config.model.items()
                 if f'model.{key}' not in settings.KEYS}
-    assert declared == own
+    assert declared == own, 'FAMILIES of sam_jax/models/__init__.py says the options of a model.'
+
+
+@pytest.mark.parametrize('family', models.FAMILIES.values(), ids=models.FAMILIES)
+def test_a_family_is_one_row(family):
+    """Its names are its own, whatever another family's begin with, and smoke knows a small one."""
+    for name in (family.tiny, *(name for name in family.names if '<' not in name)):
+        assert models.family_of(name) is family
+        assert schema.tiny_model(name) == family.tiny
+        assert list(schema.model_options(name)) == list(family.options)
+
+
+def test_smoke_of_an_unknown_model_leaves_the_name_to_the_checks():
+    config = common.get_config()
+    common.set_model(config, 'resnet_of_mine')
+    config = common.finish(config, common.parse_arg('smoke'))
+    with pytest.raises(UserError, match="model.name is 'resnet_of_mine'; the models are"):
+        settings.check(config)
+
+
+def test_a_checkout_has_its_own_configs(monkeypatch):
+    """Whatever other checkout is installed editable, which finds `sam_jax.configs`."""
+    monkeypatch.setitem(sys.modules, 'sam_jax.configs', types.ModuleType('sam_jax.configs'))
+    shipped._package.cache_clear()
+    try:
+        assert shipped.folder() == str(ROOT / 'configs')
+    finally:
+        shipped._package.cache_clear()
 
 
 @pytest.mark.parametrize('stem,argument,expected', LOADED)

@@ -413,6 +413,12 @@ def test_the_guide_s_python_runs(capsys):
     np.testing.assert_allclose(flat(ours), flat(by_hand), rtol=1e-6)
 
 
+def test_the_site_shows_the_table_of_all_methods():
+    """docs/generate.py puts it in the place of the comment."""
+    assert '<!-- sharpness.table() -->' in (ROOT / 'docs' / 'methods' / 'index.md').read_text()
+    assert all(f'| `{name}` |' in sharpness.table() for name in sharpness.METHODS)
+
+
 @pytest.mark.parametrize('name', sharpness.METHODS)
 def test_an_entry_says_what_the_constructor_takes(name):
     entry = sharpness.METHODS[name]

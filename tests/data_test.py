@@ -127,6 +127,29 @@ def test_fake_cifar():
     np.testing.assert_array_equal(train.images, _load(1, name='fake_cifar10').train.images)
 
 
+@pytest.mark.parametrize('change,message', [
+    ({'images': np.zeros((9, 8, 8, 1), np.float32)}, r'images of the train .* float32 \(9, 8, 8'),
+    ({'images': np.zeros((9, 8, 8), np.uint8)}, r'uint8 \(9, 8, 8\); they must be uint8 \(N, hei'),
+    ({'labels': np.zeros((9, 10), np.int32)}, r'labels of the train split of digits .* \(9, 10\)'),
+    ({'labels': np.zeros(9, np.float32)}, r'labels of .* float32 \(9,\); they must be integers'),
+    ({'labels': np.zeros(8, np.int64)}, r'int64 \(8,\); .* one for each of the 9 images'),
+    ({'images': np.zeros((9, 8, 8, 3), np.uint8)}, '3 channels, and its Source 1 means and 1 dev'),
+    ({'images': np.zeros((0, 8, 8, 1), np.uint8), 'labels': np.zeros(0, int)}, 'train .* is empty'),
+    ({'labels': np.full(9, 10)}, 'Example 0 of the train split of digits has the label 10'),
+    ({'labels': np.zeros(9, np.uint8)}, None)])
+def test_what_a_source_has_read(change, message, monkeypatch):
+    right = {'images': np.zeros((9, 8, 8, 1), np.uint8), 'labels': np.zeros(9, np.int32)}
+    splits = resident.Split(**{**right, **change}), resident.Split(**right)
+    monkeypatch.setitem(data.SOURCES, 'digits', dataclasses.replace(
+        data.SOURCES['digits'], read=lambda data_dir: splits))
+    if message is None:
+        assert _load().num_train_examples == 9
+        return
+    with pytest.raises(UserError, match=message) as e:
+        _load()
+    assert str(e.value).endswith('.')
+
+
 # Validation split.
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from sam_jax.data import augment, labels, records
 from sam_jax.data.resident import ResidentDataset
-from sam_jax.data.sources import SOURCES, check_labels
+from sam_jax.data.sources import SOURCES, check_split
 from sam_jax.data.streaming import StreamingDataset
 from sam_jax.errors import UserError
 
@@ -32,9 +32,7 @@ def load_dataset(settings: Any) -> ResidentDataset | StreamingDataset:
 def _resident(settings, source):
     train, test = source.read(settings.dir)
     for name, split in [('train', train), ('test', test)]:
-        if not len(split):
-            raise UserError(f'The {name} split of {settings.name} is empty.')
-        check_labels(split.labels, source.num_classes, f'the {name} split of {settings.name}')
+        check_split(split, source, f'{name} split of {settings.name}')
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)

@@ -105,6 +105,31 @@ def tfds_splits(builder: Any, splits: list[str]) -> None:
             f'{", ".join(sorted(builder.info.splits)) or "none"}.')
 
 
+def check_split(split: Split, source: Source, what: str) -> None:
+    """Checks what a Source has read.
+
+    Raises:
+      UserError: no examples, images that are not uint8 (N, H, W, C) or of other channels than the
+        Source's mean and std, labels that are not a class for each image.
+    """
+    images, labels, channels = split.images, split.labels, len(source.mean)
+    if not len(split):
+        raise UserError(f'The {what} is empty.')
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(
+            f'The images of the {what} are {images.dtype} {images.shape}; they must be uint8 '
+            '(N, height, width, channels), from 0 to 255.')
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f'The labels of the {what} are {labels.dtype} {labels.shape}; they must be integers, '
+            f'one for each of the {len(images)} images.')
+    if not images.shape[-1] == channels == len(source.std):
+        raise UserError(
+            f'The images of the {what} have {images.shape[-1]} channels, and its Source {channels} '
+            f'means and {len(source.std)} deviations; it must have one of each a channel.')
+    check_labels(labels, source.num_classes, f'the {what}')
+
+
 def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     """Raises UserError, naming the example, if a label is not in [0, num_classes)."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))

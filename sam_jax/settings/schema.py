@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 
-from sam_jax import data, optimizers, schedules, sharpness
+from sam_jax import data, models, optimizers, schedules, sharpness
 
 # A locked ConfigDict. No checker of types knows its keys; `check` does.
 Config: TypeAlias = Any
@@ -185,34 +185,26 @@ KEYS = {
         0.05, 'of the ball whose sharpness is measured, whatever `sam.rho` is'),
 }
 
-# Options of the families of models, by the beginning of the name.
-_RATE = 'share of activations that is dropped, before the head'
-MODEL_OPTIONS = {
-    'wrn': {
-        'dropout_rate': Key(0.0, "within the blocks, as Zagoruyko's"),
-        'batch_norm': Key(True, 'without it convolutions have biases'),
-        'extra_skips': Key(False, "AutoAugment's additional shortcuts")},
-    'shake_shake': {},
-    'pyramidnet': {'alpha': Key(200.0, 'channels that are added from first to last block')},
-    'resnet': {},
-    'efficientnet': {
-        'dropout_rate': Key(
-            0.2, f'{_RATE}; in the original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5'),
-        'stochastic_depth_rate': Key(0.2, 'share of images for which the last block is left out')},
-}
-CIFAR_RESNET_OPTIONS = {
-    'residual': Key(True, 'its shortcuts'),
-    'batch_norm': Key(True, 'without it convolutions have biases')}
-IMAGENET_RESNETS = (
-    'resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet200')
+def _options(family):
+    """{option: Key} of a family; their defaults are those of its class."""
+    return {option: Key(family.cls.__dataclass_fields__[option].default, meaning)
+            for option, meaning in family.options.items()}
+
+
+# Options of the models, by family.
+MODEL_OPTIONS = {name: _options(family) for name, family in models.FAMILIES.items()}
 
 
 def model_options(name: str) -> dict[str, Key]:
     """Returns {option: Key} of a model, of which `config.model` has one each."""
-    if name.startswith('resnet') and name not in IMAGENET_RESNETS:
-        return CIFAR_RESNET_OPTIONS
-    return next((options for family, options in MODEL_OPTIONS.items() if name.startswith(family)),
-                {})
+    family = models.family_of(name)
+    return _options(family) if family else {}
+
+
+def tiny_model(name: str) -> str:
+    """Returns the smallest model of a model's family; an unknown name as it is."""
+    family = models.family_of(name)
+    return family.tiny if family else name
 
 
 def default_config() -> Config:

@@ -18,11 +18,12 @@ from types import ModuleType
 
 @functools.cache
 def _package() -> ModuleType:
-    try:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    file = str(root / 'configs' / '__init__.py')
+    # Those of this checkout, and not of another one that is installed editable; only a wheel's
+    # package has the folder inside.
+    if (root / 'sam_jax' / 'configs').exists() or not os.path.exists(file):
         return importlib.import_module('sam_jax.configs')
-    except ModuleNotFoundError:  # a checkout that is not installed
-        root = pathlib.Path(__file__).resolve().parents[2]
-        file = str(root / 'configs' / '__init__.py')
     loaded = sys.modules.get('configs')
     if loaded and getattr(loaded, '__file__', None) == file:
         return loaded
