@@ -77,7 +77,7 @@ def on_page_markdown(markdown, page, **kwargs):
 
 def settings_page():
     """Returns the page of all keys of a config."""
-    from sam_jax import sharpness, tables
+    from sam_jax import models, sharpness, tables
     from sam_jax.settings import schema
 
     def rows(prefix, keys):
@@ -100,12 +100,11 @@ def settings_page():
         parts += [f'## {title}', tables.markdown(head, rows(section and f'{section}.', keys))]
     parts += ['## Options of the models', 'The name of the model decides which of these keys '
               'there are. Choose the model with the argument of the config, `model=NAME`.']
-    names = {'wrn': '`wrn28_10` and other WideResNets', 'pyramidnet': '`pyramidnet272` and others',
-             'resnet': '`resnet20` and other ResNets for 32x32 images',
-             'efficientnet': '`efficientnet-b0` and others'}
     for family, keys in schema.MODEL_OPTIONS.items():
         if keys:
-            parts += [f'### {names[family]}', tables.markdown(head, rows('model.', keys))]
+            name = models.FAMILIES[family].names[0]
+            parts += [f'### `{name}` and others of its family',
+                      tables.markdown(head, rows('model.', keys))]
     parts += ['## Options of the methods', 'The method decides which of these keys there are. '
               'Choose the method with the argument of the config, `method=NAME`. The page of a '
               'method says what they mean.']

@@ -59,7 +59,7 @@ def test_resizing_is_tensorflow_s(height, width, size):
 def _both(monkeypatch, crop):
     results = []
     for has in (True, False):
-        monkeypatch.setattr(decode, '_has_tensorflow', lambda has=has: has)
+        monkeypatch.setattr(decode, 'has_tensorflow', lambda has=has: has)
         results.append(crop())
     return results
 
@@ -92,7 +92,7 @@ def test_jpeg_files_differ_by_a_few_levels(subsampling, monkeypatch):
 @pytest.mark.parametrize('damaged', [b'', b'no image', b'\xff\xd8\xff\xe0 cut'])
 def test_what_is_no_image_is_a_value_error(damaged, monkeypatch):
     for has in (True, False):
-        monkeypatch.setattr(decode, '_has_tensorflow', lambda has=has: has)
+        monkeypatch.setattr(decode, 'has_tensorflow', lambda has=has: has)
         with pytest.raises(ValueError):
             decode.center_crop(damaged, 8)
 

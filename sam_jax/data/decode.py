@@ -27,7 +27,8 @@ CROP_PADDING = 32
 
 
 @functools.cache
-def _has_tensorflow():
+def has_tensorflow() -> bool:
+    """Whether TensorFlow decodes the images; says it if not."""
     if importlib.util.find_spec('tensorflow'):
         return True
     _log.info('TensorFlow is not installed: Pillow decodes the images. JPEG files differ by a few '
@@ -58,7 +59,7 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: the bytes are no image.
     """
-    if _has_tensorflow():
+    if has_tensorflow():
         return _run(_function(random_window, size), encoded, seed)
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape
@@ -71,7 +72,7 @@ def center_crop(encoded: bytes, size: int) -> np.ndarray:
 
     Arguments and errors as of `random_crop`.
     """
-    if _has_tensorflow():
+    if has_tensorflow():
         return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import augment, labels, records
+from sam_jax.data import augment, decode, labels, records
 from sam_jax.data.resident import ResidentDataset
 from sam_jax.data.sources import SOURCES, check_split
 from sam_jax.data.streaming import StreamingDataset
@@ -51,6 +51,7 @@ def _resident(settings, source):
 
 
 def _streaming(settings, stream):
+    decode.has_tensorflow()  # says so once, before several threads ask
     train, test, num_classes = stream.open(settings.dir)
     train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
     evals = {'test': test}
