@@ -1,5 +1,7 @@
 """An experiment: all that a config says, checked and built, before or after it is trained.
 
+A loop of one's own:
+
     experiment = Experiment.from_config(config)
     state = experiment.initial_state()
     step, constants = experiment.train_step, experiment.constants

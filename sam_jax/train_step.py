@@ -1,5 +1,7 @@
 """The train step: a pure function of one device's part of the batch, and its pmap.
 
+What is computed where:
+
     per replica   gradient of (cross entropy + L2 penalty), BatchNorm statistics of the clean pass
                   (at the params, or where the method wants its first gradient)
     per group     mean gradient -> sharpness-aware gradient, by the group's own second gradient

@@ -1,5 +1,7 @@
 """README and the site: links, anchors, pages; and, where its tools are, the site itself.
 
+The latter by
+
     ./scripts/docs.sh test            # builds the site strictly, looks at it in a browser
     ./scripts/docs.sh test -m slow    # executes the notebooks
 """

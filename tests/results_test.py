@@ -122,7 +122,7 @@ def _reductions(folder):
 
 
 def test_switches(tmp_path):
-    """The baseline is the better one of one and two lengths; rho is that of the validation split.
+    """The baseline is the better one of one and two lengths; rho that of the validation split.
     """
     write_tried(tmp_path / 'tried')
     for rho in TRIED:

@@ -88,8 +88,8 @@ FAMILIES = {
     'efficientnet': Family(
         EfficientNet, f'efficientnet-({"|".join(efficientnet.SIZES)})', _efficientnet,
         tuple(f'efficientnet-{size}' for size in efficientnet.SIZES), 'efficientnet-tiny',
-        {'dropout_rate': 'share of activations that is dropped, before the head; in the original '
-                         '0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5',
+        {'dropout_rate': 'share of activations that is dropped, before the head; in the '
+                         'original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5',
          'stochastic_depth_rate': 'share of images for which the last block is left out'},
         lambda size: {'dropout_rate': efficientnet.SIZES[size].dropout_rate}),
 }
