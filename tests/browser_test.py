@@ -60,9 +60,20 @@ def _browser(page, width, *flags):
     frame = page.with_name(f'frame_{width}.html')
     frame.write_text(FRAME.format(address=page.as_uri(), width=width))
     done = subprocess.run(
-        ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--window-size=1280,2400',
-         '--virtual-time-budget=5000', *flags, frame.as_uri()],
-        capture_output=True, text=True, timeout=120)
+        [
+            'chromium',
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            '--window-size=1280,2400',
+            '--virtual-time-budget=5000',
+            *flags,
+            frame.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -111,8 +122,10 @@ def reports(tmp_path_factory):
 def test_a_report_is_shown_whole(width, reports, tmp_path):
     seen = _look(reports['few'], width)
     assert [i['alt'].partition(':')[0] for i in seen['images']] == [
-        'Error against rho', 'Error reduction by switching to SAM',
-        *['Training loss and test error'] * 4]
+        'Error against rho',
+        'Error reduction by switching to SAM',
+        *['Training loss and test error'] * 4,
+    ]
     assert [t['rows'] for t in seen['tables']] == [1 + 5, 1 + 1]
     assert len(seen['headings']) == 6
     assert _colored(reports['few'], width, tmp_path) > 1e-3, 'no curve is to be seen'
@@ -126,8 +139,11 @@ def test_a_report_of_many_settings(width, reports, tmp_path):
     assert {'model', 'label_noise', 'rho'} <= {*table['head']}
     assert table['inside'] > table['box'] or width > 1000, 'the wide table is in a box of its own'
     titles = {i['alt'].partition(': ')[2] for i in seen['images'] if 'Training' in i['alt']}
-    assert {f'{model}, label noise {noise}' for model in ('wrn10_1', 'wrn28_10')
-            for noise in (0, 0.2, 0.4, 0.8)} <= titles
+    assert {
+        f'{model}, label noise {noise}'
+        for model in ('wrn10_1', 'wrn28_10')
+        for noise in (0, 0.2, 0.4, 0.8)
+    } <= titles
     ends = {tick for i in seen['images'] if 'epoch' in i['texts'] for tick in i['ticks']}
     assert {'0', '1', '2', '60', '1750'} <= ends, 'those of runs of 1, 2, 60 and 1800 epochs'
     assert _colored(reports['many'], width, tmp_path) > 1e-3, 'no curve is to be seen'

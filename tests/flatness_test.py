@@ -11,15 +11,25 @@ from sam_jax.experiments import flatness, report, results
 
 def _measure(run, lambda_max, what=('spectrum', 'sharpness'), split='train'):
     """Writes what sam_jax/analysis/study.py says of one run."""
-    said = {'name': 'sam', 'step': 40, 'dataset': 'digits', 'split': split, 'examples': 100,
-            'weight_decay': 0.0, 'label_smoothing': 0.0, 'loss': 0.5, 'error_rate': 0.01}
+    said = {
+        'name': 'sam',
+        'step': 40,
+        'dataset': 'digits',
+        'split': split,
+        'examples': 100,
+        'weight_decay': 0.0,
+        'label_smoothing': 0.0,
+        'loss': 0.5,
+        'error_rate': 0.01,
+    }
     if 'spectrum' in what:
         said['spectrum'] = {'lambda_max': lambda_max, 'lambda_ratio': 2.5, 'trace': 70.0}
     if 'sharpness' in what:
         said['sharpness'] = {'m = 16': {'sharpness': 0.25, 'error_rise': 0.02}}
     (run / 'analysis').mkdir()
-    (run / 'analysis' / 'analysis.json').write_text(json.dumps({
-        'settings': {'what': what}, 'runs': [said], 'path': False}))
+    (run / 'analysis' / 'analysis.json').write_text(
+        json.dumps({'settings': {'what': what}, 'runs': [said], 'path': False})
+    )
 
 
 @pytest.fixture
@@ -27,8 +37,9 @@ def folder(tmp_path):
     """sgd: two seeds measured; sam: one of two, its sharpness alone; asam: none."""
     for method in ('sgd', 'sam', 'asam'):
         for seed in (0, 1):
-            write_run(tmp_path / f'{method}-{seed}', digits_config(f'method={method}'), error=2,
-                      seed=seed)
+            write_run(
+                tmp_path / f'{method}-{seed}', digits_config(f'method={method}'), error=2, seed=seed
+            )
     _measure(tmp_path / 'sgd-0', 10.0)
     _measure(tmp_path / 'sgd-1', 30.0)
     _measure(tmp_path / 'sam-1', None, what=('sharpness',))
@@ -50,14 +61,17 @@ def test_rows_are_means_over_the_measured_runs_of_each_group(folder):
         'lambda_max / lambda_5': {'sgd': '2.5 ± 0', 'sam': ''},
         'trace': {'sgd': '70 ± 0', 'sam': ''},
         'rise of the loss: m = 16': {'sgd': '0.25 ± 0', 'sam': '0.25'},
-        'rise of the error rate: m = 16 (points of %)': {'sgd': '2 ± 0', 'sam': '2'}}
+        'rise of the error rate: m = 16 (points of %)': {'sgd': '2 ± 0', 'sam': '2'},
+    }
 
 
 def test_runs_of_a_group_that_were_measured_differently(folder):
     _measure(folder / 'sam-0', 8.0, what=('spectrum',), split='test')
     groups = _groups(folder)
-    rows = {row['measure']: row for row in flatness.rows(groups, [
-        g.settings['sam.method'] for g in groups])}
+    rows = {
+        row['measure']: row
+        for row in flatness.rows(groups, [g.settings['sam.method'] for g in groups])
+    }
     assert rows['lambda_max']['sam'] == '8' and rows['rise of the loss: m = 16']['sam'] == '0.25'
     assert {'loss of 100 examples, split train', 'loss of 100 examples, split test'} <= set(rows)
 

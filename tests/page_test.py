@@ -31,13 +31,16 @@ def sweep(tmp_path):
     runs = [_run(tmp_path, name) for name in page.STATES]
     write_run(tmp_path / 'finished', digits_config(), error=3.5, validation=4.25)
     _write_metrics(
-        tmp_path / 'running', {'step': 20, 'epoch': 1.0, 'train/loss': 0.5, 'time': 1010.0},
+        tmp_path / 'running',
+        {'step': 20, 'epoch': 1.0, 'train/loss': 0.5, 'time': 1010.0},
         {'step': 20, 'test/error_rate': 0.25, 'time': 1020.0},
-        {'step': 30, 'epoch': 1.5, 'train/loss': 0.25, 'time': 5661.0})
+        {'step': 30, 'epoch': 1.5, 'train/loss': 0.25, 'time': 5661.0},
+    )
     with open(tmp_path / 'running' / 'metrics.jsonl', 'a') as file:
         file.write('{"step": 40, "epo')
-    _write_metrics(tmp_path / 'failed', {'step': 20, 'epoch': 1.0, 'train/loss': 'nan',
-                                         'time': 1001.0})
+    _write_metrics(
+        tmp_path / 'failed', {'step': 20, 'epoch': 1.0, 'train/loss': 'nan', 'time': 1001.0}
+    )
     statuses = {run.name: Status(run.name) for run in runs}
     statuses['failed'].line = f'status 2: <b> of *it* | ({tmp_path}/failed/log.txt)'
     return runs, statuses
@@ -50,22 +53,34 @@ def _page(sweep, **options):
 
 
 def _rows(text):
-    return {cells[0]: cells[1:] for cells in (
-        [re.sub('<[^>]*>', '', cell) for cell in re.findall('<td>(.*?)</td>', row, re.DOTALL)]
-        for row in re.findall('<tr>(.*?)</tr>', text, re.DOTALL)) if cells}
+    return {
+        cells[0]: cells[1:]
+        for cells in (
+            [re.sub('<[^>]*>', '', cell) for cell in re.findall('<td>(.*?)</td>', row, re.DOTALL)]
+            for row in re.findall('<tr>(.*?)</tr>', text, re.DOTALL)
+        )
+        if cells
+    }
 
 
 def test_each_run_has_a_row(sweep):
     text = _page(sweep)
     assert re.findall('<th>(.*?)</th>', text) == [
-        'run', 'state', 'epoch', 'training loss', 'test error (%)', 'validation error (%)',
-        'wall time']
+        'run',
+        'state',
+        'epoch',
+        'training loss',
+        'test error (%)',
+        'validation error (%)',
+        'wall time',
+    ]
     assert _rows(text) == {
         'finished': ['finished', '4 of 4', '0.5000', '3.50', '4.25', '0:00:36'],
         'running': ['running', '1.5 of 4', '0.2500', '25.00', '', '1:17:41'],
         'waiting': ['waiting', '', '', '', '', ''],
         'stopped': ['stopped', '', '', '', '', ''],
-        'failed': ['failed', '1 of 4', 'nan', '', '', '0:00:01']}
+        'failed': ['failed', '1 of 4', 'nan', '', '', '0:00:01'],
+    }
 
 
 def test_counts_clock_and_what_failed(sweep, tmp_path):
@@ -95,7 +110,9 @@ def test_curves_of_test_error(sweep):
     runs, _ = sweep
     drawn = page.panel(runs, {run.name: page.look(run.workdir) for run in runs})
     assert [(c.label, c.x, c.mean) for c in drawn.curves] == [
-        ('finished', [2.0, 4.0], pytest.approx([3.5, 3.5])), ('running', [1.0], [25.0])]
+        ('finished', [2.0, 4.0], pytest.approx([3.5, 3.5])),
+        ('running', [1.0], [25.0]),
+    ]
     one = {run.name: page.look(run.workdir + 'x' * (run.name != 'running')) for run in runs}
     assert [drawn.title, page.panel(runs, one).title] == ['', 'running']
     nothing = {run.name: page.look(run.workdir + 'x') for run in runs}
@@ -136,7 +153,8 @@ def test_nothing_that_goes_wrong_ends_a_sweep(sweep, tmp_path, monkeypatch, capl
         live.update()
         live.close()
     assert [r.getMessage() for r in caplog.records] == [
-        'index.html is not up to date: ValueError: no font']
+        'index.html is not up to date: ValueError: no font'
+    ]
     assert not (tmp_path / 'index.html').exists()
 
 
@@ -168,8 +186,10 @@ def test_a_sweep_keeps_it(tmp_path, monkeypatch):
     runs = [_run(tmp_path, f'rho={rho}', rho) for rho in (0.1, 0.2, 0.3)]
     engine = _Engine(tmp_path)
     engines.execute(engine, runs)
-    counts = [re.search('<strong>3 runs: (.*?)[.]</strong>', text)[1] for text in [
-        *engine.pages, (tmp_path / 'index.html').read_text()]]
+    counts = [
+        re.search('<strong>3 runs: (.*?)[.]</strong>', text)[1]
+        for text in [*engine.pages, (tmp_path / 'index.html').read_text()]
+    ]
     assert counts == ['1 finished, 2 waiting', '2 finished, 1 waiting', '3 finished', '3 finished']
     # A sweep of finished runs has its page as well.
     (tmp_path / 'index.html').unlink()

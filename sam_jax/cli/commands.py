@@ -45,9 +45,13 @@ def _parse(argv):
 
 def with_paths(argv: list[str]) -> list[str]:
     """Returns a command line with the path of the file in place of the name of a config of ours."""
-    argv = [f'{flag}={shipped.resolve(value)}' if equals and flag in ('--config', '-config')
-            else argument for argument in argv
-            for flag, equals, value in [argument.partition('=')]]
+    argv = [
+        f'{flag}={shipped.resolve(value)}'
+        if equals and flag in ('--config', '-config')
+        else argument
+        for argument in argv
+        for flag, equals, value in [argument.partition('=')]
+    ]
     for i, flag in enumerate(argv[:-1]):
         if flag in ('--config', '-config'):  # the form with a space
             argv[i + 1] = shipped.resolve(argv[i + 1])

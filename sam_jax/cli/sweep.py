@@ -30,17 +30,22 @@ from sam_jax.errors import UserError
 from sam_jax.experiments import engines, grid
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True)
+    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True
+)
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
 _SEEDS = flags.DEFINE_integer('seeds', 0, "Seeds 0, 1, ...: the config's argument `seed`.", 0)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the sweep.')
 _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'slurm', 'print'], 'What runs the runs.')
 _PARALLEL = flags.DEFINE_integer(
-    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0)
+    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0
+)
 _RETRIES = flags.DEFINE_integer('retries', 1, 'How often a run that broke is started again.', 0)
 _SLURM = flags.DEFINE_multi_string(
-    'slurm', [], "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
-    'timeout_min=600; several times.')
+    'slurm',
+    [],
+    "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
+    'timeout_min=600; several times.',
+)
 
 
 def _engine():
@@ -67,8 +72,9 @@ def main() -> None:
     if _SEEDS.value:
         hyper.append(grid.sweep(':seed', range(_SEEDS.value)))
     if not hyper:
-        raise UserError('Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in '
-                        f'{config_flag}.')
+        raise UserError(
+            f'Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in {config_flag}.'
+        )
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     runs = grid.make_runs(config_flag, grid.product(hyper), overrides, _WORKDIR.value)
     if _ENGINE.value == 'print':

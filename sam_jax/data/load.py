@@ -46,8 +46,15 @@ def _resident(settings, source):
         evals['train_true_labels'] = true
     evals['train'] = train
     return ResidentDataset(
-        settings.name, source.num_classes, source.mean, source.std, train.images.shape[1:], train,
-        evals, _augmentation(settings, source.policy, settings.image_size))
+        settings.name,
+        source.num_classes,
+        source.mean,
+        source.std,
+        train.images.shape[1:],
+        train,
+        evals,
+        _augmentation(settings, source.policy, settings.image_size),
+    )
 
 
 def _streaming(settings, stream):
@@ -63,9 +70,17 @@ def _streaming(settings, stream):
         train = train.relabelled(relabel)
     evals['train'] = train
     return StreamingDataset(
-        settings.name, num_classes, records.IMAGENET_MEAN, records.IMAGENET_STD,
-        (settings.image_size, settings.image_size, 3), train, evals,
-        _augmentation(settings, 'imagenet', 0), settings.skip_corrupt, settings.threads)
+        settings.name,
+        num_classes,
+        records.IMAGENET_MEAN,
+        records.IMAGENET_STD,
+        (settings.image_size, settings.image_size, 3),
+        train,
+        evals,
+        _augmentation(settings, 'imagenet', 0),
+        settings.skip_corrupt,
+        settings.threads,
+    )
 
 
 def _held_out(train, size=0):
@@ -76,6 +91,16 @@ def _held_out(train, size=0):
 
 def _augmentation(settings, policy, image_size):
     return augment.Augmentation(
-        settings.augment, settings.padding, policy, settings.corrected_ops, settings.cutout_size,
-        settings.cutout_per_image, settings.randaugment_layers, settings.randaugment_magnitude,
-        settings.mixup_alpha, settings.cutmix_alpha, settings.mix_per_image, image_size)
+        settings.augment,
+        settings.padding,
+        policy,
+        settings.corrected_ops,
+        settings.cutout_size,
+        settings.cutout_per_image,
+        settings.randaugment_layers,
+        settings.randaugment_magnitude,
+        settings.mixup_alpha,
+        settings.cutmix_alpha,
+        settings.mix_per_image,
+        image_size,
+    )

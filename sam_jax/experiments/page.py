@@ -46,23 +46,35 @@ def look(workdir: str) -> Seen:
     seconds = last.get('wall_time')
     if seconds is None and 'time' in last:
         seconds = max(0.0, last['time'] - os.path.getmtime(os.path.join(workdir, 'config.json')))
-    return Seen(last['step'] * per_step if per_step else None, last,
-                [(epoch, 100 * error) for epoch, error in record.curve(TEST)], seconds)
+    return Seen(
+        last['step'] * per_step if per_step else None,
+        last,
+        [(epoch, 100 * error) for epoch, error in record.curve(TEST)],
+        seconds,
+    )
 
 
-def rows(runs: Sequence[grid.Run], statuses: Mapping[str, Any],
-         seen: Mapping[str, Seen]) -> list[dict[str, str]]:
+def rows(
+    runs: Sequence[grid.Run], statuses: Mapping[str, Any], seen: Mapping[str, Seen]
+) -> list[dict[str, str]]:
     """Returns a dict for each run, in the order of the columns of the page's table."""
-    return [{
-        # A run that has not begun has no log.
-        'run': (run.name if statuses[run.name].state == 'waiting' else
-                f'[{run.name}]({run.name}/log.txt)'),
-        'state': statuses[run.name].state,
-        'epoch': _epochs(seen[run.name].epoch, run.config.total_epochs),
-        'training loss': _number(seen[run.name].last.get('train/loss'), '.4f'),
-        'test error (%)': _number(seen[run.name].last.get(TEST), '.2f', 100),
-        'validation error (%)': _number(seen[run.name].last.get(VALIDATION), '.2f', 100),
-        'wall time': _duration(seen[run.name].seconds)} for run in runs]
+    return [
+        {
+            # A run that has not begun has no log.
+            'run': (
+                run.name
+                if statuses[run.name].state == 'waiting'
+                else f'[{run.name}]({run.name}/log.txt)'
+            ),
+            'state': statuses[run.name].state,
+            'epoch': _epochs(seen[run.name].epoch, run.config.total_epochs),
+            'training loss': _number(seen[run.name].last.get('train/loss'), '.4f'),
+            'test error (%)': _number(seen[run.name].last.get(TEST), '.2f', 100),
+            'validation error (%)': _number(seen[run.name].last.get(VALIDATION), '.2f', 100),
+            'wall time': _duration(seen[run.name].seconds),
+        }
+        for run in runs
+    ]
 
 
 def _epochs(epoch, total):
@@ -89,8 +101,11 @@ def panel(runs: Sequence[grid.Run], seen: Mapping[str, Seen]) -> figures.Panel |
         if errors := seen[run.name].errors:
             x, y = map(list, zip(*errors))
             # A color stays that of its run, whichever others have a curve by then.
-            curves.append(figures.Curve(run.name, x, y, [math.nan] * len(x),
-                                        figures.shade(i / max(1, len(runs) - 1))))
+            curves.append(
+                figures.Curve(
+                    run.name, x, y, [math.nan] * len(x), figures.shade(i / max(1, len(runs) - 1))
+                )
+            )
     if not curves:
         return None
     # One curve has no legend.
@@ -98,8 +113,15 @@ def panel(runs: Sequence[grid.Run], seen: Mapping[str, Seen]) -> figures.Panel |
     return figures.Panel(title, 'epoch', 'test error (%)', curves)
 
 
-def html(title: str, runs: Sequence[grid.Run], statuses: Mapping[str, Any],
-         seen: Mapping[str, Seen], now: float, refresh: int = 0, report: str = '') -> str:
+def html(
+    title: str,
+    runs: Sequence[grid.Run],
+    statuses: Mapping[str, Any],
+    seen: Mapping[str, Seen],
+    now: float,
+    refresh: int = 0,
+    report: str = '',
+) -> str:
     """Returns the page of a sweep: counts, table, curves, and why runs failed.
 
     Args:
@@ -123,8 +145,11 @@ def html(title: str, runs: Sequence[grid.Run], statuses: Mapping[str, Any],
     if drawn := panel(runs, seen):
         pictures['error'] = [figures.panels([drawn], width=5.5)]
         parts += ['## Test error', '![Test error](error)']
-    failed = [f'{run.name}: {statuses[run.name].line}' for run in runs
-              if statuses[run.name].state == 'failed']
+    failed = [
+        f'{run.name}: {statuses[run.name].line}'
+        for run in runs
+        if statuses[run.name].state == 'failed'
+    ]
     if failed:
         # Indented it is no Markdown, whatever a run may have said.
         lines = '\n'.join(failed).replace(_beginning(runs[0]), '').splitlines()
@@ -168,8 +193,15 @@ class Live:
             title = os.path.basename(os.path.abspath(self._folder))
             report = os.path.join('report', 'report.html')
             there = os.path.exists(os.path.join(self._folder, report))
-            text = html(title, self._runs, dict(self._statuses), seen, time.time(), refresh,
-                        report if there else '')
+            text = html(
+                title,
+                self._runs,
+                dict(self._statuses),
+                seen,
+                time.time(),
+                refresh,
+                report if there else '',
+            )
             os.makedirs(self._folder or '.', exist_ok=True)
             path = os.path.join(self._folder, FILE)
             with open(path + '.part', 'w') as file:
@@ -182,8 +214,10 @@ class Live:
 
     def _look(self, workdir):
         """The files of a run are read only if they have changed."""
-        stamps = [_stamp(os.path.join(workdir, name)) for name in (
-            'config.json', 'metrics.jsonl', 'result.json')]
+        stamps = [
+            _stamp(os.path.join(workdir, name))
+            for name in ('config.json', 'metrics.jsonl', 'result.json')
+        ]
         if self._looked.get(workdir, [None])[0] != stamps:
             self._looked[workdir] = stamps, look(workdir)
         return self._looked[workdir][1]

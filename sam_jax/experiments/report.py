@@ -19,14 +19,20 @@ PANEL = ('model.name', 'data.name', 'data.augment', 'data.label_noise')
 # Settings whose values are names.
 NAMES = ('model.name', 'data.name', 'sam.method')
 # The rows of the paper's Figure 1.
-KINDS = {'imagenet': 'ImageNet', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100',
-         'svhn': 'SVHN, Fashion-MNIST', 'fashion_mnist': 'SVHN, Fashion-MNIST'}
+KINDS = {
+    'imagenet': 'ImageNet',
+    'cifar10': 'CIFAR-10',
+    'cifar100': 'CIFAR-100',
+    'svhn': 'SVHN, Fashion-MNIST',
+    'fashion_mnist': 'SVHN, Fashion-MNIST',
+}
 
 SWITCHES = (
     'As in Figure 1 of the paper: the reduction of the test error in percent of that of the '
     'baseline, which is the better one of those with as many epochs and with twice as many. rho is '
     'the best one of the validation split, or the only one. (On noisy labels that figure takes '
-    'mixup for the baseline; here everything but the method is the same.)')
+    'mixup for the baseline; here everything but the method is the same.)'
+)
 
 
 def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | None:
@@ -35,8 +41,9 @@ def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | No
     return statistics.mean(values) * scale if values else None
 
 
-def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
-                  paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_table(
+    groups: list[results.Group], keys: list[str], best: Any, paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns a dict for each group, in the order of the columns."""
     short = results.headings(keys)
     rows = []
@@ -52,8 +59,11 @@ def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
         row['gradient evaluations'] = '' if evaluations is None else f'{evaluations:,.0f}'
         hours = mean_of(g, 'wall_time', 1 / 3600)
         row['hours'] = '' if hours is None else f'{hours:.3g}'
-        row['hardware'] = ', '.join(sorted({
-            f'{r.written["device_count"]} x {r.written["device_kind"]}' for r in g.finished}))
+        row['hardware'] = ', '.join(
+            sorted(
+                {f'{r.written["device_count"]} x {r.written["device_kind"]}' for r in g.finished}
+            )
+        )
         rows.append(row)
     return rows
 
@@ -66,8 +76,9 @@ def write_csv(path: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def rows_of_csv(groups: list[results.Group], keys: list[str], best: Any,
-                paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_csv(
+    groups: list[results.Group], keys: list[str], best: Any, paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns the same as numbers, for machines."""
     rows = []
     for g in groups:
@@ -86,8 +97,11 @@ def rows_of_csv(groups: list[results.Group], keys: list[str], best: Any,
 
 def rows_of_runs(groups: list[results.Group]) -> list[dict]:
     """Returns a dict for each run: its folder, all its settings and results."""
-    rows = [{'workdir': r.name, **r.written['config'], **(r.result or {})}
-            for g in groups for r in (*g.finished, *g.unfinished)]
+    rows = [
+        {'workdir': r.name, **r.written['config'], **(r.result or {})}
+        for g in groups
+        for r in (*g.finished, *g.unfinished)
+    ]
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{column: row.get(column, '') for column in columns} for row in rows]
 
@@ -113,7 +127,9 @@ def _named(group, keys):
     # What has a name of its own needs no other; a number says of what it is.
     return ', '.join(
         value if key in NAMES else f'{short[key].replace("_", " ")} {value}'
-        for key, value in shown.items() if value)
+        for key, value in shown.items()
+        if value
+    )
 
 
 def rho_panels(groups: list[results.Group]) -> Any:
@@ -124,8 +140,9 @@ def rho_panels(groups: list[results.Group]) -> Any:
         for g in inside:
             if 'sam.rho' in g.settings and g.values(TEST):
                 families[g.without('sam.rho')].append(g)
-        families = [sorted(f, key=lambda g: g.settings['sam.rho'])
-                    for f in families.values() if len(f) > 1]
+        families = [
+            sorted(f, key=lambda g: g.settings['sam.rho']) for f in families.values() if len(f) > 1
+        ]
         if not families:
             continue
         keys = [k for k in results.varying([f[0] for f in families]) if k != 'sam.rho']
@@ -136,13 +153,22 @@ def rho_panels(groups: list[results.Group]) -> Any:
                 if with_it:
                     means, halves = zip(*(g.percent(metric) for g in with_it))
                     name = f'{label(family[0], keys)}{", validation" if dashed else ""}'
-                    curves.append(figures.Curve(name, [g.settings['sam.rho'] for g in with_it],
-                                                means, halves, f'C{i}', dashed))
+                    curves.append(
+                        figures.Curve(
+                            name,
+                            [g.settings['sam.rho'] for g in with_it],
+                            means,
+                            halves,
+                            f'C{i}',
+                            dashed,
+                        )
+                    )
         sgd = [g for g in inside if g.settings['sam.method'] == 'sgd' and g.values(TEST)]
         level = min((g.percent(TEST) for g in sgd), default=None)
         name = 'error (%)' if any(curve.dashed for curve in curves) else 'test error (%)'
-        described.append(figures.Panel(
-            title, 'rho', name, curves, level and ('sgd', *level), log_x=True))
+        described.append(
+            figures.Panel(title, 'rho', name, curves, level and ('sgd', *level), log_x=True)
+        )
     return described
 
 
@@ -155,7 +181,9 @@ def training_panels(groups: list[results.Group]) -> Any:
             continue
         keys = [k for k in results.varying(inside) if k not in PANEL] or ['sam.method']
         for metric, name, scale in (
-                ('train/loss', 'training loss', 1), (TEST, 'test error (%)', 100)):
+            ('train/loss', 'training loss', 1),
+            (TEST, 'test error (%)', 100),
+        ):
             curves = []
             for i, g in enumerate(inside):
                 points = collections.defaultdict(list)
@@ -172,18 +200,23 @@ def training_panels(groups: list[results.Group]) -> Any:
     return described
 
 
-def rows_of_switches(switches: list[Any], keys: list[str],
-                     paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_switches(
+    switches: list[Any], keys: list[str], paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns a dict for each method beside its baseline."""
     rows = []
     for s in switches:
         theirs = reduction_of_paper(s, paper)
-        rows.append({
-            'from': label(s.baseline, keys), 'to': label(s.method, keys),
-            'test error (%)': f'{results.interval(s.baseline.percent(TEST))} to '
-                              f'{results.interval(s.method.percent(TEST))}',
-            'reduction (%)': f'{s.reduction:.1f}',
-            'paper (%)': '' if theirs is None else f'{theirs:.1f}'})
+        rows.append(
+            {
+                'from': label(s.baseline, keys),
+                'to': label(s.method, keys),
+                'test error (%)': f'{results.interval(s.baseline.percent(TEST))} to '
+                f'{results.interval(s.method.percent(TEST))}',
+                'reduction (%)': f'{s.reduction:.1f}',
+                'paper (%)': '' if theirs is None else f'{theirs:.1f}',
+            }
+        )
     return rows
 
 
@@ -212,8 +245,7 @@ def rows_of_figure_1(switches: list[Any], paper: list[results.PaperRow]) -> list
 
 def notes_of(groups: list[results.Group]) -> list[str]:
     """Returns what else a reader should know."""
-    notes = [f'{r.name} is not finished.'
-             for g in groups for r in g.unfinished]
+    notes = [f'{r.name} is not finished.' for g in groups for r in g.unfinished]
     finished = [r for g in groups for r in g.finished]
     for what in ('git_revision', 'device_kind'):
         different = sorted({r.written[what] for r in finished})
@@ -222,43 +254,63 @@ def notes_of(groups: list[results.Group]) -> list[str]:
     return notes
 
 
-def document(groups: list[results.Group], keys: list[str], best: Any, notes: list[str],
-             paper: list[results.PaperRow]) -> tuple[str, dict]:
+def document(
+    groups: list[results.Group],
+    keys: list[str],
+    best: Any,
+    notes: list[str],
+    paper: list[results.PaperRow],
+) -> tuple[str, dict]:
     """Returns (Markdown, {name of a picture in it: its Panels, or its figure})."""
     switches = results.switches(groups)
     pictures = {}
     finished = sum(len(g.finished) for g in groups)
-    parts = [f'# {finished} finished runs, {len(groups)} settings',
-             'Means over seeds and 95 % t-intervals.',
-             tables.of_records(rows_of_table(groups, keys, best, paper))]
+    parts = [
+        f'# {finished} finished runs, {len(groups)} settings',
+        'Means over seeds and 95 % t-intervals.',
+        tables.of_records(rows_of_table(groups, keys, best, paper)),
+    ]
     tried = any('sam.rho' in g.settings for g in groups)
     if best:
         parts.append('The best rho is that of the lowest mean error on the validation split.')
     elif tried:
-        parts.append('No best rho is named: that takes finished runs of several rho that hold out '
-                     'a validation split (`--config.data.validation=true`).')
+        parts.append(
+            'No best rho is named: that takes finished runs of several rho that hold out '
+            'a validation split (`--config.data.validation=true`).'
+        )
     if described := rho_panels(groups):
         pictures['rho.png'] = described
         parts += ['## Error against rho', '![Error against rho](rho.png)']
     if switches:
         pictures['switches.png'] = figures.reductions(rows_of_figure_1(switches, paper))
-        parts += ['## What switching to SAM gains',
-                  tables.of_records(rows_of_switches(switches, keys, paper)), SWITCHES,
-                  '![Error reduction by switching to SAM](switches.png)']
+        parts += [
+            '## What switching to SAM gains',
+            tables.of_records(rows_of_switches(switches, keys, paper)),
+            SWITCHES,
+            '![Error reduction by switching to SAM](switches.png)',
+        ]
     if described := training_panels(groups):
         pictures['training.png'] = described
         parts += ['## Training', '![Training loss and test error](training.png)']
     if measured := flatness.rows(groups, [label(g, keys) for g in groups]):
-        parts += ['## Flatness', 'What `sam-jax-analyze` has measured, of each run by itself.',
-                  tables.of_records(measured)]
+        parts += [
+            '## Flatness',
+            'What `sam-jax-analyze` has measured, of each run by itself.',
+            tables.of_records(measured),
+        ]
     notes = [*notes, *notes_of(groups)]
     if notes:
         parts += ['## Notes', '\n'.join(f'- {note}' for note in notes)]
-    everywhere = {key: {json.dumps(g.settings[key]) for g in groups if key in g.settings}
-                  for key in sorted({key for g in groups for key in g.settings})}
+    everywhere = {
+        key: {json.dumps(g.settings[key]) for g in groups if key in g.settings}
+        for key in sorted({key for g in groups for key in g.settings})
+    }
     # The baselines lack the settings of an ascent.
-    common = [f'{key} = {results.shown(json.loads(*values))}' for key, values in everywhere.items()
-              if len(values) == 1 and key not in keys]
+    common = [
+        f'{key} = {results.shown(json.loads(*values))}'
+        for key, values in everywhere.items()
+        if len(values) == 1 and key not in keys
+    ]
     parts += ['## Settings of all runs', ', '.join(f'`{setting}`' for setting in common)]
     return '\n\n'.join(parts) + '\n', pictures
 
@@ -284,8 +336,9 @@ def write(folders: list[str], out: str) -> str:
         whole = figures.panels(drawn) if isinstance(drawn, list) else drawn
         figures.save(whole, os.path.join(out, name))
         # On the page each panel by itself: a narrow window has them one below the other.
-        single[name] = ([figures.panels([panel]) for panel in drawn] if isinstance(drawn, list)
-                        else [drawn])
+        single[name] = (
+            [figures.panels([panel]) for panel in drawn] if isinstance(drawn, list) else [drawn]
+        )
     with open(os.path.join(out, 'report.md'), 'w') as file:
         file.write(text)
     with open(os.path.join(out, 'report.html'), 'w') as file:

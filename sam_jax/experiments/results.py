@@ -55,8 +55,10 @@ def shown(value: Any) -> str:
 
 def headings(keys: Sequence[str]) -> dict[str, str]:
     """Returns {key: its name in a table}: the short one; `model` and `data` of their names."""
-    return {**short_names(keys),
-            **{key: key.removesuffix('.name') for key in keys if key.endswith('.name')}}
+    return {
+        **short_names(keys),
+        **{key: key.removesuffix('.name') for key in keys if key.endswith('.name')},
+    }
 
 
 def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +73,9 @@ def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
         settings['data.dir'] = os.path.basename(os.path.normpath(flat['data.dir']))
     settings.update({k: bool(settings[k]) for k in _FILES if k in settings})
     if settings.get('sam.method') == 'sgd':
-        settings = {k: v for k, v in settings.items()
-                    if k == 'sam.method' or not k.startswith('sam.')}
+        settings = {
+            k: v for k, v in settings.items() if k == 'sam.method' or not k.startswith('sam.')
+        }
     return settings
 
 
@@ -113,8 +116,11 @@ class Record:
     @functools.cached_property
     def epochs_per_step(self) -> float | None:
         """Epochs of a step, or None if the run has said nothing of its epochs yet."""
-        told = [self.result['epochs'] / self.result['step']] if self.result else [
-            line['epoch'] / line['step'] for line in self.lines if 'epoch' in line]
+        told = (
+            [self.result['epochs'] / self.result['step']]
+            if self.result
+            else [line['epoch'] / line['step'] for line in self.lines if 'epoch' in line]
+        )
         return told[-1] if told else None
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
@@ -124,8 +130,11 @@ class Record:
         """
         if self.epochs_per_step is None:
             return []
-        return [(line['step'] * self.epochs_per_step, line[metric]) for line in self.lines
-                if isinstance(line.get(metric), float)]
+        return [
+            (line['step'] * self.epochs_per_step, line[metric])
+            for line in self.lines
+            if isinstance(line.get(metric), float)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +161,9 @@ class Group:
 
     def without(self, *keys) -> tuple[tuple[str, str], ...]:
         """The settings, but for those of which one of the keys is the beginning; hashable."""
-        return tuple((k, str(v)) for k, v in sorted(self.settings.items())
-                     if not k.startswith(keys))
+        return tuple(
+            (k, str(v)) for k, v in sorted(self.settings.items()) if not k.startswith(keys)
+        )
 
     @property
     def is_baseline(self) -> bool:
@@ -175,15 +185,17 @@ def find(folders: Iterable[str]) -> list[Record]:
         for place, subfolders, files in os.walk(folder):
             subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
             if 'config.json' in files:
-                written, result = (read(os.path.join(place, f'{name}.json'))
-                                   for name in ('config', 'result'))
+                written, result = (
+                    read(os.path.join(place, f'{name}.json')) for name in ('config', 'result')
+                )
                 if not isinstance(written.get('config'), dict):
                     raise UserError(f'{place}/config.json is not that of a run.')
                 found.setdefault(os.path.realpath(place), (place, written, result))
         if len(found) == before:
             raise UserError(f'{folder!r} holds no run (no config.json) that is not counted yet.')
-    base = os.path.commonpath([os.path.dirname(os.path.abspath(place))
-                               for place, _, _ in found.values()] or ['.'])
+    base = os.path.commonpath(
+        [os.path.dirname(os.path.abspath(place)) for place, _, _ in found.values()] or ['.']
+    )
     return [Record(*one, base) for one in found.values()]
 
 
@@ -211,8 +223,9 @@ def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
         if kept is not record:
             if record.result and not kept.result:
                 runs[key], record = record, kept
-            notes.append(f'{record.name} is left out: {runs[key].name} has the same settings '
-                         'and seed.')
+            notes.append(
+                f'{record.name} is left out: {runs[key].name} has the same settings and seed.'
+            )
     groups = []
     for settings, runs in together.items():
         settings = json.loads(settings)
@@ -223,9 +236,13 @@ def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
                 each = ', '.join(' '.join(filter(None, own)) for own in files)
                 notes.append(f'One mean is over runs with a file each: {each}.')
         else:
-            groups += [_make_group({**settings, **dict(zip(_FILES, own))},
-                                   {key: r for key, r in runs.items() if key[2:] == own})
-                       for own in files]
+            groups += [
+                _make_group(
+                    {**settings, **dict(zip(_FILES, own))},
+                    {key: r for key, r in runs.items() if key[2:] == own},
+                )
+                for own in files
+            ]
     return sorted(groups, key=_order), notes
 
 
@@ -237,9 +254,15 @@ def _make_group(settings, runs):
 def _order(group):
     # Experiments together; in one, the baseline first, then methods by name and rho.
     settings = group.settings
-    return (group.without(*_OF_METHOD, 'data.validation'), not settings['data.validation'],
-            settings['sam.method'] != 'sgd', settings['sam.method'], settings['total_epochs'],
-            group.without('sam.rho'), settings.get('sam.rho', 0.0))
+    return (
+        group.without(*_OF_METHOD, 'data.validation'),
+        not settings['data.validation'],
+        settings['sam.method'] != 'sgd',
+        settings['sam.method'],
+        settings['total_epochs'],
+        group.without('sam.rho'),
+        settings.get('sam.rho', 0.0),
+    )
 
 
 def varying(groups: list[Group]) -> list[str]:
@@ -248,9 +271,18 @@ def varying(groups: list[Group]) -> list[str]:
     Those of an ascent count among the groups that have them.
     """
     keys = dict.fromkeys(key for g in groups for key in g.settings)
-    differ = [key for key in keys if len({
-        json.dumps(g.settings.get(key)) for g in groups
-        if key in g.settings or not key.startswith('sam.')}) > 1]
+    differ = [
+        key
+        for key in keys
+        if len(
+            {
+                json.dumps(g.settings.get(key))
+                for g in groups
+                if key in g.settings or not key.startswith('sam.')
+            }
+        )
+        > 1
+    ]
     return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
 
 
@@ -269,10 +301,15 @@ def best(groups: list[Group]) -> list[Group]:
     for key, candidates in tried.items():
         complete = [g for g in candidates if g.values(VALIDATION) and not g.unfinished]
         if len(candidates) > 1 and complete:
-            chosen[key] = min(complete, key=lambda g: (g.percent(VALIDATION)[0],
-                                                       g.settings['sam.rho'])).settings['sam.rho']
-    return [g for g in groups if 'sam.rho' in g.settings
-            and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']]
+            chosen[key] = min(
+                complete, key=lambda g: (g.percent(VALIDATION)[0], g.settings['sam.rho'])
+            ).settings['sam.rho']
+    return [
+        g
+        for g in groups
+        if 'sam.rho' in g.settings
+        and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,14 +388,21 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             for change in overrides:
                 key, _, value = change.removeprefix('--config.').partition('=')
                 override(config, key, value)
-            rows.append(PaperRow(
-                line['table'], line['command'], line['metric'], float(line['percent']),
-                line['interval'], line['note'], settings_of(jsonable(config))))
+            rows.append(
+                PaperRow(
+                    line['table'],
+                    line['command'],
+                    line['metric'],
+                    float(line['percent']),
+                    line['interval'],
+                    line['note'],
+                    settings_of(jsonable(config)),
+                )
+            )
     return rows
 
 
 def of_paper(group: Group, rows: list[PaperRow]) -> list[PaperRow]:
     """Returns the rows of the paper whose config has all the settings of a group."""
     settings = {**group.settings, **{k: bool(group.settings[k]) for k in _FILES}}
-    return [row for row in rows
-            if {**row.settings, 'data.dir': ''} == {**settings, 'data.dir': ''}]
+    return [row for row in rows if {**row.settings, 'data.dir': ''} == {**settings, 'data.dir': ''}]

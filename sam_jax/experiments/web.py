@@ -51,8 +51,11 @@ def page(text: str, pictures: dict[str, Sequence[Figure]], refresh: int = 0) -> 
     body = body.replace('<table>', '<div class="box" tabindex="0"><table>')
     body = body.replace('</table>', '</table></div>')
     for name, drawn in pictures.items():
-        body = re.sub(f'<img alt="([^"]*)" src="{re.escape(name)}" />',
-                      lambda found, drawn=drawn: _images(found[1], drawn), body)
+        body = re.sub(
+            f'<img alt="([^"]*)" src="{re.escape(name)}" />',
+            lambda found, drawn=drawn: _images(found[1], drawn),
+            body,
+        )
     again = f'\n<meta http-equiv="refresh" content="{refresh}">' if refresh else ''
     title = html.escape(text.partition('\n')[0].lstrip('# '))
     return _PAGE.format(title=title, refresh=again, body=body)

@@ -68,30 +68,56 @@ _BATCH_NORM = 'without it convolutions have biases'
 # The first whose pattern matches counts: resnet50 is of ImageNet although 50 is 6n + 2.
 FAMILIES = {
     'wrn': Family(
-        WideResNet, r'wrn(\d+)_(\d+)', _depth_and_width,
-        ('wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>'), 'wrn10_1',
-        {'dropout_rate': "within the blocks, as Zagoruyko's", 'batch_norm': _BATCH_NORM,
-         'extra_skips': "AutoAugment's additional shortcuts"}),
+        WideResNet,
+        r'wrn(\d+)_(\d+)',
+        _depth_and_width,
+        ('wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>'),
+        'wrn10_1',
+        {
+            'dropout_rate': "within the blocks, as Zagoruyko's",
+            'batch_norm': _BATCH_NORM,
+            'extra_skips': "AutoAugment's additional shortcuts",
+        },
+    ),
     'shake_shake': Family(
-        ShakeShake, r'shake_shake_(\d+)_2x(\d+)d', _depth_and_width,
-        ('shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d'), 'shake_shake_8_2x4d'),
+        ShakeShake,
+        r'shake_shake_(\d+)_2x(\d+)d',
+        _depth_and_width,
+        ('shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d'),
+        'shake_shake_8_2x4d',
+    ),
     'pyramidnet': Family(
-        PyramidNet, r'pyramidnet(\d+)(_shakedrop)?', _pyramidnet,
+        PyramidNet,
+        r'pyramidnet(\d+)(_shakedrop)?',
+        _pyramidnet,
         ('pyramidnet272', 'pyramidnet272_shakedrop', 'pyramidnet<depth>[_shakedrop]'),
-        'pyramidnet11', {'alpha': 'channels that are added from first to last block'}),
+        'pyramidnet11',
+        {'alpha': 'channels that are added from first to last block'},
+    ),
     'imagenet_resnet': Family(
-        ResNet, f'({"|".join(resnet.SIZES)})', _resnet, tuple(resnet.SIZES), 'resnet10'),
+        ResNet, f'({"|".join(resnet.SIZES)})', _resnet, tuple(resnet.SIZES), 'resnet10'
+    ),
     'resnet': Family(
-        CifarResNet, r'resnet(\d+)', lambda depth: {'depth': int(depth)},
-        ('resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)'), 'resnet8',
-        {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM}),
+        CifarResNet,
+        r'resnet(\d+)',
+        lambda depth: {'depth': int(depth)},
+        ('resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)'),
+        'resnet8',
+        {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM},
+    ),
     'efficientnet': Family(
-        EfficientNet, f'efficientnet-({"|".join(efficientnet.SIZES)})', _efficientnet,
-        tuple(f'efficientnet-{size}' for size in efficientnet.SIZES), 'efficientnet-tiny',
-        {'dropout_rate': 'share of activations that is dropped, before the head; in the '
-                         'original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5',
-         'stochastic_depth_rate': 'share of images for which the last block is left out'},
-        lambda size: {'dropout_rate': efficientnet.SIZES[size].dropout_rate}),
+        EfficientNet,
+        f'efficientnet-({"|".join(efficientnet.SIZES)})',
+        _efficientnet,
+        tuple(f'efficientnet-{size}' for size in efficientnet.SIZES),
+        'efficientnet-tiny',
+        {
+            'dropout_rate': 'share of activations that is dropped, before the head; in the '
+            'original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5',
+            'stochastic_depth_rate': 'share of images for which the last block is left out',
+        },
+        lambda size: {'dropout_rate': efficientnet.SIZES[size].dropout_rate},
+    ),
 }
 
 # Names that stand for their family in messages and documents.
@@ -100,8 +126,9 @@ NAMES = tuple(name for family in FAMILIES.values() for name in family.names)
 
 def family_of(name: str) -> Family | None:
     """Returns the family of a model's name, or None: there is no such model."""
-    return next((family for family in FAMILIES.values() if re.fullmatch(family.pattern, name)),
-                None)
+    return next(
+        (family for family in FAMILIES.values() if re.fullmatch(family.pattern, name)), None
+    )
 
 
 def create_model(name: str, num_classes: int, **options) -> layers.Network:
@@ -128,8 +155,9 @@ def create_model(name: str, num_classes: int, **options) -> layers.Network:
         if match:
             sizes = family.sizes(*match.groups())
             _check_options(name, family.cls, sizes, options)
-            return family.cls(num_classes=num_classes, **sizes,
-                              **{**family.defaults(*match.groups()), **options})
+            return family.cls(
+                num_classes=num_classes, **sizes, **{**family.defaults(*match.groups()), **options}
+            )
     raise UserError(f'model.name is {name!r}; the models are {", ".join(NAMES)}.')
 
 
@@ -152,12 +180,16 @@ def from_config(settings: Any, num_classes: int) -> layers.Network:
         return create_model(settings.name, num_classes, **options)
     except TypeError as e:
         raise UserError(
-            f"config.model: {e} To change the family use the config's argument, model=NAME.") from e
+            f"config.model: {e} To change the family use the config's argument, model=NAME."
+        ) from e
 
 
 def _check_options(name, cls, sizes, options):
-    known = [p for p in inspect.signature(cls).parameters
-             if p not in ('num_classes', 'parent', 'name', *sizes)]
+    known = [
+        p
+        for p in inspect.signature(cls).parameters
+        if p not in ('num_classes', 'parent', 'name', *sizes)
+    ]
     for option in options:
         if option not in known:
             raise TypeError(f'{name} has no option {option!r}; its options are {", ".join(known)}.')

@@ -28,7 +28,8 @@ def _package() -> ModuleType:
     if loaded and getattr(loaded, '__file__', None) == file:
         return loaded
     spec = importlib.util.spec_from_file_location(
-        'configs', file, submodule_search_locations=[os.path.dirname(file)])
+        'configs', file, submodule_search_locations=[os.path.dirname(file)]
+    )
     assert spec, file
     return importlib.util.module_from_spec(spec)
 
@@ -40,8 +41,11 @@ def folder() -> str:
 
 def names() -> list[str]:
     """Returns the names of the configs, sorted."""
-    return sorted(name.removesuffix('.py') for name in os.listdir(folder())
-                  if name.endswith('.py') and name not in ('__init__.py', 'common.py'))
+    return sorted(
+        name.removesuffix('.py')
+        for name in os.listdir(folder())
+        if name.endswith('.py') and name not in ('__init__.py', 'common.py')
+    )
 
 
 def resolve(flag: str) -> str:
@@ -68,8 +72,9 @@ def importable(path: str) -> Iterator[None]:
     """
     package = _package()
     ours = os.path.dirname(os.path.abspath(path)) == folder()
-    taken = {name: module for name, module in sys.modules.items()
-             if name.partition('.')[0] == 'configs'}
+    taken = {
+        name: module for name, module in sys.modules.items() if name.partition('.')[0] == 'configs'
+    }
     if not ours and (taken or importlib.util.find_spec('configs')):
         yield
         return
