@@ -25,6 +25,7 @@ div.box {{ overflow-x: auto }}
 table {{ border-collapse: collapse }}
 th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; overflow-wrap: normal }}
+th {{ vertical-align: bottom }}
 td {{ white-space: nowrap }}
 code {{ font-size: .9em }}
 pre {{ white-space: pre-wrap }}
