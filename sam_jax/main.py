@@ -6,16 +6,12 @@ or, in a checkout, `python -m sam_jax.main` with the same.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from sam_jax import distributed, train
 from sam_jax.cli import commands
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    commands.DEFAULT_CONFIG,
-    'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.',
-    lock_config=True,
+_CONFIG = commands.define_config(
+    'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run; give it again to resume.')
 _COORDINATOR = flags.DEFINE_string(

@@ -566,6 +566,23 @@ def test_a_real_command(argument, words, tmp_path):
     assert not result.stdout
 
 
+@pytest.mark.parametrize('module', ['main', 'cli.sweep', 'cli.preview'])
+def test_help_from_anywhere(module, tmp_path):
+    """As a script of pip's calls it, too: what the command is, and its flags."""
+    script = f'import sys; from sam_jax.{module} import run; sys.argv[0] = "sam-jax"; run()'
+    for start in (['-m', f'sam_jax.{module}'], ['-c', script]):
+        result = subprocess.run(
+            [sys.executable, *start, '--help'],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+        )
+        assert not result.stderr, result.stderr
+        assert '--config' in result.stdout and 'sam-jax-' in result.stdout
+
+
 # Configs.
 
 

@@ -13,19 +13,13 @@ import os
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from sam_jax.cli import commands
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config',
-    commands.DEFAULT_CONFIG,
-    'File with get_config(), as of sam_jax.main.',
-    lock_config=True,
-)
+_CONFIG = commands.define_config('File with get_config(), as of sam_jax.main.')
 _OUT = flags.DEFINE_string('out', 'grid.png', 'Picture to write.')
 _WHAT = flags.DEFINE_enum('what', 'batch', ['batch', 'ops'], 'What to draw.')
 _STEP = flags.DEFINE_integer('step', 0, 'Training step of the batch, counted from 0.', 0)

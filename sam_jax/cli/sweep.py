@@ -1,4 +1,4 @@
-"""Runs a sweep: a folder, with the folder of a run for each of its settings.
+r"""Runs a sweep: a folder, with the folder of a run for each of its settings.
 
     sam-jax-sweep --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
         --workdir=runs/rho [--config.total_epochs=20] [--engine=local --parallel=2]
@@ -29,9 +29,7 @@ from sam_jax.cli import commands
 from sam_jax.errors import UserError
 from sam_jax.experiments import engines, grid
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True
-)
+_CONFIG = commands.define_config('Config file of the runs.')
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
 _SEEDS = flags.DEFINE_integer('seeds', 0, "Seeds 0, 1, ...: the config's argument `seed`.", 0)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the sweep.')
