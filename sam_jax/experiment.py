@@ -194,10 +194,12 @@ class Experiment:
     def arrays(self, split: Any) -> dict[str, jax.Array]:
         """Returns a split's arrays on the devices, each once, however many splits share it."""
         arrays = self.dataset.device_arrays(split)
-        for array in arrays.values():
-            if id(array) not in self._placed:
-                self._placed[id(array)] = self.layout.replicate(array)
-        return {name: self._placed[id(array)] for name, array in arrays.items()}
+        # Views of the same memory are the same images.
+        keys = {name: (array.ctypes.data, array.shape) for name, array in arrays.items()}
+        for name, key in keys.items():
+            if key not in self._placed:
+                self._placed[key] = self.layout.replicate(arrays[name])
+        return {name: self._placed[key] for name, key in keys.items()}
 
     @functools.cached_property
     def eval_step(self) -> Callable[..., dict[str, jax.Array]]:

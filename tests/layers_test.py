@@ -24,7 +24,7 @@ FLOORS = [
     {'train_step', 'train_state', 'gradients', 'trajectory', 'evaluate'},
     {'settings'},
     {'experiment', 'experiments', 'step_log', 'provenance'},
-    {'analysis'},
+    {'analysis', 'targets'},
     {'periodic'},
     {'train'},
     {'cli'},

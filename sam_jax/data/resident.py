@@ -59,7 +59,8 @@ class ResidentDataset(Dataset):
 
     def device_arrays(self, split: Split) -> dict[str, np.ndarray]:
         """Returns the arrays of a split that the compiled functions take, on the host."""
-        return {'images': split.images}
+        # Flat: of images as they are, a TPU makes a copy in another layout at every step.
+        return {'images': split.images.reshape(len(split.images), -1)}
 
     def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
         """Returns what the training step `step` (0-based) of this process's devices receives.
@@ -80,7 +81,7 @@ class ResidentDataset(Dataset):
 
     def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
         """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
-        return arrays['images'][feed['index'].reshape(-1)]
+        return arrays['images'][feed['index'].reshape(-1)].reshape(-1, *self.pixel_shape)
 
     def check_memory(self, splits: list[Split], memory: float, num_devices: int) -> None:
         """Refuses what the devices cannot hold.
