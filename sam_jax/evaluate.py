@@ -48,7 +48,7 @@ def eval_step(
 
 def make_eval_step(
     model: Any, layout: Layout, dataset: Any, top5: bool = False
-) -> Callable[..., dict[str, jax.Array]]:
+) -> jax.stages.Wrapped:
     """Returns the pmapped evaluation step: (params, batch_stats, arrays, feed) -> sums."""
     step = functools.partial(
         eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5

@@ -142,7 +142,7 @@ class Experiment:
         return self.layout.replicate(jax.device_get(state))
 
     @functools.cached_property
-    def train_step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    def train_step(self) -> jax.stages.Wrapped:
         """The pmapped step: (state, feed, *constants) -> (state, metrics); state is donated."""
         return train_step.make_train_step(self.model, self.config, self.layout, self.dataset)
 
@@ -202,7 +202,7 @@ class Experiment:
         return {name: self._placed[key] for name, key in keys.items()}
 
     @functools.cached_property
-    def eval_step(self) -> Callable[..., dict[str, jax.Array]]:
+    def eval_step(self) -> jax.stages.Wrapped:
         """The pmapped step: (params, batch_stats, arrays, feed) -> sums."""
         return evaluate.make_eval_step(self.model, self.layout, self.dataset, self.config.eval.top5)
 

@@ -228,7 +228,7 @@ def _report(state, report, finite, log_every_steps):
 
 def make_train_step(
     model: nn.Module, config: Any, layout: Layout, dataset: Any
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Returns the pmapped step: (state, feed, arrays, hparams) -> (state, metrics).
 
     `feed` is sharded over the devices (`layout.shard`), everything else replicated

@@ -162,7 +162,8 @@ def _flags_of(module):
     """The names of the flags that a module defines."""
     source = (ROOT / f'{module.replace(".", "/")}.py').read_text()
     defined = re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*'(?:--)?(\w+)'", source)
-    return {*defined, 'help', 'helpfull'}
+    shared = {'config'} if 'define_config(' in source else set()
+    return {*defined, *shared, 'help', 'helpfull'}
 
 
 def _check(module, arguments, workdir):

@@ -4,6 +4,7 @@ Nothing is allocated: all arguments are shapes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from sam_jax.train_state import HParams
 class _SeenWhole(replicas.Layout):
     """A layout as if one process had all of its devices."""
 
-    @property
+    @functools.cached_property
     def local_positions(self) -> list[int]:
         return list(range(len(self.devices)))
 
