@@ -32,15 +32,24 @@ sam_jax.sharpness.METHODS; default that of the figure), rho, seed, smoke.
 
 from configs import common
 
-MODELS = {'landscape': 'resnet56', 'spectrum': 'wrn40_10', 'm': 'resnet20', 'p_norm': 'wrn16_4',
-          'random': 'wrn16_4', 'sync': 'wrn28_10', 'order': 'wrn40_2', 'steps': 'wrn28_10'}
+MODELS = {
+    'landscape': 'resnet56',
+    'spectrum': 'wrn40_10',
+    'm': 'resnet20',
+    'p_norm': 'wrn16_4',
+    'random': 'wrn16_4',
+    'sync': 'wrn28_10',
+    'order': 'wrn40_2',
+    'steps': 'wrn28_10',
+}
 METHODS = {'random': 'random_sam', 'order': 'second_order_sam', 'steps': 'multistep_sam'}
 SIZES = (1, 4, 16, 64, 256)
 
 
 def get_config(arg=''):
-    arg = common.parse_arg(arg, figure='m', m=16, steps=2, dataset='cifar10', method='', rho=-1.0,
-                           seed=0)
+    arg = common.parse_arg(
+        arg, figure='m', m=16, steps=2, dataset='cifar10', method='', rho=-1.0, seed=0
+    )
     common.one_of('figure', arg.figure, tuple(MODELS))
     common.one_of('m', arg.m, SIZES)
     common.one_of('dataset', arg.dataset, ('cifar10', 'cifar100'))

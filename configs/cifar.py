@@ -54,8 +54,16 @@ SHAKEDROP_LEARNING_RATE = {'cifar10': 0.02, 'cifar100': 0.05}
 
 def get_config(arg=''):
     arg = common.parse_arg(
-        arg, model='wrn28_10', dataset='cifar10', epochs=0, augment='basic', method='sam', rho=-1.0,
-        doubled=False, seed=0)
+        arg,
+        model='wrn28_10',
+        dataset='cifar10',
+        epochs=0,
+        augment='basic',
+        method='sam',
+        rho=-1.0,
+        doubled=False,
+        seed=0,
+    )
     common.one_of('dataset', arg.dataset, ('cifar10', 'cifar100'))
     row = TABLE_6.get(arg.model, TABLE_6['wrn28_10'])
     if arg.model == 'wrn28_10' and arg.epochs == 1800:

@@ -20,7 +20,8 @@ def parse_arg(arg, **defaults):
         name, equals, text = item.partition('=')
         if name not in values:
             raise ValueError(
-                f'unknown config argument {name!r}; the arguments are {", ".join(values)}.')
+                f'unknown config argument {name!r}; the arguments are {", ".join(values)}.'
+            )
         kind = type(values[name])
         if kind is bool and not equals:
             text = 'true'
@@ -28,14 +29,9 @@ def parse_arg(arg, **defaults):
             values[name] = {'true': True, 'false': False}[text] if kind is bool else kind(text)
         except (ValueError, KeyError) as e:
             raise ValueError(
-                f'config argument {name} is {text!r}; it must be of type {kind.__name__}.') from e
+                f'config argument {name} is {text!r}; it must be of type {kind.__name__}.'
+            ) from e
     return ml_collections.ConfigDict(values)
-
-
-# The tiny model of each family, by the beginning of the name.
-_TINY = {
-    'wrn': 'wrn10_1', 'shake_shake': 'shake_shake_8_2x4d', 'pyramidnet': 'pyramidnet11',
-    'efficientnet': 'efficientnet-tiny', 'resnet': 'resnet8'}
 
 
 def finish(c, arg):
@@ -50,9 +46,7 @@ def finish(c, arg):
 
 
 def _shrink(c):
-    tiny = next(tiny for family, tiny in _TINY.items() if c.model.name.startswith(family))
-    if c.model.name in schema.IMAGENET_RESNETS:
-        tiny = 'resnet10'
+    tiny = schema.tiny_model(c.model.name)
     if c.model.name.endswith('_shakedrop'):
         tiny += '_shakedrop'
     c.model.name = tiny
@@ -72,8 +66,8 @@ def one_of(name, value, known):
     """Raises ValueError if the config argument `name` is not among the known values."""
     if value not in known:
         raise ValueError(
-            f'config argument {name} is {value!r}; it must be one of '
-            f'{", ".join(map(str, known))}.')
+            f'config argument {name} is {value!r}; it must be one of {", ".join(map(str, known))}.'
+        )
 
 
 def get_config():
@@ -90,8 +84,9 @@ def table_7(arg, dataset, table, epochs):
       table: model -> (learning rate, weight decay, rho).
       epochs: how long to train.
     """
-    arg = parse_arg(arg, model='wrn28_10', augment='basic', method='sam', rho=-1.0, doubled=False,
-                    seed=0)
+    arg = parse_arg(
+        arg, model='wrn28_10', augment='basic', method='sam', rho=-1.0, doubled=False, seed=0
+    )
     one_of('model', arg.model, tuple(table))
     c = get_config()
     c.seed = arg.seed

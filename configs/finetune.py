@@ -40,27 +40,37 @@ smoke.
 from configs import common
 
 # model -> batch, replica, learning rate, steps, pixels.
-MODELS = {'efficientnet-b7': (1024, 16, 0.016, 5000, 600),
-          'efficientnet-l2-475': (512, 4, 0.008, 10000, 475)}
+MODELS = {
+    'efficientnet-b7': (1024, 16, 0.016, 5000, 600),
+    'efficientnet-l2-475': (512, 4, 0.008, 10000, 475),
+}
 
 # dataset -> data.name, training examples.
 DATASETS = {
-    'cifar10': ('cifar10', 50000), 'cifar100': ('cifar100', 50000), 'flowers': ('flowers', 2040),
-    'pets': ('pets', 3680), 'cars': ('cars', 8144), 'food101': ('food101', 75750),
-    'aircraft': ('folder', 6667), 'birdsnap': ('folder', 47386), 'imagenet': ('imagenet', 1281167),
+    'cifar10': ('cifar10', 50000),
+    'cifar100': ('cifar100', 50000),
+    'flowers': ('flowers', 2040),
+    'pets': ('pets', 3680),
+    'cars': ('cars', 8144),
+    'food101': ('food101', 75750),
+    'aircraft': ('folder', 6667),
+    'birdsnap': ('folder', 47386),
+    'imagenet': ('imagenet', 1281167),
 }
 
 
 def get_config(arg=''):
-    arg = common.parse_arg(arg, dataset='cifar10', model='efficientnet-b7', method='sam', rho=0.05,
-                           seed=0)
+    arg = common.parse_arg(
+        arg, dataset='cifar10', model='efficientnet-b7', method='sam', rho=0.05, seed=0
+    )
     common.one_of('dataset', arg.dataset, tuple(DATASETS))
     common.one_of('model', arg.model, tuple(MODELS))
     c = common.get_config()
     c.seed = arg.seed
     name, examples = DATASETS[arg.dataset]
-    (c.batch_size, c.replica_batch_size, c.optimizer.learning_rate, steps,
-     c.data.image_size) = MODELS[arg.model]
+    (c.batch_size, c.replica_batch_size, c.optimizer.learning_rate, steps, c.data.image_size) = (
+        MODELS[arg.model]
+    )
     c.total_epochs = -(-steps // (examples // c.batch_size))
     common.set_model(c, arg.model)
     c.model.dropout_rate = 0.5

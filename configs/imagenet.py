@@ -30,8 +30,9 @@ from configs import common
 
 
 def get_config(arg=''):
-    arg = common.parse_arg(arg, model='resnet50', epochs=100, method='sam', rho=0.05,
-                           augment='imagenet', seed=0)
+    arg = common.parse_arg(
+        arg, model='resnet50', epochs=100, method='sam', rho=0.05, augment='imagenet', seed=0
+    )
     c = common.get_config()
     c.seed = arg.seed
     c.total_epochs = arg.epochs

@@ -31,8 +31,9 @@ from configs import common
 
 
 def get_config(arg=''):
-    arg = common.parse_arg(arg, noise=0.2, method='sam', rho=-1.0, mixup=0.0, labels_from='',
-                           validation=False, seed=0)
+    arg = common.parse_arg(
+        arg, noise=0.2, method='sam', rho=-1.0, mixup=0.0, labels_from='', validation=False, seed=0
+    )
     c = common.get_config()
     c.seed = arg.seed
     c.total_epochs = 200

@@ -62,8 +62,9 @@ def sections(doc):
             found[name] = [line.removeprefix('Source: ')]
         else:
             found[name].append(line)
-    return {name: inspect.cleandoc('\n' + '\n'.join(lines)).strip('\n')
-            for name, lines in found.items()}
+    return {
+        name: inspect.cleandoc('\n' + '\n'.join(lines)).strip('\n') for name, lines in found.items()
+    }
 
 
 def arguments(doc):

@@ -42,16 +42,19 @@ MOMENTUM = 0.5  # of the optimizer for the methods that use it
 @functools.cache
 def measured():
     """Returns (head, {method: row}) of the table of methods/measured.md."""
-    lines = [line for line in (DOCS / 'methods' / 'measured.md').read_text().splitlines()
-             if line.startswith('|')]
+    lines = [
+        line
+        for line in (DOCS / 'methods' / 'measured.md').read_text().splitlines()
+        if line.startswith('|')
+    ]
     start = next(i for i, line in enumerate(lines) if line.startswith('| method |'))
     rows = {}
-    for line in lines[start + 2:]:
+    for line in lines[start + 2 :]:
         name = re.match(r'\| `(\w+)` \|', line)
         if not name:
             break
         rows[name[1]] = line
-    return lines[start:start + 2], rows
+    return lines[start : start + 2], rows
 
 
 @functools.cache
@@ -59,8 +62,10 @@ def pages():
     """Returns {path: Markdown} of the pages that are made of the code."""
     from sam_jax import sharpness
 
-    return {'settings.md': settings_page(),
-            **{f'methods/{name}.md': method_page(name) for name in sharpness.METHODS}}
+    return {
+        'settings.md': settings_page(),
+        **{f'methods/{name}.md': method_page(name) for name in sharpness.METHODS},
+    }
 
 
 def on_page_markdown(markdown, page, **kwargs):
@@ -77,44 +82,76 @@ def on_page_markdown(markdown, page, **kwargs):
 
 def settings_page():
     """Returns the page of all keys of a config."""
-    from sam_jax import sharpness, tables
+    from sam_jax import models, sharpness, tables
     from sam_jax.settings import schema
 
     def rows(prefix, keys):
-        return [[f'`{prefix}{name}`', _code(key.default), key.kind.__name__, key.allowed,
-                 key.meaning] for name, key in keys.items()]
+        return [
+            [f'`{prefix}{name}`', _code(key.default), key.kind.__name__, key.allowed, key.meaning]
+            for name, key in keys.items()
+        ]
 
     head = ('key', 'default', 'type', 'allowed', 'meaning')
-    titles = {'': 'The run', 'model': 'Model', 'data': 'Data and augmentation',
-              'sam': 'The sharpness-aware method', 'optimizer': 'Optimizer',
-              'ema': 'Moving average', 'eval': 'Evaluation', 'checkpoint': 'Checkpoints',
-              'analysis': 'Flatness during training'}
-    parts = ['# Settings', 'Every key of a config, with its default. A flag sets it: '
-             '`--config.sam.rho=0.1`. An unknown key, a wrong type and a value out of its range '
-             'are refused before anything is compiled. The defaults are the settings of the '
-             'paper on CIFAR; the configs change some of them. This page is made of '
-             '`sam_jax.settings.KEYS`.']
+    titles = {
+        '': 'The run',
+        'model': 'Model',
+        'data': 'Data and augmentation',
+        'sam': 'The sharpness-aware method',
+        'optimizer': 'Optimizer',
+        'ema': 'Moving average',
+        'eval': 'Evaluation',
+        'checkpoint': 'Checkpoints',
+        'analysis': 'Flatness during training',
+    }
+    parts = [
+        '# Settings',
+        'Every key of a config, with its default. A flag sets it: '
+        '`--config.sam.rho=0.1`. An unknown key, a wrong type and a value out of its range '
+        'are refused before anything is compiled. The defaults are the settings of the '
+        'paper on CIFAR; the configs change some of them. This page is made of '
+        '`sam_jax.settings.KEYS`.',
+    ]
     for section, title in titles.items():
-        keys = {name.rpartition('.')[2]: key for name, key in schema.KEYS.items()
-                if name.rpartition('.')[0] == section}
+        keys = {
+            name.rpartition('.')[2]: key
+            for name, key in schema.KEYS.items()
+            if name.rpartition('.')[0] == section
+        }
         parts += [f'## {title}', tables.markdown(head, rows(section and f'{section}.', keys))]
-    parts += ['## Options of the models', 'The name of the model decides which of these keys '
-              'there are. Choose the model with the argument of the config, `model=NAME`.']
-    families = {**schema.MODEL_OPTIONS, 'resnet': schema.CIFAR_RESNET_OPTIONS}
-    names = {'wrn': '`wrn28_10` and other WideResNets', 'pyramidnet': '`pyramidnet272` and others',
-             'resnet': '`resnet20` and other ResNets for 32x32 images',
-             'efficientnet': '`efficientnet-b0` and others'}
-    for family, keys in families.items():
+    parts += [
+        '## Options of the models',
+        'The name of the model decides which of these keys '
+        'there are. Choose the model with the argument of the config, `model=NAME`.',
+    ]
+    for family, keys in schema.MODEL_OPTIONS.items():
         if keys:
-            parts += [f'### {names[family]}', tables.markdown(head, rows('model.', keys))]
-    parts += ['## Options of the methods', 'The method decides which of these keys there are. '
-              'Choose the method with the argument of the config, `method=NAME`. The page of a '
-              'method says what they mean.']
-    parts.append(tables.markdown(('method', 'keys and their defaults'), [
-        [f'[`{name}`](methods/{name}.md)', ', '.join(
-            f'`sam.{option}` = {_code(default)}'
-            for option, default in sharpness.options(name).items())]
-        for name in sharpness.METHODS if sharpness.options(name)]))
+            name = models.FAMILIES[family].names[0]
+            parts += [
+                f'### `{name}` and others of its family',
+                tables.markdown(head, rows('model.', keys)),
+            ]
+    parts += [
+        '## Options of the methods',
+        'The method decides which of these keys there are. '
+        'Choose the method with the argument of the config, `method=NAME`. The page of a '
+        'method says what they mean.',
+    ]
+    parts.append(
+        tables.markdown(
+            ('method', 'keys and their defaults'),
+            [
+                [
+                    f'[`{name}`](methods/{name}.md)',
+                    ', '.join(
+                        f'`sam.{option}` = {_code(default)}'
+                        for option, default in sharpness.options(name).items()
+                    ),
+                ]
+                for name in sharpness.METHODS
+                if sharpness.options(name)
+            ],
+        )
+    )
     return '\n\n'.join(parts) + '\n'
 
 
@@ -130,31 +167,59 @@ def method_page(name):
     entry = sharpness.METHODS[name]
     doc = inspect.getdoc(entry.make)
     parameters = inspect.signature(entry.make).parameters
-    parts = [f'# {name}', f'What it hands to the optimizer: **{entry.gives}**. Gradients a step: '
-             f'**{entry.cost or entry.gradients}**.',
-             _command(name),
-             '## What it computes', docstrings.prose(docstrings.sections(doc)[''])]
+    parts = [
+        f'# {name}',
+        f'What it hands to the optimizer: **{entry.gives}**. Gradients a step: '
+        f'**{entry.cost or entry.gradients}**.',
+        _command(name),
+        '## What it computes',
+        docstrings.prose(docstrings.sections(doc)['']),
+    ]
     if parameters:
-        parts += ['## Settings', tables.markdown(('setting', 'default', 'meaning'), [
-            [_key(option, registry), '' if p.default is p.empty else _code(p.default),
-             docstrings.escaped(_meaning(name, option))]
-            for option, p in parameters.items()])]
+        parts += [
+            '## Settings',
+            tables.markdown(
+                ('setting', 'default', 'meaning'),
+                [
+                    [
+                        _key(option, registry),
+                        '' if p.default is p.empty else _code(p.default),
+                        docstrings.escaped(_meaning(name, option)),
+                    ]
+                    for option, p in parameters.items()
+                ],
+            ),
+        ]
     if entry.refuses:
-        parts.append(f'It {entry.why}. So a run must have ' + ', '.join(
-            f'`{key}={value}`' for key, value in entry.refuses.items()) + '.')
+        parts.append(
+            f'It {entry.why}. So a run must have '
+            + ', '.join(f'`{key}={value}`' for key, value in entry.refuses.items())
+            + '.'
+        )
     head, rows = measured()
     parts.append('## Measured on the digits')
     if name in rows:
-        parts += ['\n'.join([*head, rows[name], *([rows['sam']] if name != 'sam' else []),
-                             *([rows['sgd']] if name != 'sgd' else [])]),
-                  'Digits with 40 % label noise, 20 epochs, five seeds: '
-                  '[how this was measured](measured.md).']
+        parts += [
+            '\n'.join(
+                [
+                    *head,
+                    rows[name],
+                    *([rows['sam']] if name != 'sam' else []),
+                    *([rows['sgd']] if name != 'sgd' else []),
+                ]
+            ),
+            'Digits with 40 % label noise, 20 epochs, five seeds: '
+            '[how this was measured](measured.md).',
+        ]
     else:
         parts.append('Not measured yet. [The others are.](measured.md)')
     parts += ['## Its path', picture_text(name)]
-    parts += ['## In Python', f'Constructor: [`sam_jax.sharpness.{entry.make.__name__}`]'
-              '(../reference/sharpness.md#the-methods). How to use it in your own loop: '
-              '[SAM in my own loop](../howto/loop.md).']
+    parts += [
+        '## In Python',
+        f'Constructor: [`sam_jax.sharpness.{entry.make.__name__}`]'
+        '(../reference/sharpness.md#the-methods). How to use it in your own loop: '
+        '[SAM in my own loop](../howto/loop.md).',
+    ]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -165,10 +230,13 @@ def _command(name):
     argument, flag = '', ''
     if chosen and name != 'sgd':
         setting, value = chosen.groups()
-        argument, flag = ((f',rho={value}', '') if setting == 'rho' else
-                          ('', f' --config.sam.{setting}={value}'))
-    return (f'    sam-jax-train --config=digits:noise=0.4,method={name}{argument}{flag} '
-            f'--workdir=runs/{name}')
+        argument, flag = (
+            (f',rho={value}', '') if setting == 'rho' else ('', f' --config.sam.{setting}={value}')
+        )
+    return (
+        f'    sam-jax-train --config=digits:noise=0.4,method={name}{argument}{flag} '
+        f'--workdir=runs/{name}'
+    )
 
 
 def _key(option, registry):
@@ -239,24 +307,35 @@ def path(name, momentum=0.0):
 
     from sam_jax import sharpness
 
-    tx = optax.chain(sharpness.create(name, **settings_of(name)),
-                     optax.sgd(RATE, momentum=momentum or None))
-    params = {'dense': {'kernel': jnp.array([START[0]])},
-              'norm': {'scale': jnp.array([START[1]])}}
-    network = sharpness.from_network(outputs, lambda z: jnp.sum(z ** 2) / 2)
+    tx = optax.chain(
+        sharpness.create(name, **settings_of(name)), optax.sgd(RATE, momentum=momentum or None)
+    )
+    params = {'dense': {'kernel': jnp.array([START[0]])}, 'norm': {'scale': jnp.array([START[1]])}}
+    network = sharpness.from_network(outputs, lambda z: jnp.sum(z**2) / 2)
 
     def step(carry, key):
         params, state = carry
         updates, state = tx.update(
-            jax.grad(loss)(params), state, params, loss=network, key=key, gate_key=key,
-            momentum=optax.tree.get(state, 'trace', None), learning_rate=RATE)
+            jax.grad(loss)(params),
+            state,
+            params,
+            loss=network,
+            key=key,
+            gate_key=key,
+            momentum=optax.tree.get(state, 'trace', None),
+            learning_rate=RATE,
+        )
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
     keys = jax.random.split(jax.random.key(0), STEPS)
     _, places = jax.lax.scan(step, (params, tx.init(params)), keys)
-    return np.concatenate([np.array([START]), np.concatenate(
-        [places['dense']['kernel'], places['norm']['scale']], axis=1)])
+    return np.concatenate(
+        [
+            np.array([START]),
+            np.concatenate([places['dense']['kernel'], places['norm']['scale']], axis=1),
+        ]
+    )
 
 
 @functools.cache
@@ -273,18 +352,25 @@ def picture_text(name):
     """Returns what stands under `Its path`."""
     reason = why_not(name)
     if reason:
-        return ('This method cannot be drawn, because it does not work as a plain link of an optax '
-                f'chain. It says why:\n\n> {docstrings.escaped(reason)}')
-    told = ', '.join(f'{k} = {v:g}' if isinstance(v, float) else f'{k} = {v}'
-                     for k, v in settings_of(name).items() if k != 'total_steps')
+        return (
+            'This method cannot be drawn, because it does not work as a plain link of an optax '
+            f'chain. It says why:\n\n> {docstrings.escaped(reason)}'
+        )
+    told = ', '.join(
+        f'{k} = {v:g}' if isinstance(v, float) else f'{k} = {v}'
+        for k, v in settings_of(name).items()
+        if k != 'total_steps'
+    )
     momentum = f', momentum {MOMENTUM:g} for both' if uses_momentum(name) else ''
-    return (f'![The path of SGD and of {name}]({name}.svg)\n\n'
-            f'The loss is L(x, y) = h(x) (y - 1)² / 2. Every point of the line y = 1 is a minimum. '
-            f'The curvature h(x) falls from 10 at the left to 1 at the right: the valley is sharp '
-            f'at one end and flat at the other. SGD stops where it meets the valley. A method that '
-            f'prefers flat minima moves on to the right. {STEPS} steps from the same start, '
-            f'learning rate {RATE:g}{momentum}; settings: {told or "none"}. The gradients are '
-            f'exact, so this picture says nothing about noise.')
+    return (
+        f'![The path of SGD and of {name}]({name}.svg)\n\n'
+        f'The loss is L(x, y) = h(x) (y - 1)² / 2. Every point of the line y = 1 is a minimum. '
+        f'The curvature h(x) falls from 10 at the left to 1 at the right: the valley is sharp '
+        f'at one end and flat at the other. SGD stops where it meets the valley. A method that '
+        f'prefers flat minima moves on to the right. {STEPS} steps from the same start, '
+        f'learning rate {RATE:g}{momentum}; settings: {told or "none"}. The gradients are '
+        f'exact, so this picture says nothing about noise.'
+    )
 
 
 @functools.cache
@@ -300,9 +386,11 @@ def picture(name):
     fig = figure.Figure(figsize=(6.4, 3.2), layout='constrained')
     axes = fig.add_subplot()
     x, y = np.meshgrid(np.linspace(0.2, 4.2, 120), np.linspace(-0.1, 2.1, 80))
-    values = np.asarray(jax.vmap(lambda x, y: loss(
-        {'dense': {'kernel': x}, 'norm': {'scale': y}}))(
-            jnp.asarray(x.ravel()), jnp.asarray(y.ravel()))).reshape(x.shape)
+    values = np.asarray(
+        jax.vmap(lambda x, y: loss({'dense': {'kernel': x}, 'norm': {'scale': y}}))(
+            jnp.asarray(x.ravel()), jnp.asarray(y.ravel())
+        )
+    ).reshape(x.shape)
     axes.contour(x, y, values, levels=np.geomspace(0.01, 6, 10), colors='#b0bec5', linewidths=0.8)
     axes.axhline(1.0, color='#b0bec5', linewidth=0.8, linestyle=':')
     momentum = MOMENTUM if uses_momentum(name) else 0.0
@@ -330,8 +418,11 @@ def on_config(config):
 
     for part in config.nav:
         if 'Methods' in part:
-            part['Methods'] += [{name: f'methods/{name}.md'} for name in sharpness.METHODS
-                                if {name: f'methods/{name}.md'} not in part['Methods']]
+            part['Methods'] += [
+                {name: f'methods/{name}.md'}
+                for name in sharpness.METHODS
+                if {name: f'methods/{name}.md'} not in part['Methods']
+            ]
     return config
 
 
@@ -342,8 +433,9 @@ def on_files(files, config):
     from sam_jax import sharpness
 
     made = dict(pages())
-    made.update({f'methods/{name}.svg': picture(name) for name in sharpness.METHODS
-                 if not why_not(name)})
+    made.update(
+        {f'methods/{name}.svg': picture(name) for name in sharpness.METHODS if not why_not(name)}
+    )
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files

@@ -48,9 +48,14 @@ class Checkpoints:
         if keep_steps:
             keep.append(policies.CustomSteps(list(keep_steps)))
         self._manager = ocp.CheckpointManager(
-            directory, options=ocp.CheckpointManagerOptions(
+            directory,
+            options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only))
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
 
     def steps(self) -> list[int]:
         """Returns the steps with a checkpoint, ascending."""
@@ -68,8 +73,12 @@ class Checkpoints:
         # step is given to overwrite.
         arrays = {name: np.array(x, copy=True) for name, x in _flatten(state)[0].items()}
         meta = {**meta, 'checksums': {name: _checksum(x) for name, x in arrays.items()}}
-        self._manager.save(step, args=self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)))
+        self._manager.save(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)
+            ),
+        )
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
@@ -99,7 +108,8 @@ class Checkpoints:
             raise UserError(
                 f'All checkpoints in {self._directory} are damaged (steps '
                 f'{", ".join(map(str, damaged))}); restore one from elsewhere, or choose a new '
-                'workdir to start anew.')
+                'workdir to start anew.'
+            )
         return None
 
     def restore(self, step: int, target: Any) -> tuple[int, Any, dict[str, Any]]:
@@ -109,20 +119,24 @@ class Checkpoints:
           UserError: there is none of that step, it is damaged, or it is of another model.
         """
         if step not in self.steps():
-            raise UserError(f'There is no checkpoint of step {step} in {self._directory}; there '
-                            f'are those of {", ".join(map(str, self.steps()))}.')
+            raise UserError(
+                f'There is no checkpoint of step {step} in {self._directory}; there '
+                f'are those of {", ".join(map(str, self.steps()))}.'
+            )
         try:
             arrays, meta = self._read(step)
         except Exception as e:  # whatever orbax or the file system raise at damaged files
-            raise UserError(f'Checkpoint {step} in {self._directory} is damaged: '
-                            f'{first_line(e)}.') from e
+            raise UserError(
+                f'Checkpoint {step} in {self._directory} is damaged: {first_line(e)}.'
+            ) from e
         return step, _unflatten(arrays, target, step), meta
 
     def read_meta(self, step: int) -> dict[str, Any] | None:
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
         try:
             return self._manager.restore(
-                step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())).meta
+                step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
+            ).meta
         except Exception:  # whatever orbax or the file system raise at damaged files
             return None
 
@@ -130,8 +144,12 @@ class Checkpoints:
         with warnings.catch_warnings():
             # "Sharding info not provided": these are host arrays, placed by the caller.
             warnings.simplefilter('ignore')
-            restored = self._manager.restore(step, args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardRestore(), meta=self._ocp.args.JsonRestore()))
+            restored = self._manager.restore(
+                step,
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardRestore(), meta=self._ocp.args.JsonRestore()
+                ),
+            )
         arrays = {name: np.asarray(x) for name, x in restored.state.items()}
         for name, checksum in restored.meta['checksums'].items():
             if name not in arrays or _checksum(arrays[name]) != checksum:
@@ -142,8 +160,10 @@ class Checkpoints:
         if distributed.is_main():
             place = os.path.join(os.path.dirname(self._directory), 'damaged')
             os.makedirs(place, exist_ok=True)
-            shutil.move(os.path.join(self._directory, str(step)),
-                        os.path.join(place, f'{step}-{len(os.listdir(place))}'))
+            shutil.move(
+                os.path.join(self._directory, str(step)),
+                os.path.join(place, f'{step}-{len(os.listdir(place))}'),
+            )
         distributed.barrier(f'set_aside_{step}')
         self._manager.reload()
 
@@ -168,7 +188,8 @@ def _unflatten(arrays, target, step):
         if arrays[name].shape != np.shape(x):
             raise UserError(
                 f'Checkpoint {step} is of another model: {name} has shape {arrays[name].shape} '
-                f'there and {np.shape(x)} here.')
+                f'there and {np.shape(x)} here.'
+            )
     for name in arrays:
         if name not in wanted:
             raise UserError(f'Checkpoint {step} is of another model: {name} is not in this one.')

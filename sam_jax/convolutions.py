@@ -34,13 +34,21 @@ from jax import lax
 from jax.interpreters import mlir
 
 # What a part of a filter's gradient reads: about what stays in a core's own cache beside the rest.
-_PART_BYTES = 2 ** 21
+_PART_BYTES = 2**21
 
 # Settings of a convolution that the rule knows what to do with.
 _SETTINGS = {
-    'window_strides', 'padding', 'lhs_dilation', 'rhs_dilation', 'dimension_numbers',
-    'feature_group_count', 'batch_group_count', 'precision', 'preferred_element_type',
-    'out_sharding'}
+    'window_strides',
+    'padding',
+    'lhs_dilation',
+    'rhs_dilation',
+    'dimension_numbers',
+    'feature_group_count',
+    'batch_group_count',
+    'precision',
+    'preferred_element_type',
+    'out_sharding',
+}
 
 
 def install() -> bool:
@@ -56,11 +64,14 @@ def install() -> bool:
         if missing:
             raise ImportError(f'no {", ".join(sorted(missing))} among the settings')
         mlir.register_lowering(
-            lax.conv_general_dilated_p, functools.partial(_lower, original), platform='cpu')
+            lax.conv_general_dilated_p, functools.partial(_lower, original), platform='cpu'
+        )
     except (ImportError, AttributeError, TypeError) as e:
         logging.getLogger('sam_jax').warning(
             'Convolutions inside of cond, scan and while are slow on CPU: this version of JAX has '
-            'no place for the rule of sam_jax.convolutions (%s).', e)
+            'no place for the rule of sam_jax.convolutions (%s).',
+            e,
+        )
         return False
     return True
 
@@ -79,6 +90,7 @@ def as_jax_does() -> Iterator[None]:
 
 def _rule_of_jax():
     from jax._src.lax.convolution import _conv_general_dilated_lower as rule
+
     return functools.partial(rule, expand_complex_convolutions=True)  # as JAX has it on CPU
 
 
@@ -88,8 +100,9 @@ def _lower(original, ctx, lhs, rhs, **settings):
     if rewritten is None:
         return original(ctx, lhs, rhs, **settings)
     settings['out_sharding'] = None  # of replicated or device-local arrays: says nothing
-    return mlir.lower_fun(
-        functools.partial(rewritten, **settings), multiple_results=False)(ctx, lhs, rhs)
+    return mlir.lower_fun(functools.partial(rewritten, **settings), multiple_results=False)(
+        ctx, lhs, rhs
+    )
 
 
 def _rewriting(lhs, rhs, out, whole, settings):
@@ -98,8 +111,12 @@ def _rewriting(lhs, rhs, out, whole, settings):
     sharded = sharding is not None and any(axis is not None for axis in sharding.spec)
     sizes = (*lhs.shape, *rhs.shape, *out.shape, *itertools.chain(*settings['padding']))
     fixed = all(isinstance(n, (int, np.integer)) for n in sizes)  # not so while exporting
-    if sharded or not fixed or not jnp.issubdtype(lhs.dtype, jnp.floating) or (
-            0 in (lhs.size, rhs.size, out.size)):
+    if (
+        sharded
+        or not fixed
+        or not jnp.issubdtype(lhs.dtype, jnp.floating)
+        or (0 in (lhs.size, rhs.size, out.size))
+    ):
         return None
     numbers = settings['dimension_numbers']
     if settings['feature_group_count'] == settings['batch_group_count'] == 1:
@@ -125,7 +142,8 @@ def _is_whole(ctx):
 def _fast_numbers(ndim):
     spatial = tuple(range(1, ndim - 1))
     return lax.ConvDimensionNumbers(
-        (0, ndim - 1, *spatial), (ndim - 1, ndim - 2, *range(ndim - 2)), (0, ndim - 1, *spatial))
+        (0, ndim - 1, *spatial), (ndim - 1, ndim - 2, *range(ndim - 2)), (0, ndim - 1, *spatial)
+    )
 
 
 def _moved(x, source, target):
@@ -141,7 +159,9 @@ def _transposed(lhs, rhs, *, dimension_numbers, **settings):
     result = lax.conv_general_dilated_p.bind(
         _moved(lhs, dimension_numbers.lhs_spec, fast.lhs_spec),
         _moved(rhs, dimension_numbers.rhs_spec, fast.rhs_spec),
-        dimension_numbers=fast, **settings)
+        dimension_numbers=fast,
+        **settings,
+    )
     return _moved(result, fast.out_spec, dimension_numbers.out_spec)
 
 
@@ -168,22 +188,30 @@ def _in_parts(lhs, rhs, *, dimension_numbers, preferred_element_type, **settings
     def part(start, size):
         return lax.conv_general_dilated_p.bind(
             *(lax.dynamic_slice_in_dim(x, start, size, axis) for x, axis in zip((lhs, rhs), axes)),
-            dimension_numbers=dimension_numbers, preferred_element_type=sum_dtype, **settings)
+            dimension_numbers=dimension_numbers,
+            preferred_element_type=sum_dtype,
+            **settings,
+        )
 
     first = rest or size
     total = lax.fori_loop(
-        0, count if rest else count - 1,
-        lambda i, total: total + part(first + i * size, size), part(0, first))
+        0,
+        count if rest else count - 1,
+        lambda i, total: total + part(first + i * size, size),
+        part(0, first),
+    )
     return total.astype(dtype)
 
 
 def _is_dilated_input(settings):
     return any(d > 1 for d in settings['lhs_dilation']) and all(
-        d == 1 for d in (*settings['window_strides'], *settings['rhs_dilation']))
+        d == 1 for d in (*settings['window_strides'], *settings['rhs_dilation'])
+    )
 
 
-def _by_phases(lhs, rhs, *, dimension_numbers, lhs_dilation, padding, preferred_element_type,
-               **settings):
+def _by_phases(
+    lhs, rhs, *, dimension_numbers, lhs_dilation, padding, preferred_element_type, **settings
+):
     """Of an input dilated by d the results at places r, r + d, r + 2d, ... share their taps.
 
     Tap k of result o meets the dilated input at o + k - low, which is no zero if d divides it. So
@@ -192,13 +220,16 @@ def _by_phases(lhs, rhs, *, dimension_numbers, lhs_dilation, padding, preferred_
     """
     lhs_spec, rhs_spec, out_spec = dimension_numbers
     dtype = preferred_element_type or lhs.dtype
-    sizes = [low + high + (lhs.shape[a] - 1) * d + 2 - rhs.shape[b] for (low, high), d, a, b in zip(
-        padding, lhs_dilation, lhs_spec[2:], rhs_spec[2:])]
+    sizes = [
+        low + high + (lhs.shape[a] - 1) * d + 2 - rhs.shape[b]
+        for (low, high), d, a, b in zip(padding, lhs_dilation, lhs_spec[2:], rhs_spec[2:])
+    ]
     total = jnp.zeros((), dtype)
     for phase in itertools.product(*(range(min(d, n)) for d, n in zip(lhs_dilation, sizes))):
         taps, pads, spread = [slice(None)] * lhs.ndim, [], [(0, 0, 0)] * lhs.ndim
         for r, d, (low, _), size, a, b, c in zip(
-                phase, lhs_dilation, padding, sizes, lhs_spec[2:], rhs_spec[2:], out_spec[2:]):
+            phase, lhs_dilation, padding, sizes, lhs_spec[2:], rhs_spec[2:], out_spec[2:]
+        ):
             first = (low - r) % d
             before = (low - r - first) // d
             results, width = -(-(size - r) // d), len(range(first, rhs.shape[b], d))
@@ -208,18 +239,28 @@ def _by_phases(lhs, rhs, *, dimension_numbers, lhs_dilation, padding, preferred_
         filters = rhs[tuple(taps)]
         if filters.size:  # else no tap meets an input: a phase of zeros
             results = lax.conv_general_dilated_p.bind(
-                lhs, filters, dimension_numbers=dimension_numbers, padding=tuple(pads),
-                lhs_dilation=(1,) * len(pads), preferred_element_type=preferred_element_type,
-                **settings)
+                lhs,
+                filters,
+                dimension_numbers=dimension_numbers,
+                padding=tuple(pads),
+                lhs_dilation=(1,) * len(pads),
+                preferred_element_type=preferred_element_type,
+                **settings,
+            )
             total += lax.pad(results, jnp.zeros((), dtype), spread)
     return total
 
 
 def _is_cropped(lhs, settings):
-    left = [n + min(low, 0) + min(high, 0) for n, (low, high) in zip(
-        (lhs.shape[a] for a in settings['dimension_numbers'].lhs_spec[2:]), settings['padding'])]
+    left = [
+        n + min(low, 0) + min(high, 0)
+        for n, (low, high) in zip(
+            (lhs.shape[a] for a in settings['dimension_numbers'].lhs_spec[2:]), settings['padding']
+        )
+    ]
     return min(itertools.chain(*settings['padding'])) < 0 < min(left) and (
-        max(settings['lhs_dilation']) == 1)
+        max(settings['lhs_dilation']) == 1
+    )
 
 
 def _crop(lhs, rhs, *, dimension_numbers, padding, **settings):
@@ -227,8 +268,12 @@ def _crop(lhs, rhs, *, dimension_numbers, padding, **settings):
     for a, (low, high) in zip(dimension_numbers.lhs_spec[2:], padding):
         kept[a] = slice(max(-low, 0), lhs.shape[a] - max(-high, 0))
     return lax.conv_general_dilated_p.bind(
-        lhs[tuple(kept)], rhs, dimension_numbers=dimension_numbers,
-        padding=tuple((max(low, 0), max(high, 0)) for low, high in padding), **settings)
+        lhs[tuple(kept)],
+        rhs,
+        dimension_numbers=dimension_numbers,
+        padding=tuple((max(low, 0), max(high, 0)) for low, high in padding),
+        **settings,
+    )
 
 
 def _is_small_image(lhs, rhs, settings):
@@ -243,29 +288,65 @@ def _is_small_image(lhs, rhs, settings):
     return window > pixels
 
 
-def _by_patches(lhs, rhs, *, dimension_numbers, window_strides, padding, lhs_dilation, rhs_dilation,
-                precision, preferred_element_type, **_):
+def _by_patches(
+    lhs,
+    rhs,
+    *,
+    dimension_numbers,
+    window_strides,
+    padding,
+    lhs_dilation,
+    rhs_dilation,
+    precision,
+    preferred_element_type,
+    **_,
+):
     fast = _fast_numbers(lhs.ndim)
     lhs = _moved(lhs, dimension_numbers.lhs_spec, fast.lhs_spec)
     rhs = _moved(rhs, dimension_numbers.rhs_spec, fast.rhs_spec)
-    padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), [
-        (0, 0, 0), *((low, high, d - 1) for (low, high), d in zip(padding, lhs_dilation)),
-        (0, 0, 0)])
+    padded = lax.pad(
+        lhs,
+        jnp.zeros((), lhs.dtype),
+        [
+            (0, 0, 0),
+            *((low, high, d - 1) for (low, high), d in zip(padding, lhs_dilation)),
+            (0, 0, 0),
+        ],
+    )
     # By dimension and tap: the places in the padded image that the results meet.
-    places = [[np.arange(0, size - (n - 1) * d, stride) + k * d for k in range(n)]
-              for size, n, d, stride in zip(
-                  padded.shape[1:-1], rhs.shape[:-2], rhs_dilation, window_strides)]
-    pixels = [low + d * np.arange(n) for n, (low, _), d in zip(
-        lhs.shape[1:-1], padding, lhs_dilation)]
+    places = [
+        [np.arange(0, size - (n - 1) * d, stride) + k * d for k in range(n)]
+        for size, n, d, stride in zip(
+            padded.shape[1:-1], rhs.shape[:-2], rhs_dilation, window_strides
+        )
+    ]
+    pixels = [
+        low + d * np.arange(n) for n, (low, _), d in zip(lhs.shape[1:-1], padding, lhs_dilation)
+    ]
     taps = list(itertools.product(*map(range, rhs.shape[:-2])))
     # A tap that meets nothing but padding adds nothing.
-    taps = [tap for tap in taps if all(
-        np.isin(p[k], pixel).any() for k, p, pixel in zip(tap, places, pixels))] or taps[:1]
-    patches = [padded[(slice(None), *(
-        slice(int(p[k][0]), int(p[k][-1]) + 1, stride)
-        for k, p, stride in zip(tap, places, window_strides)))] for tap in taps]
+    taps = [
+        tap
+        for tap in taps
+        if all(np.isin(p[k], pixel).any() for k, p, pixel in zip(tap, places, pixels))
+    ] or taps[:1]
+    patches = [
+        padded[
+            (
+                slice(None),
+                *(
+                    slice(int(p[k][0]), int(p[k][-1]) + 1, stride)
+                    for k, p, stride in zip(tap, places, window_strides)
+                ),
+            )
+        ]
+        for tap in taps
+    ]
     result = lax.dot_general(
-        jnp.concatenate(patches, -1), jnp.concatenate([rhs[tap] for tap in taps]),
-        (((lhs.ndim - 1,), (0,)), ((), ())), precision=precision,
-        preferred_element_type=preferred_element_type)
+        jnp.concatenate(patches, -1),
+        jnp.concatenate([rhs[tap] for tap in taps]),
+        (((lhs.ndim - 1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
     return _moved(result, fast.out_spec, dimension_numbers.out_spec)

@@ -12,8 +12,12 @@ from sam_jax.errors import UserError
 _HEARTBEAT_TIMEOUT = 30
 
 
-def initialize(coordinator_address: str = '', num_processes: int = 0, process_id: int = -1,
-               cluster: bool = False) -> None:
+def initialize(
+    coordinator_address: str = '',
+    num_processes: int = 0,
+    process_id: int = -1,
+    cluster: bool = False,
+) -> None:
     """Connects this process to the others of the run; does nothing where it is alone.
 
     Under Slurm (`srun`) nothing need be given. On a TPU pod `cluster` lets JAX ask where the others
@@ -27,15 +31,20 @@ def initialize(coordinator_address: str = '', num_processes: int = 0, process_id
     if any(given) and not all(given):
         raise UserError(
             'A run of several processes needs --coordinator_address, --num_processes and '
-            f'--process_id together; got {coordinator_address!r}, {num_processes}, {process_id}.')
+            f'--process_id together; got {coordinator_address!r}, {num_processes}, {process_id}.'
+        )
     if not (all(given) or cluster or _inside_cluster()):
         return
     # Collectives between CPU processes; other platforms bring their own and ignore this.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     if all(given):
         # Not to be mixed with what a Slurm job around it says, one GPU a process for instance.
-        options = dict(coordinator_address=coordinator_address, num_processes=num_processes,
-                       process_id=process_id, cluster_detection_method='deactivate')
+        options = dict(
+            coordinator_address=coordinator_address,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method='deactivate',
+        )
     else:
         options = {}
     jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT, **options)

@@ -11,9 +11,16 @@ from sam_jax import losses, metrics
 from sam_jax.replicas import AXIS, Layout
 
 
-def eval_step(params: Any, batch_stats: Any, arrays: Any, feed: Any, *,
-              apply_fn: Callable[..., jax.Array], batch_fn: Callable[..., dict[str, jax.Array]],
-              top5: bool = False) -> dict[str, jax.Array]:
+def eval_step(
+    params: Any,
+    batch_stats: Any,
+    arrays: Any,
+    feed: Any,
+    *,
+    apply_fn: Callable[..., jax.Array],
+    batch_fn: Callable[..., dict[str, jax.Array]],
+    top5: bool = False,
+) -> dict[str, jax.Array]:
     """Sums over one batch, over all devices of the axis; pure.
 
     Args:
@@ -30,21 +37,25 @@ def eval_step(params: Any, batch_stats: Any, arrays: Any, feed: Any, *,
     """
     batch = batch_fn(arrays, feed)
     logits = apply_fn({'params': params, 'batch_stats': batch_stats}, batch['image'], train=False)
-    values = {'loss': losses.cross_entropy(logits, batch['label']),
-              'error_rate': metrics.top1_error(logits, batch['label'])}
+    values = {
+        'loss': losses.cross_entropy(logits, batch['label']),
+        'error_rate': metrics.top1_error(logits, batch['label']),
+    }
     if top5:
         values['top5_error_rate'] = metrics.topk_error(logits, batch['label'], 5)
     return lax.psum(metrics.masked_sums(values, batch['mask']), AXIS)
 
 
-def make_eval_step(model: Any, layout: Layout, dataset: Any,
-                   top5: bool = False) -> Callable[..., dict[str, jax.Array]]:
+def make_eval_step(
+    model: Any, layout: Layout, dataset: Any, top5: bool = False
+) -> Callable[..., dict[str, jax.Array]]:
     """Returns the pmapped evaluation step: (params, batch_stats, arrays, feed) -> sums."""
     step = functools.partial(
-        eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5)
+        eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5
+    )
     return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
-        devices=layout.devices)
+        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None, devices=layout.devices
+    )
 
 
 def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[..., jax.Array]:
@@ -52,17 +63,23 @@ def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[...,
 
     Float32 (devices of this process, examples of a device, classes), one row a device.
     """
+
     def step(params, batch_stats, arrays, feed):
         image = dataset.eval_batch(arrays, feed)['image']
         logits = model.apply({'params': params, 'batch_stats': batch_stats}, image, train=False)
         return jax.nn.softmax(logits).astype('float32')
 
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, None, None, 0), devices=layout.devices)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, None, 0), devices=layout.devices)
 
 
-def evaluate(step: Callable[..., dict[str, jax.Array]], params: Any, batch_stats: Any, arrays: Any,
-             feeds: Iterable[Any], layout: Layout) -> dict[str, float]:
+def evaluate(
+    step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    batch_stats: Any,
+    arrays: Any,
+    feeds: Iterable[Any],
+    layout: Layout,
+) -> dict[str, float]:
     """Runs an evaluation step over all feeds of a split.
 
     Returns:

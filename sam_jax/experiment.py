@@ -1,5 +1,7 @@
 """An experiment: all that a config says, checked and built, before or after it is trained.
 
+A loop of one's own:
+
     experiment = Experiment.from_config(config)
     state = experiment.initial_state()
     step, constants = experiment.train_step, experiment.constants
@@ -18,13 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam_jax import data, evaluate, models, replicas, schedules, settings, train_step
+from sam_jax import data, evaluate, models, replicas, schedules, settings, train_state, train_step
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 from sam_jax.models import pretrained
 from sam_jax.models.layers import Network
-from sam_jax.train_step import HParams, TrainState
+from sam_jax.train_state import HParams, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Experiment:
     model: Network
 
     @classmethod
-    def from_config(cls, config: Any, devices: Sequence[replicas.Device] | None = None,
-                    to_train: bool = True) -> 'Experiment':
+    def from_config(
+        cls, config: Any, devices: Sequence[replicas.Device] | None = None, to_train: bool = True
+    ) -> 'Experiment':
         """Checks a config and builds what it names.
 
         Args:
@@ -60,21 +63,27 @@ class Experiment:
         """
         settings.check(config)
         layout, note = replicas.make_layout(
-            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
-            config.replica_loop, devices)
+            config.batch_size,
+            config.replica_batch_size,
+            config.sam.replicas_per_group,
+            config.replica_loop,
+            devices,
+        )
         if to_train:
             settings.check_with_layout(config, layout)
         dataset = data.load_dataset(config.data)
         settings.check_with_data(config, dataset)
         model = models.from_config(config.model, dataset.num_classes)
         experiment = cls(config, layout, note, dataset, model)
-        dataset.check_memory([dataset.train, *experiment.evaluated.values()],
-                             *replicas.free_memory(layout.devices))
+        dataset.check_memory(
+            [dataset.train, *experiment.evaluated.values()], *replicas.free_memory(layout.devices)
+        )
         return experiment
 
     @classmethod
-    def of_run(cls, workdir: str, devices: Sequence[replicas.Device] | None = None,
-               data_dir: str = '') -> 'Experiment':
+    def of_run(
+        cls, workdir: str, devices: Sequence[replicas.Device] | None = None, data_dir: str = ''
+    ) -> 'Experiment':
         """Returns the experiment of a run that was trained, to evaluate it.
 
         Args:
@@ -101,15 +110,19 @@ class Experiment:
     @property
     def evaluated(self) -> dict[str, Any]:
         """{name: split} of the splits that the config wants evaluated."""
-        return {name: split for name, split in self.dataset.evals.items()
-                if self.config.eval.train_set or not name.startswith('train')}
+        return {
+            name: split
+            for name, split in self.dataset.evals.items()
+            if self.config.eval.train_set or not name.startswith('train')
+        }
 
     # Training.
 
     def create_state(self) -> TrainState:
         """Returns the TrainState before the first step, with random weights, where JAX puts it."""
-        return train_step.create_train_state(
-            self.config, self.model, self.dataset.image_shape, self.dataset.num_images)
+        return train_state.create_train_state(
+            self.config, self.model, self.dataset.image_shape, self.dataset.num_images
+        )
 
     def initial_state(self) -> TrainState:
         """Returns the TrainState before the first step on the devices.
@@ -119,7 +132,8 @@ class Experiment:
         state, path = self.create_state(), self.config.model.init_from
         if path:
             variables = pretrained.load(
-                path, self.model, {'params': state.params, 'batch_stats': state.batch_stats})
+                path, self.model, {'params': state.params, 'batch_stats': state.batch_stats}
+            )
             state = state.replace(ema=state.ema and jax.tree.map(np.copy, variables), **variables)
         return self.on_devices(state)
 
@@ -136,10 +150,12 @@ class Experiment:
     def constants(self) -> tuple[dict[str, jax.Array], HParams]:
         """What every step is given: the training set's arrays and the HParams, on the devices."""
         return self.arrays(self.dataset.train), self.layout.replicate(
-            HParams.from_config(self.config))
+            HParams.from_config(self.config)
+        )
 
-    def feeds(self, first_step: int = 0, waiting: Callable[[], Any] = contextlib.nullcontext
-              ) -> Iterator[dict[str, Any]]:
+    def feeds(
+        self, first_step: int = 0, waiting: Callable[[], Any] = contextlib.nullcontext
+    ) -> Iterator[dict[str, Any]]:
         """Yields the feeds of the steps from a step to the last one, on the devices.
 
         For methods that ask for it the feed of the step before is with it; before the first step
@@ -165,7 +181,8 @@ class Experiment:
     def scheduled(self, step: int) -> tuple[float, float]:
         """Returns (learning rate, rho) at a step."""
         learning_rate, rho = schedules.of_run(
-            self.config, HParams.from_config(self.config), step, self.steps_per_epoch)
+            self.config, HParams.from_config(self.config), step, self.steps_per_epoch
+        )
         return float(learning_rate), float(rho)
 
     # Evaluation.
@@ -185,8 +202,7 @@ class Experiment:
     @functools.cached_property
     def eval_step(self) -> Callable[..., dict[str, jax.Array]]:
         """The pmapped step: (params, batch_stats, arrays, feed) -> sums."""
-        return evaluate.make_eval_step(
-            self.model, self.layout, self.dataset, self.config.eval.top5)
+        return evaluate.make_eval_step(self.model, self.layout, self.dataset, self.config.eval.top5)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Returns {'test/error_rate': ..., 'test/ema_error_rate': ..., ...} of a state."""
@@ -199,7 +215,8 @@ class Experiment:
             for version, variables in versions.items():
                 feeds = self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout)
                 means = evaluate.evaluate(
-                    self.eval_step, *variables, self.arrays(split), feeds, self.layout)
+                    self.eval_step, *variables, self.arrays(split), feeds, self.layout
+                )
                 results.update({f'{prefix}/{version}{k}': v for k, v in means.items()})
         return results
 
@@ -214,12 +231,18 @@ class Experiment:
         step = evaluate.make_predict_step(self.model, self.layout, self.dataset)
         parts = []
         for feed in self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout):
-            rows = jax.device_get(step(variables['params'], variables['batch_stats'],
-                                       self.arrays(split), self.layout.shard(feed)))
+            rows = jax.device_get(
+                step(
+                    variables['params'],
+                    variables['batch_stats'],
+                    self.arrays(split),
+                    self.layout.shard(feed),
+                )
+            )
             rows = np.where(feed['mask'][..., None], rows, 1 / rows.shape[-1])
             parts.append([x.reshape(-1, *x.shape[2:]) for x in (rows, feed['label'])])
         # The places that fill up the last batch come last.
-        probabilities, labels = (np.concatenate(x)[:len(split)] for x in zip(*parts))
+        probabilities, labels = (np.concatenate(x)[: len(split)] for x in zip(*parts))
         return probabilities, labels
 
     @staticmethod
@@ -234,10 +257,12 @@ class Experiment:
         return Checkpoints(
             os.path.join(os.path.abspath(workdir), 'checkpoints'),
             [epoch * self.steps_per_epoch for epoch in self.config.checkpoint.keep_epochs],
-            read_only)
+            read_only,
+        )
 
-    def restore_from(self, checkpoints: Checkpoints, step: int | None = None
-                     ) -> tuple[TrainState, int, float]:
+    def restore_from(
+        self, checkpoints: Checkpoints, step: int | None = None
+    ) -> tuple[TrainState, int, float]:
         """Returns (state on the devices, its step, wall time so far) of a checkpoint.
 
         Args:
@@ -253,8 +278,11 @@ class Experiment:
         if meta:
             settings.check_same_mathematics(self.config, meta['config'])
         target = self.create_state()
-        found = (checkpoints.restore_newest(target) if step is None
-                 else checkpoints.restore(step, target))
+        found = (
+            checkpoints.restore_newest(target)
+            if step is None
+            else checkpoints.restore(step, target)
+        )
         if not found:
             return self.initial_state(), 0, 0.0
         step, state, meta = found
@@ -274,7 +302,8 @@ class Experiment:
           UserError: there is no such checkpoint, or it is of other settings.
         """
         none = UserError(
-            f'workdir {workdir!r} holds no checkpoint; the run has to be trained first.')
+            f'workdir {workdir!r} holds no checkpoint; the run has to be trained first.'
+        )
         if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
             raise none
         with contextlib.closing(self.checkpoints(workdir, read_only=True)) as checkpoints:

@@ -32,7 +32,8 @@ def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any, unroll: bool)
     def add(total, x):
         result, kept = function(x)
         return jax.tree.map(
-            lambda t, y: t + y if jnp.issubdtype(t.dtype, jnp.inexact) else y, total, result), kept
+            lambda t, y: t + y if jnp.issubdtype(t.dtype, jnp.inexact) else y, total, result
+        ), kept
 
     def x_at(i):
         return jax.tree.map(lambda x: x[i], xs)
@@ -47,10 +48,8 @@ def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any, unroll: bool)
     else:
         function = jax.jit(function)  # traced once, for the shapes of its sums and for the loop
         shapes, _ = jax.eval_shape(function, x_at(0))
-        total, kept = lax.scan(
-            add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
-    return jax.tree.map(
-        lambda t: t / n if jnp.issubdtype(t.dtype, jnp.inexact) else t, total), kept
+        total, kept = lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), xs)
+    return jax.tree.map(lambda t: t / n if jnp.issubdtype(t.dtype, jnp.inexact) else t, total), kept
 
 
 def mean_over_devices(tree: Any, axis_index_groups: list[list[int]] | None = None) -> Any:
@@ -80,17 +79,25 @@ class Training(NamedTuple):
     added: Any = None
 
     @classmethod
-    def from_config(cls, config: Any, model: Any, weight_decay: Any,
-                    added: Any = None) -> 'Training':
-        return cls(model, config.label_smoothing, config.optimizer.decay_norm_and_bias,
-                   weight_decay, added)
+    def from_config(
+        cls, config: Any, model: Any, weight_decay: Any, added: Any = None
+    ) -> 'Training':
+        return cls(
+            model, config.label_smoothing, config.optimizer.decay_norm_and_bias, weight_decay, added
+        )
 
-    def forward(self, params: Any, batch_stats: Any, replica: dict[str, Any],
-                **options) -> tuple[jax.Array, Any]:
+    def forward(
+        self, params: Any, batch_stats: Any, replica: dict[str, Any], **options
+    ) -> tuple[jax.Array, Any]:
         """Returns (logits, updated variables) of a training pass of one replica."""
         return self.model.apply(
-            {'params': params, 'batch_stats': batch_stats}, replica['image'], train=True,
-            mutable=['batch_stats'], rngs=replica['rngs'], **options)
+            {'params': params, 'batch_stats': batch_stats},
+            replica['image'],
+            train=True,
+            mutable=['batch_stats'],
+            rngs=replica['rngs'],
+            **options,
+        )
 
     def of_logits(self, logits: jax.Array, replica: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         """Returns (sum of all terms but the penalty, cross entropy of each example)."""
@@ -102,9 +109,14 @@ class Training(NamedTuple):
         return losses.l2_penalty(params, self.weight_decay, self.decay_norm_and_bias)
 
 
-def replica_gradient(params: Any, batch_stats: Any, replica: dict[str, Any], training: Training,
-                     true_gradient: bool | jax.Array = False,
-                     cotangents: jax.Array | None = None) -> tuple[Any, dict[str, jax.Array]]:
+def replica_gradient(
+    params: Any,
+    batch_stats: Any,
+    replica: dict[str, Any],
+    training: Training,
+    true_gradient: bool | jax.Array = False,
+    cotangents: jax.Array | None = None,
+) -> tuple[Any, dict[str, jax.Array]]:
     """Gradient of one replica's mean cross entropy plus the L2 penalty.
 
     Args:
@@ -130,9 +142,12 @@ def replica_gradient(params: Any, batch_stats: Any, replica: dict[str, Any], tra
         logits, updated = training.forward(params, batch_stats, replica, **options)
         total, each = training.of_logits(logits, replica)
         penalty = training.penalty(params)
-        aux = {'loss': jnp.mean(each).astype(float), 'objective': (total + penalty).astype(float),
-               'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
-               'batch_stats': updated.get('batch_stats', {})}
+        aux = {
+            'loss': jnp.mean(each).astype(float),
+            'objective': (total + penalty).astype(float),
+            'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
+            'batch_stats': updated.get('batch_stats', {}),
+        }
         if cotangents is not None:
             total = jnp.sum(logits * lax.stop_gradient(cotangents))
         return total + penalty, (aux, {'losses': each, 'logits': logits})
@@ -141,8 +156,14 @@ def replica_gradient(params: Any, batch_stats: Any, replica: dict[str, Any], tra
     return (grads, aux), kept
 
 
-def risen_most(params: Any, batch_stats: Any, replica: dict[str, Any], old_losses: jax.Array,
-               fraction: float, training: Training) -> tuple[dict[str, Any], jax.Array]:
+def risen_most(
+    params: Any,
+    batch_stats: Any,
+    replica: dict[str, Any],
+    old_losses: jax.Array,
+    fraction: float,
+    training: Training,
+) -> tuple[dict[str, Any], jax.Array]:
     """The share of a replica's examples whose loss rises most, and the mean of all new losses.
 
     ESAM's selection (arXiv 2110.03141): of R examples max(1, ceil(fraction R)).
@@ -154,8 +175,9 @@ def risen_most(params: Any, batch_stats: Any, replica: dict[str, Any], old_losse
     return {**replica, **chosen}, jnp.mean(new).astype(float)
 
 
-def over_group(gradient: Callable[[Any], tuple[Any, Any]], group: Any,
-               layout: Layout) -> tuple[Any, Any]:
+def over_group(
+    gradient: Callable[[Any], tuple[Any, Any]], group: Any, layout: Layout
+) -> tuple[Any, Any]:
     """Means over all replicas of a group, of which this device holds some; and what they keep."""
     result, kept = mean_over(gradient, group, layout.unroll)
     if layout.devices_per_group > 1:
@@ -163,8 +185,13 @@ def over_group(gradient: Callable[[Any], tuple[Any, Any]], group: Any,
     return result, kept
 
 
-def group_loss(batch_stats: Any, group: dict[str, Any], training: Training, layout: Layout,
-               climbable: bool | jax.Array = True) -> sharpness.Loss:
+def group_loss(
+    batch_stats: Any,
+    group: dict[str, Any],
+    training: Training,
+    layout: Layout,
+    climbable: bool | jax.Array = True,
+) -> sharpness.Loss:
     """The loss of one group as a method sees it, by the replicas that this device holds of it.
 
     Its Evaluations report the cross entropy, and have aux = (aux, kept) of `replica_gradient`, the
@@ -179,15 +206,20 @@ def group_loss(batch_stats: Any, group: dict[str, Any], training: Training, layo
       climbable: False, or a traced bool, where an ascent goes nowhere (rho = 0): the gradient that
         is climbed elsewhere then is the one that descends.
     """
+
     def evaluate(params, climb=False, previous=False, most_risen=None, cotangents_of=None):
         climb = jnp.logical_and(climb, climbable) if climb is not False else False
         if most_risen is not None:
             return of_most_risen(params, *most_risen)
         if cotangents_of is not None:
             return of_cotangents(params, cotangents_of.aux[1]['logits'])
-        return told(over_group(
-            lambda replica: replica_gradient(params, batch_stats, replica, training, climb),
-            group['previous'] if previous else group, layout))
+        return told(
+            over_group(
+                lambda replica: replica_gradient(params, batch_stats, replica, training, climb),
+                group['previous'] if previous else group,
+                layout,
+            )
+        )
 
     def told(result):
         (grads, aux), kept = result
@@ -215,8 +247,13 @@ def group_loss(batch_stats: Any, group: dict[str, Any], training: Training, layo
     return sharpness.Loss(evaluate)
 
 
-def group_step(state: Any, loss: sharpness.Loss, link: sharpness.Link, shared: dict[str, Any],
-               clean: sharpness.Evaluation | None = None) -> tuple[Any, Any]:
+def group_step(
+    state: Any,
+    loss: sharpness.Loss,
+    link: sharpness.Link,
+    shared: dict[str, Any],
+    clean: sharpness.Evaluation | None = None,
+) -> tuple[Any, Any]:
     """One group's sharpness-aware gradient.
 
     Args:
@@ -233,11 +270,15 @@ def group_step(state: Any, loss: sharpness.Loss, link: sharpness.Link, shared: d
     if clean is not None:
         loss = loss.knowing(state.params, clean)
     (updates, seen), sharpness_state = link.update(
-        None, state.sharpness_state, state.params, loss=loss, with_report=True, **shared)
+        None, state.sharpness_state, state.params, loss=loss, with_report=True, **shared
+    )
     aux, kept = seen.clean.aux
-    report = {'loss': aux['loss'], 'error_rate': aux['error_rate'],
-              'perturbed_loss': seen.perturbed.reported,
-              # The ascent has the same sums in it, which XLA computes once.
-              'clean_grad_norm': sharpness.trees.lp_norm(seen.clean.grads),
-              'perturbation_norm': sharpness_state.perturbation_norm}
+    report = {
+        'loss': aux['loss'],
+        'error_rate': aux['error_rate'],
+        'perturbed_loss': seen.perturbed.reported,
+        # The ascent has the same sums in it, which XLA computes once.
+        'clean_grad_norm': sharpness.trees.lp_norm(seen.clean.grads),
+        'perturbation_norm': sharpness_state.perturbation_norm,
+    }
     return (updates, sharpness_state, aux['batch_stats'], report), kept

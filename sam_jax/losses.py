@@ -14,16 +14,18 @@ def _float32(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def target_distribution(labels: Labels, num_classes: int,
-                        dtype: Any) -> Float[Array, '*batch classes']:
+def target_distribution(
+    labels: Labels, num_classes: int, dtype: Any
+) -> Float[Array, '*batch classes']:
     """Returns labels as distributions: integer labels (...,) become one-hot (..., num_classes)."""
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jax.nn.one_hot(labels, num_classes, dtype=dtype)
     return labels.astype(dtype)
 
 
-def cross_entropy(logits: Float[Array, '*batch classes'], labels: Labels,
-                  label_smoothing: float = 0.0) -> Float[Array, '*batch']:
+def cross_entropy(
+    logits: Float[Array, '*batch classes'], labels: Labels, label_smoothing: float = 0.0
+) -> Float[Array, '*batch']:
     """Cross entropy of each example, with label smoothing.
 
     With y the target distribution, C classes and smoothing a:
@@ -45,8 +47,9 @@ def cross_entropy(logits: Float[Array, '*batch classes'], labels: Labels,
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
 
-def trajectory(logits: Float[Array, '*batch classes'], past: Float[Array, '*batch classes'],
-               tau: float) -> Float[Array, '*batch']:
+def trajectory(
+    logits: Float[Array, '*batch classes'], past: Float[Array, '*batch classes'], tau: float
+) -> Float[Array, '*batch']:
     """Distance of each example's prediction from a past one (SAF and MESA, arXiv 2205.14083).
 
     tau^2 KL(softmax(past / tau) || softmax(logits / tau)), whose gradient by the logits is
@@ -61,11 +64,12 @@ def trajectory(logits: Float[Array, '*batch classes'], past: Float[Array, '*batc
       (...,), float32 (float64 if the logits are).
     """
     new, old = (jax.nn.log_softmax(_float32(x) / tau) for x in (logits, past))
-    return tau ** 2 * jnp.sum(jnp.exp(old) * (old - new), axis=-1)
+    return tau**2 * jnp.sum(jnp.exp(old) * (old - new), axis=-1)
 
 
-def l2_penalty(params: Any, weight_decay: float | Float[Array, ''],
-               decay_norm_and_bias: bool = True) -> float | Float[Array, '']:
+def l2_penalty(
+    params: Any, weight_decay: float | Float[Array, ''], decay_norm_and_bias: bool = True
+) -> float | Float[Array, '']:
     """Returns 0.5 * weight_decay * sum of w^2, a scalar (SAM paper's code: part of the loss).
 
     Args:

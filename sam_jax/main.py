@@ -6,28 +6,29 @@ or, in a checkout, `python -m sam_jax.main` with the same.
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from sam_jax import distributed, train
 from sam_jax.cli import commands
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG,
-    'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.',
-    lock_config=True)
+_CONFIG = commands.define_config(
+    'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run; give it again to resume.')
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator_address', '', 'host:port of process 0; not needed on TPU pods and under Slurm.')
+    'coordinator_address', '', 'host:port of process 0; not needed on TPU pods and under Slurm.'
+)
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'One of the processes of a TPU pod or of another cluster that JAX knows.')
+    'distributed', False, 'One of the processes of a TPU pod or of another cluster that JAX knows.'
+)
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
 
 
 def main() -> None:
     """Trains what the flags say."""
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-                           _DISTRIBUTED.value)
+    distributed.initialize(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+    )
     try:
         train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     except train.Preempted as e:

@@ -28,12 +28,22 @@ def create(settings: Any, learning_rate: float | jax.Array) -> optax.GradientTra
         descent = optax.sgd(learning_rate, settings.momentum, settings.nesterov)
     elif settings.name == 'adam':
         descent = optax.adam(
-            learning_rate, settings.momentum, settings.decay, settings.epsilon,
-            nesterov=settings.nesterov)
+            learning_rate,
+            settings.momentum,
+            settings.decay,
+            settings.epsilon,
+            nesterov=settings.nesterov,
+        )
     else:
         descent = optax.rmsprop(
-            learning_rate, settings.decay, settings.epsilon, initial_scale=1.0, eps_in_sqrt=True,
-            momentum=settings.momentum, nesterov=settings.nesterov)
+            learning_rate,
+            settings.decay,
+            settings.epsilon,
+            initial_scale=1.0,
+            eps_in_sqrt=True,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+        )
     return optax.chain(clipping, descent)
 
 
@@ -49,8 +59,9 @@ def momentum(settings: Any, opt_state: optax.OptState) -> optax.Updates:
     return jax.tree.map(jnp.negative, trace) if settings.name == 'rmsprop' else trace
 
 
-def ema_update(average: Any, values: Any, step: jax.Array, decay: float | jax.Array,
-               warmup_steps: int = 0) -> Any:
+def ema_update(
+    average: Any, values: Any, step: jax.Array, decay: float | jax.Array, warmup_steps: int = 0
+) -> Any:
     """One step of an exponential moving average, with TensorFlow's warm-up rule.
 
     With s = step - warmup_steps: average <- d average + (1 - d) values with
@@ -67,5 +78,8 @@ def ema_update(average: Any, values: Any, step: jax.Array, decay: float | jax.Ar
     d = jnp.minimum(decay, (1.0 + s) / (10.0 + s))
     return jax.tree.map(
         lambda a, v: jnp.where(
-            step >= warmup_steps, d.astype(a.dtype) * a + (1.0 - d).astype(a.dtype) * v, v),
-        average, values)
+            step >= warmup_steps, d.astype(a.dtype) * a + (1.0 - d).astype(a.dtype) * v, v
+        ),
+        average,
+        values,
+    )

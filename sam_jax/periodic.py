@@ -13,7 +13,7 @@ from sam_jax.checkpoint import Checkpoints
 from sam_jax.experiment import Experiment
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
-from sam_jax.train_step import TrainState
+from sam_jax.train_state import TrainState
 
 
 class Preempted(Exception):
@@ -53,19 +53,19 @@ class Run(NamedTuple):
     def report(self, done: int, results: dict[str, float], form: str) -> None:
         """Writes results and shows them; the time since the step was no training."""
         self.writer.scalars(done, results)
-        self.progress.say(f'step {done}: ' + ', '.join(
-            f'{name} {value:{form}}' for name, value in results.items()))
+        self.progress.say(
+            f'step {done}: '
+            + ', '.join(f'{name} {value:{form}}' for name, value in results.items())
+        )
         self.progress.start_clock(done)
 
 
 class Action(Protocol):
     """What is called after every step; see above."""
 
-    def __call__(self, done: int, state: TrainState) -> None:
-        ...
+    def __call__(self, done: int, state: TrainState) -> None: ...
 
-    def results(self, state: TrainState) -> dict[str, Any]:
-        ...
+    def results(self, state: TrainState) -> dict[str, Any]: ...
 
 
 class Evaluation:
@@ -115,25 +115,33 @@ class Saving:
         stopping = self._stop.received(done)
         if done == total or stopping or self._due(done):
             run.log.flush(refuse_bad=True)
-            run.checkpoints.save(done, state, {
-                'config': settings.jsonable(run.experiment.config), 'wall_time': run.wall_time()})
+            run.checkpoints.save(
+                done,
+                state,
+                {'config': settings.jsonable(run.experiment.config), 'wall_time': run.wall_time()},
+            )
             self._saved_at = time.time()
         if stopping and done < total:
             run.checkpoints.wait()
             raise Preempted(
                 f'Stopped by SIGTERM at step {done} of {total}; the state is saved, the same '
-                'command goes on from here.')
+                'command goes on from here.'
+            )
 
     def _due(self, done):
         config = self._run.experiment.config
         epoch, position = divmod(done, self._run.experiment.steps_per_epoch)
         if self._run.epoch_ends(done, config.checkpoint.every_epochs) or (
-                position == 0 and epoch in config.checkpoint.keep_epochs):
+            position == 0 and epoch in config.checkpoint.keep_epochs
+        ):
             return True
         # The clocks of processes differ, so one of them decides, now and then.
         minutes = config.checkpoint.every_minutes
-        return bool(minutes and done % config.log_every_steps == 0
-                    and distributed.broadcast(time.time() - self._saved_at > 60 * minutes))
+        return bool(
+            minutes
+            and done % config.log_every_steps == 0
+            and distributed.broadcast(time.time() - self._saved_at > 60 * minutes)
+        )
 
     def results(self, state: TrainState) -> dict[str, Any]:
         return {}

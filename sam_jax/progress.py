@@ -21,6 +21,7 @@ class Progress:
         self._active = active
         if active and sys.stderr.isatty():
             import tqdm
+
             self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step')
 
     def start_clock(self, step: int) -> None:
@@ -97,6 +98,7 @@ class Bars:
 
     def _draw(self, what, done, total):
         import tqdm
+
         if what != self._what:
             self.close()
             self._what, self._bar = what, tqdm.tqdm(total=total, desc=what)

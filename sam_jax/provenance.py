@@ -15,19 +15,29 @@ from sam_jax.replicas import Layout
 
 def hparams(config: Any) -> dict[str, int | float | str]:
     """Returns the settings as TensorBoard's hparams take them."""
-    return {k: v if isinstance(v, (int, float, str)) else str(v)
-            for k, v in settings.flatten(config).items()}
+    return {
+        k: v if isinstance(v, (int, float, str)) else str(v)
+        for k, v in settings.flatten(config).items()
+    }
 
 
 def provenance(config: Any, layout: Layout) -> dict[str, Any]:
     """Content of config.json: settings, versions, revision, hardware."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = subprocess.run(['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
-                         capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         'config': settings.jsonable(config),
-        'versions': {'sam_jax': sam_jax.__version__, 'jax': jax.__version__,
-                     'flax': flax.__version__, 'optax': optax.__version__},
+        'versions': {
+            'sam_jax': sam_jax.__version__,
+            'jax': jax.__version__,
+            'flax': flax.__version__,
+            'optax': optax.__version__,
+        },
         'git_revision': git.stdout.strip() or 'unknown',
         'device_kind': layout.devices[0].device_kind,
         'device_count': len(layout.devices),
@@ -43,7 +53,9 @@ def summary(result: dict[str, Any], workdir: str) -> str:
         lines.append(f'with EMA       {100 * result["test/ema_error_rate"]:.2f} %')
     if 'validation/error_rate' in result:
         lines.append(f'validation     {100 * result["validation/error_rate"]:.2f} %')
-    lines += [f'wall time      {minutes} min {seconds} s',
-              f'images/s       {result["perf/images_per_second"]:.0f}',
-              f'files          {os.path.abspath(workdir)}']
+    lines += [
+        f'wall time      {minutes} min {seconds} s',
+        f'images/s       {result["perf/images_per_second"]:.0f}',
+        f'files          {os.path.abspath(workdir)}',
+    ]
     return 'Finished.\n  ' + '\n  '.join(lines)

@@ -56,12 +56,19 @@ def quantize_kernels(params: optax.Params, bits: int, per_channel: bool = False)
       bits, per_channel: as of `fake_quantize`.
     """
     return jax.tree.map(
-        lambda w: fake_quantize(w, bits, per_channel) if jnp.ndim(w) > 1 else w, params)
+        lambda w: fake_quantize(w, bits, per_channel) if jnp.ndim(w) > 1 else w, params
+    )
 
 
-def min_max_step(f: Callable[[Any, Any], jax.Array], x: Any, y: Any, states: tuple[Any, Any],
-                 descent: optax.GradientTransformation, ascent: optax.GradientTransformation,
-                 **extra_args) -> tuple[Any, Any, tuple[Any, Any]]:
+def min_max_step(
+    f: Callable[[Any, Any], jax.Array],
+    x: Any,
+    y: Any,
+    states: tuple[Any, Any],
+    descent: optax.GradientTransformation,
+    ascent: optax.GradientTransformation,
+    **extra_args,
+) -> tuple[Any, Any, tuple[Any, Any]]:
     """One step of min over x, max over y of f(x, y): x descends, then y ascends at the new x.
 
     With descent = chain(sam(rho), sgd(a)), ascent = sgd(b) and n(v) = v / ||v||_2:
@@ -87,7 +94,8 @@ def min_max_step(f: Callable[[Any, Any], jax.Array], x: Any, y: Any, states: tup
     """
     x, x_state = _descend(descent, lambda x: jax.grad(f)(x, y), x, states[0], extra_args)
     y, y_state = _descend(
-        ascent, lambda y: jax.grad(lambda y: -f(x, y))(y), y, states[1], extra_args)
+        ascent, lambda y: jax.grad(lambda y: -f(x, y))(y), y, states[1], extra_args
+    )
     return x, y, (x_state, y_state)
 
 

@@ -105,8 +105,13 @@ def free_host_memory() -> float:
         return float('inf')
 
 
-def make_layout(batch_size: int, replica_batch_size: int, replicas_per_group: int,
-                loop: str = 'auto', devices: Sequence[Device] | None = None) -> tuple[Layout, str]:
+def make_layout(
+    batch_size: int,
+    replica_batch_size: int,
+    replicas_per_group: int,
+    loop: str = 'auto',
+    devices: Sequence[Device] | None = None,
+) -> tuple[Layout, str]:
     """Cuts the batch and chooses the devices.
 
     Args:
@@ -126,41 +131,50 @@ def make_layout(batch_size: int, replica_batch_size: int, replicas_per_group: in
     if batch_size % replica_batch_size:
         raise UserError(
             f'batch_size is {batch_size}; it must be a multiple of replica_batch_size, '
-            f'{replica_batch_size}.')
+            f'{replica_batch_size}.'
+        )
     num_replicas = batch_size // replica_batch_size
     if num_replicas % replicas_per_group:
         raise UserError(
             f'sam.replicas_per_group is {replicas_per_group}; it must divide the {num_replicas} '
-            f'replicas (batch_size {batch_size} / replica_batch_size {replica_batch_size}).')
+            f'replicas (batch_size {batch_size} / replica_batch_size {replica_batch_size}).'
+        )
     devices = list(devices if devices is not None else jax.devices())
     available = len(devices)
     note = ''
     if num_replicas < available:
-        used = max(n for n in range(1, num_replicas + 1)
-                   if _fits(num_replicas, replicas_per_group, n))
-        fix = (f'batch_size {batch_size} has {num_replicas} replicas of {replica_batch_size} for '
-               f'{available} devices')
+        used = max(
+            n for n in range(1, num_replicas + 1) if _fits(num_replicas, replicas_per_group, n)
+        )
+        fix = (
+            f'batch_size {batch_size} has {num_replicas} replicas of {replica_batch_size} for '
+            f'{available} devices'
+        )
         if jax.process_count() > 1:
             raise UserError(
                 f'{fix}: on several processes every device needs one; set replica_batch_size to '
-                f'{max(batch_size // available, 1)} or use fewer processes.')
+                f'{max(batch_size // available, 1)} or use fewer processes.'
+            )
         devices, note = devices[:used], f'{fix}: {used} of them are used.'
     elif not _fits(num_replicas, replicas_per_group, available):
         raise UserError(
             f'The {num_replicas} replicas (batch_size {batch_size} / replica_batch_size '
             f'{replica_batch_size}) in groups of {replicas_per_group} cannot be shared equally by '
             f'{available} devices; change replica_batch_size, sam.replicas_per_group or the number '
-            'of devices.')
+            'of devices.'
+        )
     group_devices = max(replicas_per_group * len(devices) // num_replicas, 1)
     devices = tuple(neighbour_order(devices, group_devices))
     return Layout(
-        devices, num_replicas, replica_batch_size, replicas_per_group, loop == 'unroll'), note
+        devices, num_replicas, replica_batch_size, replicas_per_group, loop == 'unroll'
+    ), note
 
 
 def _fits(num_replicas, replicas_per_group, num_devices):
     per_device = num_replicas // num_devices
     return num_replicas % num_devices == 0 and (
-        per_device % replicas_per_group == 0 or replicas_per_group % per_device == 0)
+        per_device % replicas_per_group == 0 or replicas_per_group % per_device == 0
+    )
 
 
 def neighbour_order(devices: Sequence[Device], group_size: int) -> list[Device]:

@@ -58,16 +58,18 @@ class MetricsFile:
         lines = []
         if resume_step and os.path.exists(path):
             with open(path) as f:
-                lines = [line for line in f.read().splitlines()
-                         if _step_of(line) <= resume_step]
+                lines = [line for line in f.read().splitlines() if _step_of(line) <= resume_step]
         with open(path + '.part', 'w') as f:
             f.writelines(f'{line}\n' for line in lines)
         os.replace(path + '.part', path)
         self._file = open(path, 'a')
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        content = {'step': step, **{k: _jsonable(v) for k, v in scalars.items()},
-                   'time': time.time()}
+        content = {
+            'step': step,
+            **{k: _jsonable(v) for k, v in scalars.items()},
+            'time': time.time(),
+        }
         self._file.write(json.dumps(content) + '\n')
         self._file.flush()
 

@@ -27,8 +27,9 @@ def constant(base: float | jax.Array, total_steps: float) -> Schedule:
 
 def cosine(base: float | jax.Array, total_steps: float) -> Schedule:
     """value(t) = base * (1 + cos(pi * t / total_steps)) / 2, and 0 from total_steps on."""
-    return lambda step: base * 0.5 * (
-        1.0 + jnp.cos(jnp.pi * jnp.minimum(_share(step, total_steps), 1.0)))
+    return lambda step: (
+        base * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(_share(step, total_steps), 1.0)))
+    )
 
 
 def exponential(base: float | jax.Array, total_steps: float) -> Schedule:
@@ -39,8 +40,9 @@ def exponential(base: float | jax.Array, total_steps: float) -> Schedule:
 SCHEDULES = {'constant': constant, 'cosine': cosine, 'exponential': exponential}
 
 
-def create(name: str, base: float | jax.Array, total_steps: float,
-           warmup_steps: float = 0) -> Schedule:
+def create(
+    name: str, base: float | jax.Array, total_steps: float, warmup_steps: float = 0
+) -> Schedule:
     """Returns the schedule `name` times a linear warm-up min(t / warmup_steps, 1).
 
     Args:
@@ -58,20 +60,20 @@ def create(name: str, base: float | jax.Array, total_steps: float,
     return lambda step: schedule(step) * jnp.minimum(_share(step, warmup_steps), 1.0)
 
 
-def of_run(config: Any, hparams: Any, step: ArrayLike,
-           steps_per_epoch: int) -> tuple[jax.Array, jax.Array]:
+def of_run(
+    config: Any, hparams: Any, step: ArrayLike, steps_per_epoch: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns (learning rate, rho) at a step; `hparams` have the values that are scheduled."""
     total_steps = config.total_epochs * steps_per_epoch
 
     def at(settings, base, name):
-        return create(
-            name, base, total_steps, settings.warmup_epochs * steps_per_epoch)(step)
+        return create(name, base, total_steps, settings.warmup_epochs * steps_per_epoch)(step)
 
-    learning_rate = at(
-        config.optimizer, hparams.learning_rate, config.optimizer.schedule)
+    learning_rate = at(config.optimizer, hparams.learning_rate, config.optimizer.schedule)
     if config.sam.schedule == 'learning_rate':
         peak = hparams.learning_rate
         share = jnp.where(peak > 0, learning_rate / jnp.where(peak > 0, peak, 1.0), 0.0)
         return learning_rate, at(config.sam, 1.0, 'constant') * (
-            config.sam.rho_min + (hparams.rho - config.sam.rho_min) * share)
+            config.sam.rho_min + (hparams.rho - config.sam.rho_min) * share
+        )
     return learning_rate, at(config.sam, hparams.rho, config.sam.schedule)

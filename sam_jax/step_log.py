@@ -57,8 +57,9 @@ class StepLog:
         input_wait = self._progress.input_wait()  # before the clock starts anew
         speed = self._progress.images_per_second(step)
         metrics['epoch'] = step / self._steps_per_epoch
-        self._writer.scalars(step, {
-            **metrics, 'perf/images_per_second': speed, 'perf/input_wait': input_wait})
+        self._writer.scalars(
+            step, {**metrics, 'perf/images_per_second': speed, 'perf/input_wait': input_wait}
+        )
         self._progress.line(step, metrics['train/loss'], metrics['train/error_rate'], speed)
 
 
@@ -67,7 +68,8 @@ def refuse_bad_step(bad_step: int | jax.Array) -> None:
     if bad_step:
         raise UserError(
             f'The loss or the gradient is not finite at step {int(bad_step)}; the run stops. '
-            'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.')
+            'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.'
+        )
 
 
 def sharpness_check(config: Any, metrics: dict[str, float], say: Callable[[str], None]) -> bool:
@@ -90,8 +92,10 @@ def sharpness_check(config: Any, metrics: dict[str, float], say: Callable[[str],
     warms_up = config.sam.warmup_epochs or config.sam.schedule == 'learning_rate'
     if config.sam.rho > 0 and not norm and (warms_up or entry.late):
         return False
-    facts = (f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
-             'the perturbed weights')
+    facts = (
+        f'perturbation norm {norm:.4g}, rho {rho:.4g}, loss {loss:.4f} -> {perturbed:.4f} at '
+        'the perturbed weights'
+    )
     climbs = perturbed > loss or entry.late or not entry.uphill
     right_norm = norm > 0
     if config.sam.schedule == 'constant' and not config.sam.warmup_epochs:

@@ -18,7 +18,7 @@ from sam_jax.experiment import Experiment
 from sam_jax.periodic import Preempted
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
-from sam_jax.train_step import TrainState
+from sam_jax.train_state import TrainState
 
 __all__ = ['Preempted', 'train_and_evaluate']
 
@@ -42,6 +42,7 @@ class _Signal:
         if jax.process_count() == 1:
             return self._received
         from jax.experimental import multihost_utils
+
         return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_):
@@ -49,8 +50,9 @@ class _Signal:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def train_and_evaluate(config: Any, workdir: str,
-                       devices: Sequence[replicas.Device] | None = None) -> TrainState:
+def train_and_evaluate(
+    config: Any, workdir: str, devices: Sequence[replicas.Device] | None = None
+) -> TrainState:
     """Trains, evaluates, saves and reports one run, or resumes it where it was stopped.
 
     The same config and seed give the same result on any number of devices and processes, up to
@@ -79,16 +81,26 @@ def train_and_evaluate(config: Any, workdir: str,
         result_path = os.path.join(workdir, 'result.json')
         if first_step == experiment.total_steps and os.path.exists(result_path):
             if main:
-                _log.info('The run in %s is finished; nothing to do. For another one choose '
-                          'another workdir.', workdir)
+                _log.info(
+                    'The run in %s is finished; nothing to do. For another one choose '
+                    'another workdir.',
+                    workdir,
+                )
                 _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
             return state
         writer = run_log.RunWriter(workdir, main, first_step)
         progress = Progress(first_step, experiment.total_steps, config.batch_size, main)
         with contextlib.closing(writer), contextlib.closing(progress):
             log = StepLog(config, writer, progress, experiment.steps_per_epoch, first_step)
-            run = periodic.Run(experiment, workdir, checkpoints, log, writer, progress,
-                               lambda: wall_before + time.time() - began)
+            run = periodic.Run(
+                experiment,
+                workdir,
+                checkpoints,
+                log,
+                writer,
+                progress,
+                lambda: wall_before + time.time() - began,
+            )
             _announce(run, state, first_step)
             state, result = _loop(run, state, first_step, stop)
             if main:
@@ -106,16 +118,19 @@ def _announce(run, state, first_step):
     if first_step:
         progress.say(f'Resuming at step {first_step} of {experiment.total_steps}.')
     if distributed.is_main():
-        run_log.write_json(os.path.join(run.workdir, 'config.json'),
-                           provenance.provenance(config, layout))
+        run_log.write_json(
+            os.path.join(run.workdir, 'config.json'), provenance.provenance(config, layout)
+        )
     if not first_step:
         images = pictures.training_images(dataset, config.seed, 0, layout)
         run.writer.start(provenance.hparams(config), {'train_images': pictures.grid(images)})
         progress.say(run_log.parameter_overview(state.params))
         if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
             progress.say(f'Compiled programs are kept in {jax.config.jax_compilation_cache_dir}.')
-        progress.say(f'Training {config.model.name} on {dataset.name} for '
-                     f'{experiment.total_steps} steps; the first one compiles.')
+        progress.say(
+            f'Training {config.model.name} on {dataset.name} for '
+            f'{experiment.total_steps} steps; the first one compiles.'
+        )
 
 
 def _loop(run, state, first_step, stop):
@@ -136,18 +151,27 @@ def _loop(run, state, first_step, stop):
     except UserError as e:
         run.checkpoints.wait()
         newest = run.checkpoints.steps()[-1:]
-        kept = f'the last good checkpoint is that of step {newest[0]}' if newest else (
-            'no checkpoint was written yet')
+        kept = (
+            f'the last good checkpoint is that of step {newest[0]}'
+            if newest
+            else ('no checkpoint was written yet')
+        )
         raise UserError(f'{e} In {run.workdir} {kept}.') from e
     run.checkpoints.wait()
     total = experiment.total_steps
-    result = {'step': total, 'epochs': experiment.config.total_epochs,
-              'seed': experiment.config.seed,
-              'gradient_evaluations': total + int(state.sharpness_state.evaluations)}
+    result = {
+        'step': total,
+        'epochs': experiment.config.total_epochs,
+        'seed': experiment.config.seed,
+        'gradient_evaluations': total + int(state.sharpness_state.evaluations),
+    }
     for action in actions:
         result |= action.results(state)
-    return state, {**result, 'wall_time': run.wall_time(),
-                   'perf/images_per_second': run.progress.overall_speed()}
+    return state, {
+        **result,
+        'wall_time': run.wall_time(),
+        'perf/images_per_second': run.progress.overall_speed(),
+    }
 
 
 def _check_workdir(workdir):

@@ -1,5 +1,7 @@
 """The train step: a pure function of one device's part of the batch, and its pmap.
 
+What is computed where:
+
     per replica   gradient of (cross entropy + L2 penalty), BatchNorm statistics of the clean pass
                   (at the params, or where the method wants its first gradient)
     per group     mean gradient -> sharpness-aware gradient, by the group's own second gradient
@@ -11,69 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajectory
-from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS, Layout
-
-# Reported as means over the steps since the last report, in this order; the rest as last values.
-_AVERAGED = ('loss', 'perturbed_loss', 'error_rate', 'clean_grad_norm', 'grad_norm',
-             'perturbation_norm')
-
-
-class HParams(flax.struct.PyTreeNode):
-    """Settings that enter the compiled step as values: sweeping them compiles nothing anew."""
-
-    learning_rate: Any
-    rho: Any
-    weight_decay: Any
-    seed: Any
-
-    @classmethod
-    def from_config(cls, config: Any) -> 'HParams':
-        return cls(
-            learning_rate=jnp.asarray(config.optimizer.learning_rate, float),
-            rho=jnp.asarray(config.sam.rho, float),
-            weight_decay=jnp.asarray(config.optimizer.weight_decay, float),
-            seed=jnp.asarray(config.seed, jnp.uint32))
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """Everything a step changes; the same on all devices, so a checkpoint knows no topology.
-
-    Attributes:
-      step: number of steps made, int32.
-      params, batch_stats: the model's variables.
-      opt_state: state of clipping and optimizer.
-      sharpness_state: state of the sharpness-aware method.
-      memory: of the training images' logits, see `trajectory.py`; None for most methods.
-      ema: {'params', 'batch_stats'} averaged over steps, or None.
-      sums: sums of the averaged metrics since the last report.
-      bad_step: first step (1-based) whose loss or gradient was not finite, or that made the params
-        so; 0 if none was.
-    """
-
-    step: Any
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    sharpness_state: Any
-    memory: Any
-    ema: Any
-    sums: Any
-    bad_step: Any
-
-
-def _method(config, rho, **run):
-    # What only the step knows is no matter for shapes and checks.
-    settings = {**config.sam, 'rho': rho, 'max_norm': config.optimizer.clip_norm or None,
-                'total_steps': 1, 'num_examples': 1, **run}
-    return sharpness.create(**settings)
+from sam_jax.train_state import AVERAGED, HParams, TrainState, create_method
 
 
 def paired(feed: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
@@ -88,56 +35,21 @@ def paired(feed: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, A
 
 def asks_for_previous(config: Any) -> bool:
     """Returns whether the config's method takes gradients on the batch of the step before."""
-    return _method(config, 0.0).previous
+    return create_method(config, 0.0).previous
 
 
-def create_train_state(config: Any, model: nn.Module, image_shape: tuple[int, ...],
-                       num_images: int = 0) -> TrainState:
-    """Initialises params, statistics and all states, on the host's default device.
-
-    Args:
-      config: the run's config; its seed decides the params.
-      model: flax module of `models.create_model`.
-      image_shape: (H, W, C).
-      num_images: rows of the memory, for methods that have one.
-
-    Raises:
-      UserError: the method cannot work with these params.
-    """
-    init = jax.jit(functools.partial(model.init, train=False))
-
-    def create_variables():
-        images = jnp.zeros((1, *image_shape), float)
-        return init({'params': rngs.key(config.seed, 'init')}, images)
-
-    method = _method(config, 0.0)
-    try:
-        jax.eval_shape(lambda: method.init(create_variables()['params']))
-    except ValueError as e:  # what the method has to say of params of these shapes
-        raise UserError(f'sam.method is {config.sam.method!r}: {e}') from e
-    variables = create_variables()
-    params, batch_stats = variables['params'], variables.get('batch_stats', {})
-    # Flax starts statistics in float32 even where a float64 model then keeps them in float64.
-    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    batch_stats = jax.tree.map(lambda x: x.astype(dtype), batch_stats)
-    ema = None
-    if config.ema.decay:
-        # A copy: the step donates its arguments, and no buffer may be given away twice.
-        ema = jax.tree.map(jnp.copy, {'params': params, 'batch_stats': batch_stats})
-    memory = trajectory.create_memory(
-        method.trajectory, num_images, getattr(model, 'num_classes', 0), dtype)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, batch_stats=batch_stats,
-        opt_state=optimizers.create(config.optimizer, 0.0).init(params),
-        sharpness_state=method.init(params), memory=memory, ema=ema,
-        sums={name: jnp.zeros((), float) for name in _AVERAGED},
-        bad_step=jnp.zeros((), jnp.int32))
-
-
-def train_step(state: TrainState, feed: dict[str, Any], arrays: dict[str, jax.Array],
-               hparams: HParams, *, model: nn.Module, config: Any, layout: Layout,
-               batch_fn: Callable[..., dict[str, jax.Array]],
-               steps_per_epoch: int) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(
+    state: TrainState,
+    feed: dict[str, Any],
+    arrays: dict[str, jax.Array],
+    hparams: HParams,
+    *,
+    model: nn.Module,
+    config: Any,
+    layout: Layout,
+    batch_fn: Callable[..., dict[str, jax.Array]],
+    steps_per_epoch: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on one device of the pmap axis; pure.
 
     Args:
@@ -156,19 +68,30 @@ def train_step(state: TrainState, feed: dict[str, Any], arrays: dict[str, jax.Ar
       (new state, metrics): scalars by their logged names, the same on all devices.
     """
     learning_rate, rho = schedules.of_run(config, hparams, state.step, steps_per_epoch)
-    method = _method(
-        config, rho, total_steps=config.total_epochs * steps_per_epoch,
-        num_examples=steps_per_epoch * config.batch_size)
+    method = create_method(
+        config,
+        rho,
+        total_steps=config.total_epochs * steps_per_epoch,
+        num_examples=steps_per_epoch * config.batch_size,
+    )
     epoch = state.step // steps_per_epoch
     training = gradients.Training.from_config(
-        config, model, hparams.weight_decay,
-        trajectory.trajectory_loss(method.trajectory, state, model, epoch))
+        config,
+        model,
+        hparams.weight_decay,
+        trajectory.trajectory_loss(method.trajectory, state, model, epoch),
+    )
     groups = _groups(state, feed, arrays, hparams, layout, batch_fn, epoch)
-    shared = {'momentum': optimizers.momentum(config.optimizer, state.opt_state),
-              'learning_rate': learning_rate, 'corrected': True, 'added_loss': True,
-              'gate_key': rngs.key(hparams.seed, 'gate', state.step)}
+    shared = {
+        'momentum': optimizers.momentum(config.optimizer, state.opt_state),
+        'learning_rate': learning_rate,
+        'corrected': True,
+        'added_loss': True,
+        'gate_key': rngs.key(hparams.seed, 'gate', state.step),
+    }
     (grads, sharpness_state, batch_stats, report), kept = _over_groups(
-        state, groups, training, method, layout, shared, rho > 0)
+        state, groups, training, method, layout, shared, rho > 0
+    )
     report['grad_norm'] = optax.tree.norm(grads)
 
     descent = optimizers.create(config.optimizer, learning_rate)
@@ -178,22 +101,32 @@ def train_step(state: TrainState, feed: dict[str, Any], arrays: dict[str, jax.Ar
     memory = state.memory
     if memory is not None:
         memory = trajectory.memorise(memory, feed['index'], kept['logits'], epoch)
-    ema = state.ema
-    if ema is not None:
-        ema = optimizers.ema_update(
-            ema, {'params': params, 'batch_stats': batch_stats}, state.step + 1,
-            config.ema.decay, config.ema.warmup_steps)
+    ema = _averaged(state, {'params': params, 'batch_stats': batch_stats}, config.ema)
     # What goes past the optimizer is seen in the params only. (Their 2-norm may overflow before.)
-    finite = jnp.isfinite(report['loss']) & jnp.isfinite(report['grad_norm']) & jnp.isfinite(
-        sharpness.trees.lp_norm(params, float('inf')))
+    finite = (
+        jnp.isfinite(report['loss'])
+        & jnp.isfinite(report['grad_norm'])
+        & jnp.isfinite(sharpness.trees.lp_norm(params, float('inf')))
+    )
     sums, bad_step, logged = _report(state, report, finite, config.log_every_steps)
-    logged.update({
-        'train/param_norm': optax.tree.norm(params), 'train/learning_rate': learning_rate,
-        'train/rho': rho})
+    logged |= {
+        'train/param_norm': optax.tree.norm(params),
+        'train/learning_rate': learning_rate,
+        'train/rho': rho,
+    }
     new_state = TrainState(
-        state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums,
-        bad_step)
+        state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums, bad_step
+    )
     return new_state, logged
+
+
+def _averaged(state, variables, settings):
+    """The moving average after the step, if there is one."""
+    if state.ema is None:
+        return None
+    return optimizers.ema_update(
+        state.ema, variables, state.step + 1, settings.decay, settings.warmup_steps
+    )
 
 
 def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
@@ -203,30 +136,34 @@ def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
     replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
     if previous is not None:
         replicas['previous'] = keyed_replicas(
-            jnp.maximum(state.step - 1, 0), previous, arrays, hparams, layout, batch_fn)
+            jnp.maximum(state.step - 1, 0), previous, arrays, hparams, layout, batch_fn
+        )
     if state.memory is not None:
         replicas['past'] = trajectory.recall(state.memory, feed['index'], epoch)
-    return jax.tree.map(
-        lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
+    return jax.tree.map(lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
 
 
 def _over_groups(state, groups, training, method, layout, shared, climbable):
     """Means over all groups of what `gradients.group_step` returns, and what is kept."""
+
     def loss(group):
         return gradients.group_loss(state.batch_stats, group, training, layout, climbable)
 
     def step(group, clean=None, **more):
         return gradients.group_step(
-            state, loss(group), method, {**shared, **more, 'key': group['group_key'][0]}, clean)
+            state, loss(group), method, {**shared, **more, 'key': group['group_key'][0]}, clean
+        )
 
     if method.gate_norm:
         # The gate is one for all: the gradients of all groups are there before the first ascent.
         _, cleans = gradients.mean_over(
-            lambda group: ((), loss(group)(state.params, climb=True)), groups, layout.unroll)
+            lambda group: ((), loss(group)(state.params, climb=True)), groups, layout.unroll
+        )
         squares = jax.vmap(lambda g: jnp.square(sharpness.trees.lp_norm(g)))(cleans.grads)
         gate_norm = jnp.sqrt(gradients.mean_over_devices(jnp.mean(squares)))
         result, kept = gradients.mean_over(
-            lambda pair: step(*pair, gate_norm=gate_norm), (groups, cleans), layout.unroll)
+            lambda pair: step(*pair, gate_norm=gate_norm), (groups, cleans), layout.unroll
+        )
     else:
         result, kept = gradients.mean_over(step, groups, layout.unroll)
     if layout.devices_per_group < len(layout.devices):
@@ -234,9 +171,14 @@ def _over_groups(state, groups, training, method, layout, shared, climbable):
     return result, kept
 
 
-def keyed_replicas(step: jax.Array, feed: dict[str, Any], arrays: dict[str, jax.Array],
-                   hparams: HParams, layout: Layout,
-                   batch_fn: Callable[..., dict[str, jax.Array]]) -> dict[str, Any]:
+def keyed_replicas(
+    step: jax.Array,
+    feed: dict[str, Any],
+    arrays: dict[str, jax.Array],
+    hparams: HParams,
+    layout: Layout,
+    batch_fn: Callable[..., dict[str, jax.Array]],
+) -> dict[str, Any]:
     """Returns this device's replicas, with leading axis replicas.
 
     {'image', 'label', 'rngs', 'group_key'}: the keys, of the examples' augmentation, of the
@@ -244,47 +186,67 @@ def keyed_replicas(step: jax.Array, feed: dict[str, Any], arrays: dict[str, jax.
     in the global batch alone. Arguments as of `train_step`.
     """
     replica = lax.axis_index(AXIS) * layout.replicas_per_device + jnp.arange(
-        layout.replicas_per_device)
+        layout.replicas_per_device
+    )
     place = jnp.arange(layout.replicas_per_device * layout.replica_batch_size) + (
-        replica[0] * layout.replica_batch_size)
+        replica[0] * layout.replica_batch_size
+    )
     augment_key = rngs.key(hparams.seed, 'augment', step)
     example_keys = jax.vmap(functools.partial(jax.random.fold_in, augment_key))(place)
 
     def of_replicas(key):
         return jax.vmap(functools.partial(jax.random.fold_in, key))(replica)
 
-    replica_rngs = {'dropout': of_replicas(rngs.key(hparams.seed, 'dropout', step)),
-                    'shake': of_replicas(rngs.key(hparams.seed, 'shake', step))}
+    replica_rngs = {
+        'dropout': of_replicas(rngs.key(hparams.seed, 'dropout', step)),
+        'shake': of_replicas(rngs.key(hparams.seed, 'shake', step)),
+    }
     example_keys = example_keys.reshape(layout.replicas_per_device, -1)
     batch_key = rngs.key(hparams.seed, 'augment_batch', step)
-    group_key = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(
-        hparams.seed, 'ascent', step)))(replica // layout.replicas_per_group)
-    return {**batch_fn(arrays, feed, example_keys, batch_key, AXIS), 'rngs': replica_rngs,
-            'group_key': group_key}
+    group_key = jax.vmap(
+        functools.partial(jax.random.fold_in, rngs.key(hparams.seed, 'ascent', step))
+    )(replica // layout.replicas_per_group)
+    return {
+        **batch_fn(arrays, feed, example_keys, batch_key, AXIS),
+        'rngs': replica_rngs,
+        'group_key': group_key,
+    }
 
 
 def _report(state, report, finite, log_every_steps):
     """Adds a step's metrics to the sums, which live in the state so that a restart loses none."""
     position = state.step % log_every_steps
-    sums = {name: jnp.where(position == 0, 0.0, state.sums[name]) + report[name].astype(float)
-            for name in _AVERAGED}
+    sums = {
+        name: jnp.where(position == 0, 0.0, state.sums[name]) + report[name].astype(float)
+        for name in AVERAGED
+    }
     bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-    logged = {f'train/{name}': sums[name] / (position + 1) for name in _AVERAGED}
+    logged = {f'train/{name}': sums[name] / (position + 1) for name in AVERAGED}
     logged['bad_step'] = bad_step
     return sums, bad_step, logged
 
 
-def make_train_step(model: nn.Module, config: Any, layout: Layout,
-                    dataset: Any) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(
+    model: nn.Module, config: Any, layout: Layout, dataset: Any
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the pmapped step: (state, feed, arrays, hparams) -> (state, metrics).
 
     `feed` is sharded over the devices (`layout.shard`), everything else replicated
     (`layout.replicate`); the state's buffers are donated.
     """
     step = functools.partial(
-        train_step, model=model, config=config, layout=layout,
+        train_step,
+        model=model,
+        config=config,
+        layout=layout,
         batch_fn=dataset.train_batch,
-        steps_per_epoch=dataset.num_train_examples // config.batch_size)
+        steps_per_epoch=dataset.num_train_examples // config.batch_size,
+    )
     return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0, None, None), out_axes=(None, None),
-        donate_argnums=0, devices=layout.devices)
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0, None, None),
+        out_axes=(None, None),
+        donate_argnums=0,
+        devices=layout.devices,
+    )

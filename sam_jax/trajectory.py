@@ -11,11 +11,12 @@ from sam_jax import losses, sharpness
 from sam_jax.replicas import AXIS
 
 # No epoch is this one, and none lies so far back.
-_NEVER = -2 ** 30
+_NEVER = -(2**30)
 
 
-def create_memory(trajectory: sharpness.Trajectory | None, num_images: int, num_classes: int,
-                  dtype: Any) -> dict[str, jax.Array] | None:
+def create_memory(
+    trajectory: sharpness.Trajectory | None, num_images: int, num_classes: int, dtype: Any
+) -> dict[str, jax.Array] | None:
     """Returns an empty memory, or None for a method that has none.
 
     {'logits': (epochs_ago, images, classes), 'epoch': (epochs_ago, images)}: the logits of each
@@ -24,30 +25,39 @@ def create_memory(trajectory: sharpness.Trajectory | None, num_images: int, num_
     if not trajectory or not trajectory.epochs_ago:
         return None
     shape = (trajectory.epochs_ago, num_images)
-    return {'logits': jnp.zeros((*shape, num_classes), dtype),
-            'epoch': jnp.full(shape, _NEVER, jnp.int32)}
+    return {
+        'logits': jnp.zeros((*shape, num_classes), dtype),
+        'epoch': jnp.full(shape, _NEVER, jnp.int32),
+    }
 
 
-def recall(memory: dict[str, jax.Array], index: jax.Array,
-           epoch: jax.Array) -> dict[str, jax.Array]:
+def recall(
+    memory: dict[str, jax.Array], index: jax.Array, epoch: jax.Array
+) -> dict[str, jax.Array]:
     """The logits of `index` from as many epochs ago as the memory is long, where it has them."""
     slots = memory['epoch'].shape[0]
     slot = epoch % slots
-    return {'logits': memory['logits'][slot, index],
-            'known': memory['epoch'][slot, index] == epoch - slots}
+    return {
+        'logits': memory['logits'][slot, index],
+        'known': memory['epoch'][slot, index] == epoch - slots,
+    }
 
 
-def memorise(memory: dict[str, jax.Array], index: jax.Array, logits: jax.Array,
-             epoch: jax.Array) -> dict[str, jax.Array]:
+def memorise(
+    memory: dict[str, jax.Array], index: jax.Array, logits: jax.Array, epoch: jax.Array
+) -> dict[str, jax.Array]:
     """The memory with the logits of this step's global batch, in place of the oldest."""
     index, logits = lax.all_gather((index, logits.reshape(*index.shape, -1)), AXIS)
     slot = epoch % memory['epoch'].shape[0]
-    return {'logits': memory['logits'].at[slot, index].set(logits.astype(memory['logits'].dtype)),
-            'epoch': memory['epoch'].at[slot, index].set(epoch)}
+    return {
+        'logits': memory['logits'].at[slot, index].set(logits.astype(memory['logits'].dtype)),
+        'epoch': memory['epoch'].at[slot, index].set(epoch),
+    }
 
 
-def trajectory_loss(trajectory: sharpness.Trajectory | None, state: Any, model: Any,
-                    epoch: jax.Array) -> Callable[[jax.Array, dict[str, Any]], jax.Array] | None:
+def trajectory_loss(
+    trajectory: sharpness.Trajectory | None, state: Any, model: Any, epoch: jax.Array
+) -> Callable[[jax.Array, dict[str, Any]], jax.Array] | None:
     """Returns SAF's or MESA's loss as a function (logits, replica) -> scalar, or None."""
     if trajectory is None:
         return None

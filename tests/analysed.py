@@ -24,13 +24,14 @@ def network(seed=0, **options):
     model = Net(**options)
     rng = np.random.RandomState(seed)
     variables = model.init(jax.random.key(seed), np.zeros((1, 8, 8, 1), model.dtype))
-    params = jax.tree.map(lambda x: x + 0.3 * rng.randn(*x.shape).astype(x.dtype),
-                          variables['params'])
-    stats = jax.tree.map(lambda x: x + rng.rand(*x.shape).astype(x.dtype),
-                         variables.get('batch_stats', {}))
+    params = jax.tree.map(
+        lambda x: x + 0.3 * rng.randn(*x.shape).astype(x.dtype), variables['params']
+    )
+    stats = jax.tree.map(
+        lambda x: x + rng.rand(*x.shape).astype(x.dtype), variables.get('batch_stats', {})
+    )
     dtype = jax.tree.leaves(params)[0].dtype
-    return model, {'params': params, 'batch_stats': jax.tree.map(
-        lambda x: x.astype(dtype), stats)}
+    return model, {'params': params, 'batch_stats': jax.tree.map(lambda x: x.astype(dtype), stats)}
 
 
 def objective(examples=90, devices=1, batch_size=32, model_and_variables=None, **options):
@@ -38,7 +39,8 @@ def objective(examples=90, devices=1, batch_size=32, model_and_variables=None, *
     model, variables = model_and_variables or network(dtype='float64')
     split = digits().train.subset(np.arange(examples))
     return objectives.create(
-        model, variables, digits(), split, layout(devices), batch_size, **options)
+        model, variables, digits(), split, layout(devices), batch_size, **options
+    )
 
 
 def examples(count=90):

@@ -50,9 +50,12 @@ def test_projected_steps_climb_to_the_maximum_over_the_ball(x64):
         eps = np.linalg.solve(mu * np.eye(len(a)) - a, a @ w)
         low, high = (mu, high) if np.linalg.norm(eps) > RHO else (low, mu)
     highest = w @ a @ eps + eps @ a @ eps / 2
-    rises = [sharpness.of_ball(Quadratic(grad_fn), params,
-                               ascent.projected_steps(RHO, k, step_size=0.5)).sharpness
-             for k in (2, 5, 30)]
+    rises = [
+        sharpness.of_ball(
+            Quadratic(grad_fn), params, ascent.projected_steps(RHO, k, step_size=0.5)
+        ).sharpness
+        for k in (2, 5, 30)
+    ]
     assert rises[0] < rises[1] < rises[2] <= highest + 1e-12
     np.testing.assert_allclose(rises[2], highest, rtol=1e-3)
 
@@ -60,11 +63,12 @@ def test_projected_steps_climb_to_the_maximum_over_the_ball(x64):
 def test_adaptive_sharpness_is_that_of_the_ellipsoid(x64):
     """max of g'eps over |eps / |w|| <= rho is rho ||w g||, here with the curvature's term."""
     params, grad_fn, a = quadratic(np.float64)
-    rise = sharpness.of_ball(Quadratic(grad_fn), params, ascent.metric_ball(
-        RHO, ascent.adaptive_metric(0.0, 'all')))
+    rise = sharpness.of_ball(
+        Quadratic(grad_fn), params, ascent.metric_ball(RHO, ascent.adaptive_metric(0.0, 'all'))
+    )
     w = flat(params)
     g = a @ w
-    eps = RHO * w ** 2 * g / np.linalg.norm(w * g)
+    eps = RHO * w**2 * g / np.linalg.norm(w * g)
     np.testing.assert_allclose(rise.sharpness, g @ eps + eps @ a @ eps / 2, rtol=1e-10)
 
 
@@ -72,8 +76,9 @@ def test_the_average_direction_rises_by_the_mean_curvature(x64):
     """E over the sphere of L(rho u) - L(0) = rho^2 tr A / 2n."""
     params, grad_fn, a = quadratic(np.float64)
     rise = sharpness.of_average_direction(
-        Quadratic(grad_fn), jax.tree.map(jnp.zeros_like, params), RHO, draws=200)
-    expected = RHO ** 2 * np.trace(a) / (2 * len(a))
+        Quadratic(grad_fn), jax.tree.map(jnp.zeros_like, params), RHO, draws=200
+    )
+    expected = RHO**2 * np.trace(a) / (2 * len(a))
     assert rise.count == 200 and 0 < rise.standard_error < 0.1 * expected
     assert abs(rise.sharpness - expected) < 4 * rise.standard_error
 
@@ -92,31 +97,48 @@ def literal(m, count, rho, variables, model, weight_decay=0.0):
     gradient = jax.jit(jax.grad(lambda *args: loss(*args)[0]))
     found = []
     for i in range(0, count - m + 1, m):
-        part = images[i:i + m], labels[i:i + m]
+        part = images[i : i + m], labels[i : i + m]
         g = gradient(w, *part)
         found.append([*loss(w, *part), *loss(w + rho * g / jnp.linalg.norm(g), *part)])
     return np.array(found)
 
 
-@pytest.mark.parametrize(['m', 'devices', 'batch_size'], [
-    (1, 4, 32), (7, 2, 32), (8, 4, 32),  # within devices, side by side
-    (8, 4, 16), (40, 2, 32), (90, 2, 32)])  # over devices
+@pytest.mark.parametrize(
+    ['m', 'devices', 'batch_size'],
+    [
+        (1, 4, 32),
+        (7, 2, 32),
+        (8, 4, 32),  # within devices, side by side
+        (8, 4, 16),
+        (40, 2, 32),
+        (90, 2, 32),
+    ],
+)  # over devices
 def test_m_sharpness_is_the_mean_over_groups(x64, m, devices, batch_size, monkeypatch):
-    monkeypatch.setitem(sharpness._COPIED, 'cpu', 2 ** 28)
+    monkeypatch.setitem(sharpness._COPIED, 'cpu', 2**28)
     model, variables = network(dtype='float64')
-    measured, params = objective(devices=devices, batch_size=batch_size, weight_decay=0.1,
-                                 model_and_variables=(model, variables))
+    measured, params = objective(
+        devices=devices,
+        batch_size=batch_size,
+        weight_decay=0.1,
+        model_and_variables=(model, variables),
+    )
     rise = sharpness.make_m_sharpness(measured, m, ascent.lp_ball(RHO))(
-        params, measured.batch_stats)
+        params, measured.batch_stats
+    )
     each = literal(m, 90, RHO, variables, model, weight_decay=0.1)
     assert rise.count == len(each) == 90 // m
     np.testing.assert_allclose(
         [rise.loss, rise.error_rate, rise.perturbed_loss, rise.perturbed_error_rate],
-        each.mean(axis=0), rtol=1e-9)
+        each.mean(axis=0),
+        rtol=1e-9,
+    )
     rises = each[:, 2] - each[:, 0]
     np.testing.assert_allclose(
-        rise.standard_error, rises.std(ddof=1) / np.sqrt(len(rises)) if len(rises) > 1 else np.nan,
-        rtol=1e-6)
+        rise.standard_error,
+        rises.std(ddof=1) / np.sqrt(len(rises)) if len(rises) > 1 else np.nan,
+        rtol=1e-6,
+    )
 
 
 def test_m_sharpness_with_other_statistics_and_one_copy_at_once(x64):
@@ -124,7 +146,8 @@ def test_m_sharpness_with_other_statistics_and_one_copy_at_once(x64):
     measured, params = objective(devices=2, model_and_variables=(model, variables))
     other = jax.tree.map(lambda x: 2 * x, variables['batch_stats'])
     rise = sharpness.make_m_sharpness(measured, 4, ascent.lp_ball(RHO))(
-        params, measured.layout.replicate(other))
+        params, measured.layout.replicate(other)
+    )
     each = literal(4, 90, RHO, {**variables, 'batch_stats': other}, model)
     np.testing.assert_allclose(rise.perturbed_loss, each[:, 2].mean(), rtol=1e-9)
     whole = sharpness.make_m_sharpness(measured, 90, ascent.lp_ball(RHO))
@@ -151,6 +174,7 @@ def test_edge_of_stability(rho, length):
     def step(w):
         def grad_fn(w):
             return curvatures * w
+
         return w - lr * tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)[0]
 
     factor = jax.jacobian(step)(w)[0, 0]
@@ -161,6 +185,9 @@ def test_edge_of_stability(rho, length):
 
 def test_edge_of_stability_at_its_ends():
     assert sharpness.edge_of_stability(0.0, 0.1, 0.05) == 0
-    assert sharpness.edge_of_stability(0.0, 0.1, 0.0) == sharpness.edge_of_stability(
-        1.0, 0.1, 0.0) == 20
+    assert (
+        sharpness.edge_of_stability(0.0, 0.1, 0.0)
+        == sharpness.edge_of_stability(1.0, 0.1, 0.0)
+        == 20
+    )
     assert sharpness.edge_of_stability(1.0, 0.0, 0.05) == np.inf

@@ -1,7 +1,9 @@
 """Analysis during training and of a finished run, as users start it, on real digits."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -15,11 +17,13 @@ from sam_jax import models, train
 from sam_jax.analysis import landscape, study
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
+from sam_jax.experiments import flatness, results
 
 
 @pytest.fixture(scope='module', autouse=True)
 def tiny():
     """A network that compiles soon, in the place of the config's."""
+
     def build(settings, num_classes):
         return Net(settings.dtype)
 
@@ -30,13 +34,17 @@ def tiny():
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory, tiny):
     """Two finished runs; the first one was analysed after each of its epochs."""
-    names = {'sgd': dict(analysis__every_epochs=1, analysis__examples=100, analysis__steps=30),
-             'sam': dict(sam__rho=0.2)}
+    names = {
+        'sgd': dict(analysis__every_epochs=1, analysis__examples=100, analysis__steps=30),
+        'sam': dict(sam__rho=0.2),
+    }
     folder = tmp_path_factory.mktemp('runs')
     for method, settings in names.items():
         train.train_and_evaluate(
             small_config(sam__method=method, checkpoint__every_epochs=1, **settings),
-            str(folder / method), devices=jax.devices()[:1])
+            str(folder / method),
+            devices=jax.devices()[:1],
+        )
     return folder
 
 
@@ -73,16 +81,28 @@ def test_what_training_logs_is_what_the_command_finds(folders):
         np.testing.assert_allclose(spectrum[name], result[f'analysis/{name}'], rtol=rtol)
     measured = study.measure_sharpness(run, study.Settings(m=(64,)))
     np.testing.assert_allclose(
-        measured['SAM step']['sharpness'], result['analysis/sharpness'], rtol=1e-2)
+        measured['SAM step']['sharpness'], result['analysis/sharpness'], rtol=1e-2
+    )
     np.testing.assert_allclose(measured['m = 64']['sharpness'], result['analysis/gap'], rtol=1e-2)
     # Gradient descent's edge, of the learning rate of the epoch's last step.
-    line, = (x for x in logged(folders / 'sgd') if x['step'] == 20 and 'train/learning_rate' in x)
+    (line,) = (x for x in logged(folders / 'sgd') if x['step'] == 20 and 'train/learning_rate' in x)
     np.testing.assert_allclose(
-        lines[0]['analysis/edge'], 2 / line['train/learning_rate'], rtol=1e-5)
+        lines[0]['analysis/edge'], 2 / line['train/learning_rate'], rtol=1e-5
+    )
 
 
-FILES = {'analysis.json', 'report.md', 'spectrum.png', 'spectrum_1.npz', 'spectrum_2.npz',
-         'landscape.png', 'landscape_1.npz', 'landscape_2.npz', 'path.png', 'path.npz'}
+FILES = {
+    'analysis.json',
+    'report.md',
+    'spectrum.png',
+    'spectrum_1.npz',
+    'spectrum_2.npz',
+    'landscape.png',
+    'landscape_1.npz',
+    'landscape_2.npz',
+    'path.png',
+    'path.npz',
+}
 
 
 @pytest.mark.slow
@@ -90,15 +110,40 @@ def test_the_command(tmp_path):
     """A real network, from a process of its own."""
     for method in ('sgd', 'sam'):
         done = subprocess.run(
-            [sys.executable, '-m', 'sam_jax.main', f'--config=configs/digits.py:method={method}',
-             '--config.total_epochs=1', f'--workdir={tmp_path / method}'],
-            cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+            [
+                sys.executable,
+                '-m',
+                'sam_jax.main',
+                f'--config=configs/digits.py:method={method}',
+                '--config.total_epochs=1',
+                f'--workdir={tmp_path / method}',
+            ],
+            cwd=ROOT,
+            env=lean_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.cli.analyze', f'--workdir={tmp_path / "sgd"}',
-         f'--compare={tmp_path / "sam"}', '--examples=50', '--steps=6', '--probes=2', '--m=1,25',
-         '--points=3'],
-        cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+        [
+            sys.executable,
+            '-m',
+            'sam_jax.cli.analyze',
+            f'--workdir={tmp_path / "sgd"}',
+            f'--compare={tmp_path / "sam"}',
+            '--examples=50',
+            '--steps=6',
+            '--probes=2',
+            '--m=1,25',
+            '--points=3',
+        ],
+        cwd=ROOT,
+        env=lean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert {*os.listdir(tmp_path / 'sgd' / 'analysis')} == FILES
     assert '| lambda_max | ' in done.stderr
@@ -106,8 +151,9 @@ def test_the_command(tmp_path):
 
 def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
     runs = [study.open_run(str(folders / name), examples=120) for name in ('sgd', 'sam')]
-    study.analyze(runs, str(tmp_path / 'out'),
-                     study.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3))
+    study.analyze(
+        runs, str(tmp_path / 'out'), study.Settings(steps=12, probes=2, m=(1, 60, 1000), points=3)
+    )
     assert {*os.listdir(tmp_path / 'out')} == FILES
     said = json.loads((tmp_path / 'out' / 'analysis.json').read_text())
     first, second = said['runs']
@@ -116,8 +162,14 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
     assert (first['name'], second['name']) == ('sgd, sgd', 'sam, sam')
     for run in said['runs']:
         assert run['spectrum']['lambda_max'] == run['spectrum']['eigenvalues'][0] > 0
-        assert {*run['sharpness']} == {'SAM step', '5 projected steps', 'adaptive, rho 0.5',
-                                       'average direction', 'm = 1', 'm = 60'}
+        assert {*run['sharpness']} == {
+            'SAM step',
+            '5 projected steps',
+            'adaptive, rho 0.5',
+            'average direction',
+            'm = 1',
+            'm = 60',
+        }
         rises = {name: rise['sharpness'] for name, rise in run['sharpness'].items()}
         assert rises['m = 1'] > rises['m = 60'] > rises['average direction']
         layers = run['spectrum']['layers'].values()
@@ -132,6 +184,68 @@ def test_two_runs_and_all_that_is_written_of_them(folders, tmp_path):
     assert '| lambda_max / lambda_5 |' in text and 'without penalty' in text
     assert 'There are too few examples for m = 1000.' in text
     assert f'| lambda_max | {first["spectrum"]["lambda_max"]:.4g} |' in text
+
+
+# The command several times in a process of its own, with the network of `tiny`.
+COMMANDS = """
+import json, sys
+from absl import flags
+from helpers import Net
+from sam_jax import models
+from sam_jax.cli import analyze
+
+models.from_config = lambda settings, num_classes: Net(settings.dtype)
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    flags.FLAGS.unparse_flags()
+    try:
+        analyze.run()
+    except SystemExit as ended:
+        print(ended.code or 0, flush=True)
+"""
+
+
+def test_all_runs_of_a_folder(folders, tmp_path):
+    for name in ('sgd', 'sam'):
+        shutil.copytree(folders / name, tmp_path / 'runs' / name)
+    (tmp_path / 'runs' / 'unfinished').mkdir()
+    shutil.copy(folders / 'sgd' / 'config.json', tmp_path / 'runs' / 'unfinished')
+    command = [f'--runs={tmp_path / "runs"}', '--what=sharpness', '--m=16', '--examples=50']
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            COMMANDS,
+            json.dumps([command, command, [*command, f'--workdir={tmp_path / "runs" / "sgd"}']]),
+        ],
+        cwd=ROOT,
+        env={**lean_environment(tmp_path), 'PYTHONPATH': str(ROOT / 'tests')},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ['0', '0', '2'], done.stderr
+    # Once each: the second call measures nothing.
+    assert [done.stderr.count(f'{name} is measured.') for name in ('sam', 'sgd', 'unfinished')] == [
+        1,
+        1,
+        0,
+    ]
+    assert '--workdir is ' in done.stderr and 'give one of them' in done.stderr
+
+    groups, _ = results.group(results.find([str(tmp_path / 'runs')]))
+    names = [g.settings['sam.method'] for g in groups]
+    rows = {row['measure']: row for row in flatness.rows(groups, names)}
+    for name in ('sam', 'sgd'):
+        file = tmp_path / 'runs' / name / 'analysis' / 'analysis.json'
+        (run,) = json.loads(file.read_text())['runs']
+        rise = run['sharpness']['m = 16']['sharpness']
+        assert rows['rise of the loss: m = 16'][name] == f'{rise:.4g}'
+    settings = study.Settings(what=('sharpness',), m=(16,))
+    out = str(tmp_path / 'runs' / 'sam' / 'analysis')
+    assert study.is_done(out, settings, 'train', 50)
+    assert not study.is_done(out, dataclasses.replace(settings, rho=0.1), 'train', 50)
+    assert not study.is_done(out, settings, 'test', 50)
 
 
 def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
@@ -149,18 +263,20 @@ def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):
         if done == 3:
             raise Killed
 
-    clock = iter(range(0, 10 ** 6, 100))  # each place takes so long that it is saved
+    clock = iter(range(0, 10**6, 100))  # each place takes so long that it is saved
     monkeypatch.setattr(study.time, 'perf_counter', lambda: next(clock))
     with pytest.raises(Killed):
         study.measure_surface(run, directions, places, path, 'key', die)
     told = []
     found = study.measure_surface(
-        run, directions, places, path, 'key', lambda *progress: told.append(progress[1:]))
+        run, directions, places, path, 'key', lambda *progress: told.append(progress[1:])
+    )
     assert told == [(4, 5), (5, 5)]
     assert_trees_equal(found, whole)
     told.clear()
     study.measure_surface(
-        run, directions, places, path, 'another', lambda *progress: told.append(progress[1:]))
+        run, directions, places, path, 'another', lambda *progress: told.append(progress[1:])
+    )
     assert len(told) == 5
 
 
@@ -168,30 +284,40 @@ def test_along_the_first_eigenvectors_the_loss_curves_by_their_eigenvalues(folde
     run = study.open_run(str(folders / 'sgd'), examples=100)
     spectrum, _ = study.measure_spectrum(run, study.Settings(steps=40, probes=1))
     directions = study._axes_of(
-        run, study.Settings(steps=40, directions='eigenvectors'), lambda *progress: None)
+        run, study.Settings(steps=40, directions='eigenvectors'), lambda *progress: None
+    )
     length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(directions[0])))
     h = 0.01 / length
-    loss = landscape.make_surface(run.objective, run.params, directions[:1])(
-        [[-h], [0.0], [h]])['loss']
+    loss = landscape.make_surface(run.objective, run.params, directions[:1])([[-h], [0.0], [h]])[
+        'loss'
+    ]
     np.testing.assert_allclose(
-        (loss[0] - 2 * loss[1] + loss[2]) / 0.01 ** 2, spectrum['lambda_max'], rtol=0.1)
+        (loss[0] - 2 * loss[1] + loss[2]) / 0.01**2, spectrum['lambda_max'], rtol=0.1
+    )
 
 
 def test_the_penalty_is_in_the_loss_if_asked_for(folders):
     runs = [study.open_run(str(folders / 'sgd'), examples=50, penalty=p) for p in (False, True)]
     plain, penalised = (run.objective.value(run.params)['loss'] for run in runs)
-    squares = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(
-        jax.device_get(runs[0].params)))
+    squares = sum(
+        float(np.sum(np.square(x))) for x in jax.tree.leaves(jax.device_get(runs[0].params))
+    )
     np.testing.assert_allclose(penalised - plain, 0.5 * 5e-4 * squares, rtol=1e-4)
     assert runs[1].objective.weight_decay == 5e-4
 
 
-@pytest.mark.parametrize(['settings', 'sentence'], [
-    ({'what': ('flatness',)}, "what has 'flatness'; it must be some of spectrum, sharpness"),
-    ({'points': 4}, 'points is 4; it must be odd'), ({'points': 1}, 'it must be at least 3'),
-    ({'rho': -1.0}, 'rho is -1.0; it must be greater than 0'),
-    ({'m': (0,)}, 'it must hold numbers of examples'),
-    ({'steps': 4}, 'steps is 4; it must be at least 5')], ids=str)
+@pytest.mark.parametrize(
+    ['settings', 'sentence'],
+    [
+        ({'what': ('flatness',)}, "what has 'flatness'; it must be some of spectrum, sharpness"),
+        ({'points': 4}, 'points is 4; it must be odd'),
+        ({'points': 1}, 'it must be at least 3'),
+        ({'rho': -1.0}, 'rho is -1.0; it must be greater than 0'),
+        ({'m': (0,)}, 'it must hold numbers of examples'),
+        ({'steps': 4}, 'steps is 4; it must be at least 5'),
+    ],
+    ids=str,
+)
 def test_bad_settings_get_a_sentence(settings, sentence):
     with pytest.raises(UserError) as refused:
         study.Settings(**settings)
@@ -200,8 +326,10 @@ def test_bad_settings_get_a_sentence(settings, sentence):
 
 def test_a_run_is_analysed_on_any_number_of_devices(folders):
     """Its one replica was trained on one device; 3 divide neither the batch nor the examples."""
-    runs = [study.open_run(str(folders / 'sgd'), examples=100, devices=jax.devices()[:n])
-            for n in (1, 3)]
+    runs = [
+        study.open_run(str(folders / 'sgd'), examples=100, devices=jax.devices()[:n])
+        for n in (1, 3)
+    ]
     assert [len(run.objective.layout.devices) for run in runs] == [1, 3]
     losses = [run.objective.value(run.params)['loss'] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -233,6 +361,11 @@ def test_bad_runs_get_a_sentence(folders, tmp_path):
         study.open_run(str(folders / 'sgd'), epoch=3)
     ended = subprocess.run(
         [sys.executable, '-m', 'sam_jax.cli.analyze', f'--workdir={folders / "sgd"}', '--m=1,x'],
-        cwd=ROOT, env=lean_environment(tmp_path), capture_output=True, text=True, check=False)
+        cwd=ROOT,
+        env=lean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2
     assert ended.stderr == "error: --m is '1,x'; it must be numbers of examples, such as 1,16,64.\n"

@@ -29,7 +29,7 @@ def test_asam(problem, adapt, eta):
         t = np.where(under(params, 'bias'), 1.0, t)
     if adapt == 'kernels':
         t = np.where(under(params, 'scale'), 1.0, t)
-    eps = RHO * t ** 2 * g / norm(t * g)
+    eps = RHO * t**2 * g / norm(t * g)
     updates, state = drive(sharpness.asam(RHO, eta, adapt), loss, params)
     np.testing.assert_allclose(flat(updates), a @ (w + eps), rtol=1e-10)
     np.testing.assert_allclose([norm(eps / t), state.perturbation_norm], RHO, rtol=1e-10)
@@ -38,9 +38,9 @@ def test_asam(problem, adapt, eta):
 @pytest.mark.parametrize('eta', [0.5, 3.0])
 def test_fisher(problem, eta):
     params, loss, a, w, g = problem
-    inverse = 1 / (1 + eta * g ** 2)
+    inverse = 1 / (1 + eta * g**2)
     eps = RHO * inverse * g / np.sqrt(g @ (inverse * g))
-    np.testing.assert_allclose(eps @ (eps / inverse), RHO ** 2)
+    np.testing.assert_allclose(eps @ (eps / inverse), RHO**2)
     updates, _ = drive(sharpness.fisher_sam(RHO, eta), loss, params)
     np.testing.assert_allclose(flat(updates), a @ (w + eps), rtol=1e-10)
 
@@ -76,13 +76,18 @@ def test_sam_on_without_normalisation():
 
 
 def test_mask_of_normalisation_layers():
-    made = mask.normalization({
-        'stem': {'kernel': 1, 'bias': 2}, 'block': {'bn': {'scale': 3, 'bias': 4}, 'conv': {
-            'kernel': 5}}, 'head': {'kernel': 6}})
+    made = mask.normalization(
+        {
+            'stem': {'kernel': 1, 'bias': 2},
+            'block': {'bn': {'scale': 3, 'bias': 4}, 'conv': {'kernel': 5}},
+            'head': {'kernel': 6},
+        }
+    )
     assert made == {
         'stem': {'kernel': False, 'bias': False},
         'block': {'bn': {'scale': True, 'bias': True}, 'conv': {'kernel': False}},
-        'head': {'kernel': False}}
+        'head': {'kernel': False},
+    }
 
 
 def test_sparse(problem):
@@ -98,7 +103,7 @@ def test_sparse(problem):
             mean = np.mean(squares[-2:], axis=0)
             keep = mean >= np.sort(mean)[int(0.6 * len(w))]
             assert keep.sum() == len(w) - int(0.6 * len(w))
-        squares.append(g ** 2)
+        squares.append(g**2)
         updates, state = drive(tx, loss, point, state, t)
         np.testing.assert_allclose(flat(updates), a @ (w + keep * RHO * g / norm(g)), rtol=1e-10)
         assert (state.perturbation_norm < RHO * 0.999) == (t >= 2)
@@ -109,7 +114,7 @@ def test_vasso(problem, theta):
     params, loss, a, _, _ = problem
     tx, state, d = sharpness.vasso(RHO, theta), None, None
     for t in range(4):
-        point = jax.tree.map(lambda x, t=t: x + t ** 2, params)
+        point = jax.tree.map(lambda x, t=t: x + t**2, params)
         w = flat(point)
         g = a @ w
         d = g if d is None else (1 - theta) * d + theta * g
@@ -122,7 +127,7 @@ def test_friendly(problem, sigma, lam):
     params, loss, a, _, _ = problem
     tx, state, m = sharpness.friendly_sam(RHO, sigma, lam), None, None
     for t in range(4):
-        point = jax.tree.map(lambda x, t=t: x + t ** 2, params)
+        point = jax.tree.map(lambda x, t=t: x + t**2, params)
         w = flat(point)
         g = a @ w
         d = g if m is None else g - sigma * m

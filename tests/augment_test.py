@@ -35,8 +35,10 @@ def test_op_is_the_original_s_to_the_last_pixel(name):
         constants = ops.FAITHFUL if kind == 'aa' else ops.FAITHFUL_RANDAUGMENT
         center = tuple(map(float, rest[0][1:].split('_'))) if name == 'Cutout' else (0.0, 0.0)
         np.testing.assert_array_equal(
-            run(name, int(level[1:]), sign, OPS[f'images/{image}'], constants, center), OPS[key],
-            err_msg=key)
+            run(name, int(level[1:]), sign, OPS[f'images/{image}'], constants, center),
+            OPS[key],
+            err_msg=key,
+        )
         compared += 1
     assert compared >= 12
 
@@ -49,8 +51,10 @@ def test_randaugment_s_levels_are_the_original_s():
             continue
         magnitude, name, sign, _ = rest
         np.testing.assert_array_equal(
-            run(name, int(magnitude[1:]), sign, RAND['images/smooth32'],
-                ops.FAITHFUL_RANDAUGMENT), RAND[key], err_msg=key)
+            run(name, int(magnitude[1:]), sign, RAND['images/smooth32'], ops.FAITHFUL_RANDAUGMENT),
+            RAND[key],
+            err_msg=key,
+        )
         compared += 1
     assert compared == 100 and set(RAND['ops']) == set(ops.NAMES)
 
@@ -82,33 +86,54 @@ def test_every_line_of_the_policy_for_cifar():
 
 def pil(name, level, image):
     from PIL import Image, ImageEnhance, ImageOps
+
     picture, factor = Image.fromarray(image), level * 0.18 + 0.1
-    return np.asarray({
-        'AutoContrast': lambda: ImageOps.autocontrast(picture),
-        'Equalize': lambda: ImageOps.equalize(picture),
-        'Invert': lambda: ImageOps.invert(picture),
-        'Solarize': lambda: ImageOps.solarize(picture, int(level * 25.6)),
-        'Posterize': lambda: ImageOps.posterize(picture, int(level * 0.4)),
-        'Color': lambda: ImageEnhance.Color(picture).enhance(factor),
-        'Contrast': lambda: ImageEnhance.Contrast(picture).enhance(factor),
-        'Brightness': lambda: ImageEnhance.Brightness(picture).enhance(factor),
-        'Sharpness': lambda: ImageEnhance.Sharpness(picture).enhance(factor),
-        'TranslateX': lambda: picture.transform(
-            picture.size, Image.Transform.AFFINE, (1, 0, level * 15 / 331 * 32, 0, 1, 0),
-            fillcolor=(128,) * 3),
-        'ShearY': lambda: picture.transform(
-            picture.size, Image.Transform.AFFINE, (1, 0, 0, level * 0.03, 1, 0),
-            fillcolor=(128,) * 3),
-    }[name]())
+    return np.asarray(
+        {
+            'AutoContrast': lambda: ImageOps.autocontrast(picture),
+            'Equalize': lambda: ImageOps.equalize(picture),
+            'Invert': lambda: ImageOps.invert(picture),
+            'Solarize': lambda: ImageOps.solarize(picture, int(level * 25.6)),
+            'Posterize': lambda: ImageOps.posterize(picture, int(level * 0.4)),
+            'Color': lambda: ImageEnhance.Color(picture).enhance(factor),
+            'Contrast': lambda: ImageEnhance.Contrast(picture).enhance(factor),
+            'Brightness': lambda: ImageEnhance.Brightness(picture).enhance(factor),
+            'Sharpness': lambda: ImageEnhance.Sharpness(picture).enhance(factor),
+            'TranslateX': lambda: picture.transform(
+                picture.size,
+                Image.Transform.AFFINE,
+                (1, 0, level * 15 / 331 * 32, 0, 1, 0),
+                fillcolor=(128,) * 3,
+            ),
+            'ShearY': lambda: picture.transform(
+                picture.size,
+                Image.Transform.AFFINE,
+                (1, 0, 0, level * 0.03, 1, 0),
+                fillcolor=(128,) * 3,
+            ),
+        }[name]()
+    )
 
 
 @pytest.mark.parametrize('level', [3, 7, 10])
-@pytest.mark.parametrize('name, grey_levels, share', [
-    # PIL's histogram stretch and smoothing round where the original cuts off; its warps read at
-    # the middle of a pixel.
-    ('AutoContrast', 1, 1.0), ('Equalize', 0, 0.0), ('Invert', 0, 0.0), ('Solarize', 0, 0.0),
-    ('Posterize', 0, 0.0), ('Color', 2, 1.0), ('Contrast', 2, 1.0), ('Brightness', 1, 1.0),
-    ('Sharpness', 2, 1.0), ('TranslateX', 255, 0.15), ('ShearY', 255, 0.15)])
+@pytest.mark.parametrize(
+    'name, grey_levels, share',
+    [
+        # PIL's histogram stretch and smoothing round where the original cuts off; its warps read at
+        # the middle of a pixel.
+        ('AutoContrast', 1, 1.0),
+        ('Equalize', 0, 0.0),
+        ('Invert', 0, 0.0),
+        ('Solarize', 0, 0.0),
+        ('Posterize', 0, 0.0),
+        ('Color', 2, 1.0),
+        ('Contrast', 2, 1.0),
+        ('Brightness', 1, 1.0),
+        ('Sharpness', 2, 1.0),
+        ('TranslateX', 255, 0.15),
+        ('ShearY', 255, 0.15),
+    ],
+)
 def test_corrected_op_is_pil_s(name, grey_levels, share, level):
     image = OPS['images/smooth32']
     ours = run(name, level, '+', image, ops.corrected(32)).astype(int)
@@ -120,8 +145,7 @@ def test_corrected_op_is_pil_s(name, grey_levels, share, level):
 def test_corrected_variant_mends_what_the_original_breaks():
     image = OPS['images/rand32']
     for name, level in [('TranslateX', 3), ('Solarize', 10)]:
-        theirs, ours = (run(name, level, '+', image, c)
-                        for c in (ops.FAITHFUL, ops.corrected(32)))
+        theirs, ours = (run(name, level, '+', image, c) for c in (ops.FAITHFUL, ops.corrected(32)))
         kept = [(result == image).all(axis=-1).mean() for result in (theirs, ours)]
         if name == 'TranslateX':
             assert (theirs == ops.GREY).all() and (ours == ops.GREY).mean() < 0.2
@@ -141,8 +165,9 @@ def test_one_channel():
     for name in ops.NAMES:
         for constants in (ops.FAITHFUL, ops.corrected(32)):
             grey = run(name, 4, '-', colour[..., :1], constants, (0.4, 0.6))
-            expected = colour if name == 'Color' else run(
-                name, 4, '-', colour, constants, (0.4, 0.6))
+            expected = (
+                colour if name == 'Color' else run(name, 4, '-', colour, constants, (0.4, 0.6))
+            )
             # The weights of the luminance do not add up to one in float32.
             assert np.abs(grey.astype(int) - expected[..., :1]).max() <= 1, name
 
@@ -162,8 +187,10 @@ def test_lines_operations_and_signs_are_chosen_with_their_chances(name):
     expected = np.repeat(chances, 2) * n / len(policy) / 2
     assert (counts[1:][expected == 0] == 0).all()
     observed, expected = counts[1:][expected > 0], expected[expected > 0]
-    assert stats.chisquare([*observed, counts[0]],
-                           [*expected, 2 * n - expected.sum()]).pvalue > P_VALUE
+    assert (
+        stats.chisquare([*observed, counts[0]], [*expected, 2 * n - expected.sum()]).pvalue
+        > P_VALUE
+    )
     both = (rows > 0).all(axis=1)
     line_of = (rows - 1) // 4
     assert (line_of[both, 0] == line_of[both, 1]).all()
@@ -186,7 +213,8 @@ def test_both_ways_to_map_agree():
     images = np.random.RandomState(0).randint(0, 256, (64, *SHAPE)).astype(np.uint8)
     rows, places = jax.vmap(draw)(jax.random.split(jax.random.key(1), 64))
     mapped = jax.jit(lambda *args: augment.apply_ops(args[0], table, *args[1:]))(
-        images, rows, places)
+        images, rows, places
+    )
     table = jax.tree.map(jnp.asarray, table)
 
     def one(image, rows, places):
@@ -202,19 +230,24 @@ def _finish(augmentation, batch_key=0):
     images = golden('augmentation_cutout')['batch/image']
     source = data.SOURCES['cifar10']
     keys = jax.random.split(jax.random.key(3), len(images))
-    return np.asarray(augment.finish(
-        images, keys, jax.random.key(batch_key), augmentation, source.mean, source.std))
+    return np.asarray(
+        augment.finish(
+            images, keys, jax.random.key(batch_key), augmentation, source.mean, source.std
+        )
+    )
 
 
-@pytest.mark.parametrize('name', [
-    n for n in golden('augmentation_cutout') if n.startswith('cutout/')])
+@pytest.mark.parametrize(
+    'name', [n for n in golden('augmentation_cutout') if n.startswith('cutout/')]
+)
 def test_cutout_is_the_original_s(name):
     file = golden('augmentation_cutout')
     size, cy, cx = (int(word.lstrip('lencyx')) for word in name.split('/')[1].split('_'))
     whole = _finish(augment.Augmentation('basic'))
     for ours, theirs in zip(whole, file[name]):
         np.testing.assert_allclose(
-            augment.cutout(jnp.asarray(ours), (cy, cx), size), theirs, rtol=0, atol=5e-7)
+            augment.cutout(jnp.asarray(ours), (cy, cx), size), theirs, rtol=0, atol=5e-7
+        )
 
 
 def test_cutout_has_one_place_a_batch_or_one_an_image():
@@ -237,8 +270,9 @@ def test_recipe_is_made_of_its_parts(recipe):
     images = np.random.RandomState(0).randint(0, 256, (40, *SHAPE)).astype(np.uint8)
     images[:, 0, 0] = images[:, 5, 5]
     keys = jax.random.split(jax.random.key(0), 40)
-    run_recipe = jax.jit(functools.partial(
-        augment.augment, augmentation=augment.Augmentation(recipe)))
+    run_recipe = jax.jit(
+        functools.partial(augment.augment, augmentation=augment.Augmentation(recipe))
+    )
     result = np.asarray(run_recipe(images, keys))
     assert result.dtype == np.uint8
     np.testing.assert_array_equal(run_recipe(images[::-1], keys[::-1])[::-1], result)
@@ -261,8 +295,15 @@ def test_recipe_is_made_of_its_parts(recipe):
 def _mixed(file, batch_key=0, axis_name=None, **options):
     images, labels = file['preprocess/cifar10/image'], jnp.asarray(file['batch/label'], jnp.int32)
     keys = jax.random.split(jax.random.key(3), len(images))
-    return augment.mix(jnp.asarray(images), labels, keys, jax.random.key(batch_key),
-                       augment.Augmentation('none', **options), 10, axis_name)
+    return augment.mix(
+        jnp.asarray(images),
+        labels,
+        keys,
+        jax.random.key(batch_key),
+        augment.Augmentation('none', **options),
+        10,
+        axis_name,
+    )
 
 
 @pytest.mark.parametrize('weight,drawn', [(0.3, 0.3), (0.8, 0.8), (0.8, 0.2)])
@@ -286,9 +327,16 @@ def test_without_alpha_nothing_is_mixed():
 @pytest.mark.parametrize('alpha', [0.2, 1.0, 8.0])
 def test_weights_are_drawn_from_a_beta_distribution(alpha, per_image):
     """Mixup's labels show max(w, 1 - w): one for the batch, or one an image."""
-    mixed = jax.jit(lambda key: augment.mix(
-        jnp.zeros((6, 2, 2, 1)), jnp.arange(6), jax.random.split(key, 6), key,
-        augment.Augmentation('none', mixup_alpha=alpha, mix_per_image=per_image), 6)[1])
+    mixed = jax.jit(
+        lambda key: augment.mix(
+            jnp.zeros((6, 2, 2, 1)),
+            jnp.arange(6),
+            jax.random.split(key, 6),
+            key,
+            augment.Augmentation('none', mixup_alpha=alpha, mix_per_image=per_image),
+            6,
+        )[1]
+    )
     labels = np.stack([mixed(jax.random.key(seed)) for seed in range(300)])
     weights = np.einsum('sii->si', labels)
     np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-6)
@@ -308,8 +356,13 @@ def test_cutmix_exchanges_a_box(per_image):
     for seed in range(40):
         key = jax.random.key(seed)
         mixed, labels = augment.mix(
-            images, jnp.arange(6), jax.random.split(key, 6), key,
-            augment.Augmentation('none', cutmix_alpha=1.0, mix_per_image=per_image), 6)
+            images,
+            jnp.arange(6),
+            jax.random.split(key, 6),
+            key,
+            augment.Augmentation('none', cutmix_alpha=1.0, mix_per_image=per_image),
+            6,
+        )
         for i in range(6):
             own, other = (np.asarray(mixed[i, ..., 0]) == k for k in (i + 1, 6 - i))
             assert (own | other).all()
@@ -341,7 +394,7 @@ def test_cutmix_box_by_hand():
 def test_enlarging_is_tensorflow_s_v1_bicubic(size, rows):
     file = golden('augmentation_mix')
     expected = file[f'resize_bicubic_v1/{size}']
-    images = augment.enlarge(jnp.asarray(file['preprocess/cifar10/image'][:len(expected)]), size)
+    images = augment.enlarge(jnp.asarray(file['preprocess/cifar10/image'][: len(expected)]), size)
     assert images.shape[1:] == (size, size, 3)
     np.testing.assert_allclose(images[:, ::rows], expected, rtol=0, atol=2e-5)
 
@@ -354,8 +407,10 @@ def test_enlarged_batches():
     feed = {'index': jnp.arange(4), 'label': jnp.arange(4), 'mask': jnp.ones(4)}
     arrays = dataset.device_arrays(dataset.train)
     keys = jax.random.split(jax.random.key(0), 4)
-    for batch in (dataset.train_batch(arrays, feed, keys, keys[0]),
-                  dataset.eval_batch(arrays, feed)):
+    for batch in (
+        dataset.train_batch(arrays, feed, keys, keys[0]),
+        dataset.eval_batch(arrays, feed),
+    ):
         assert batch['image'].shape == (4, 48, 48, 3)
     small = augment.normalize(dataset.train.images[:4], dataset.mean, dataset.std)
     np.testing.assert_allclose(batch['image'], augment.enlarge(small, 48), atol=1e-5)

@@ -23,8 +23,10 @@ def _open(tmp_path, keep_steps=()):
 
 def _params(scale=1.0):
     rng = np.random.RandomState(0)
-    return {'conv': {'kernel': scale * rng.standard_normal((3, 3, 2, 4)).astype(np.float32)},
-            'head': {'bias': np.full(4, scale, np.float32)}}
+    return {
+        'conv': {'kernel': scale * rng.standard_normal((3, 3, 2, 4)).astype(np.float32)},
+        'head': {'bias': np.full(4, scale, np.float32)},
+    }
 
 
 def _state(scale=1.0):
@@ -32,8 +34,13 @@ def _state(scale=1.0):
     params = _params(scale)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1), optax.sgd(0.1, 0.9, True))
     return {
-        'params': params, 'opt_state': tx.init(params), 'ema': None, 'batch_stats': {},
-        'step': np.int32(7), 'seed': np.uint32(2 ** 32 - 1), 'flags': np.array([True, False]),
+        'params': params,
+        'opt_state': tx.init(params),
+        'ema': None,
+        'batch_stats': {},
+        'step': np.int32(7),
+        'seed': np.uint32(2**32 - 1),
+        'flags': np.array([True, False]),
         'odd': np.array([np.nan, -0.0, np.inf, 1e-45, scale], np.float32),
         'tuple': (jnp.arange(3), [jnp.float32(scale)]),
     }
@@ -83,8 +90,10 @@ def test_round_trip(tmp_path):
 
 
 def test_round_trip_of_replicated_arrays(tmp_path):
-    state = jax.device_put({'w': jnp.arange(6.0).reshape(2, 3)}, jax.NamedSharding(
-        jax.make_mesh((8,), ('batch',)), jax.P()))
+    state = jax.device_put(
+        {'w': jnp.arange(6.0).reshape(2, 3)},
+        jax.NamedSharding(jax.make_mesh((8,), ('batch',)), jax.P()),
+    )
     checkpoints = _open(tmp_path)
     checkpoints.save(1, state, {})
     _, restored, _ = checkpoints.restore_newest(state)
@@ -92,8 +101,9 @@ def test_round_trip_of_replicated_arrays(tmp_path):
     assert_trees_equal(restored, state)
 
 
-@pytest.mark.parametrize('keep,left', [((), [5, 6]), ((2, 4), [2, 4, 5, 6]), ((1, 6), [1, 5, 6]),
-                                       ((9,), [5, 6])])
+@pytest.mark.parametrize(
+    'keep,left', [((), [5, 6]), ((2, 4), [2, 4, 5, 6]), ((1, 6), [1, 5, 6]), ((9,), [5, 6])]
+)
 def test_which_are_kept(tmp_path, keep, left):
     checkpoints = _open(tmp_path, keep)
     _save(checkpoints, *range(1, 7))
@@ -120,7 +130,7 @@ def _flip_bytes(step_dir):
     largest = _files(step_dir)[-1]
     content = bytearray(largest.read_bytes())
     middle = len(content) // 2
-    content[middle:middle + 8] = bytes(255 - x for x in content[middle:middle + 8])
+    content[middle : middle + 8] = bytes(255 - x for x in content[middle : middle + 8])
     largest.write_bytes(content)
 
 
@@ -155,8 +165,16 @@ def _half_meta(step_dir):
     os.truncate(meta, meta.stat().st_size // 2)
 
 
-DAMAGES = [_truncate, _flip_bytes, _lose_meta, _lose_state, _empty, _other_state,
-           _other_checksum, _half_meta]
+DAMAGES = [
+    _truncate,
+    _flip_bytes,
+    _lose_meta,
+    _lose_state,
+    _empty,
+    _other_state,
+    _other_checksum,
+    _half_meta,
+]
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
@@ -240,9 +258,14 @@ def test_all_damaged(tmp_path):
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['1', '2']
 
 
-@pytest.mark.parametrize('error,reason', [
-    (ValueError('First line.\nSecond line.'), 'First line.'), (KeyError(), 'KeyError'),
-    (OSError('x' * 1000), 'x' * 200)])
+@pytest.mark.parametrize(
+    'error,reason',
+    [
+        (ValueError('First line.\nSecond line.'), 'First line.'),
+        (KeyError(), 'KeyError'),
+        (OSError('x' * 1000), 'x' * 200),
+    ],
+)
 def test_the_reason_is_one_line(tmp_path, monkeypatch, caplog, error, reason):
     def read(step):
         raise error
@@ -256,13 +279,22 @@ def test_the_reason_is_one_line(tmp_path, monkeypatch, caplog, error, reason):
     assert caplog.messages == [f'Checkpoint 1 is damaged and not used: {reason}']
 
 
-@pytest.mark.parametrize('change,words', [
-    (lambda t: {**t, 'conv': {'kernel': np.zeros((3, 3, 2, 8))},
-                'head': {'bias': np.zeros(8)}}, ['conv.kernel', '(3, 3, 2, 4)', '(3, 3, 2, 8)']),
-    (lambda t: {**t, 'extra': np.zeros(2)}, ['it has no extra']),
-    (lambda t: {'conv': t['conv']}, ['head.bias is not in this one']),
-    (lambda t: {'conv': t['conv'], 'head': {'kernel': np.zeros(2)}}, ['it has no head.kernel']),
-])
+@pytest.mark.parametrize(
+    'change,words',
+    [
+        (
+            lambda t: {
+                **t,
+                'conv': {'kernel': np.zeros((3, 3, 2, 8))},
+                'head': {'bias': np.zeros(8)},
+            },
+            ['conv.kernel', '(3, 3, 2, 4)', '(3, 3, 2, 8)'],
+        ),
+        (lambda t: {**t, 'extra': np.zeros(2)}, ['it has no extra']),
+        (lambda t: {'conv': t['conv']}, ['head.bias is not in this one']),
+        (lambda t: {'conv': t['conv'], 'head': {'kernel': np.zeros(2)}}, ['it has no head.kernel']),
+    ],
+)
 def test_a_checkpoint_of_another_model(tmp_path, change, words):
     checkpoints = _open(tmp_path)
     checkpoints.save(3, _params(), {})

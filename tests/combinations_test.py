@@ -28,7 +28,8 @@ def test_gsam(problem, alpha):
     np.testing.assert_allclose(flat(updates), g_p - alpha * orthogonal, rtol=1e-10)
     np.testing.assert_allclose(orthogonal @ g_p, 0, atol=1e-10)
     np.testing.assert_allclose(
-        flat(updates) @ flat(updates), g_p @ g_p + alpha ** 2 * orthogonal @ orthogonal)
+        flat(updates) @ flat(updates), g_p @ g_p + alpha**2 * orthogonal @ orthogonal
+    )
 
 
 def test_gnp_is_the_gradient_of_the_penalty(problem):
@@ -40,12 +41,16 @@ def test_gnp_is_the_gradient_of_the_penalty(problem):
 
     rho, alpha = 1e-5, 0.8
     updates, _ = drive(sharpness.gnp(rho, alpha), loss, params)
-    penalised = jax.grad(lambda tree: loss(tree) + alpha * rho * jnp.linalg.norm(
-        ravel(jax.grad(loss)(tree))))(params)
+    penalised = jax.grad(
+        lambda tree: loss(tree) + alpha * rho * jnp.linalg.norm(ravel(jax.grad(loss)(tree)))
+    )(params)
     plain = jax.grad(loss)(params)
     helpers.assert_trees_close(
         jax.tree.map(jnp.subtract, updates, plain),
-        jax.tree.map(jnp.subtract, penalised, plain), rtol=1e-3, atol=1e-9)
+        jax.tree.map(jnp.subtract, penalised, plain),
+        rtol=1e-3,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize('gamma', [0.2, 0.9])
@@ -89,8 +94,15 @@ def test_gradient_constrained(problem, per_leaf):
     g, g_p = _two(problem, 3.0)
     updates, _ = drive(sharpness.gradient_constrained(3.0, 0.7, 0.95, per_leaf), loss, params)
     expected = np.zeros_like(g)
-    leaves = [under(params, name) & under(params, leaf) for name, leaf in (
-        ('dense', 'kernel'), ('dense', 'bias'), ('norm', 'scale'), ('norm', 'bias'))]
+    leaves = [
+        under(params, name) & under(params, leaf)
+        for name, leaf in (
+            ('dense', 'kernel'),
+            ('dense', 'bias'),
+            ('norm', 'scale'),
+            ('norm', 'bias'),
+        )
+    ]
     for part in leaves if per_leaf else [np.ones(len(g), bool)]:
         expected[part] = _constrain(g_p[part], g[part], 0.7, 0.95)
     np.testing.assert_allclose(flat(updates), expected, rtol=1e-10)
@@ -113,12 +125,13 @@ def test_cr_sam(problem, gamma, beta):
         return jnp.sum(ravel(tree) ** 4) / 4
 
     w = flat(params)
-    g = w ** 3
+    g = w**3
     eps = RHO * g / norm(g)
     up, down = (w + eps) ** 3, (w - eps) ** 3
     updates, _ = drive(sharpness.cr_sam(RHO, gamma, beta), loss, params)
     np.testing.assert_allclose(
-        flat(updates), up + gamma * (up + down - 2 * g) + beta * (up - down), rtol=1e-10)
+        flat(updates), up + gamma * (up + down - 2 * g) + beta * (up - down), rtol=1e-10
+    )
 
 
 def test_stable(problem):
@@ -138,12 +151,19 @@ def test_looksam(problem, name, per_leaf):
     else:
         tx = sharpness.looksam(RHO, k=3, alpha=0.3, per_leaf=per_leaf)
         base = sharpness.sam(RHO)
-    parts = [under(params, layer) & under(params, leaf) for layer, leaf in (
-        ('dense', 'kernel'), ('dense', 'bias'), ('norm', 'scale'), ('norm', 'bias'))]
+    parts = [
+        under(params, layer) & under(params, leaf)
+        for layer, leaf in (
+            ('dense', 'kernel'),
+            ('dense', 'bias'),
+            ('norm', 'scale'),
+            ('norm', 'bias'),
+        )
+    ]
     parts = parts if per_leaf else [np.ones(flat(params).size, bool)]
     state, kept = tx.init(params), None
     for t in range(5):
-        point = jax.tree.map(lambda x, t=t: x + t ** 2, params)
+        point = jax.tree.map(lambda x, t=t: x + t**2, params)
         g = a @ flat(point)
         updates, state = drive(tx, loss, point, state, t)
         expected = flat(drive(base, loss, point)[0])

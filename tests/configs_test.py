@@ -3,6 +3,9 @@
 import ast
 import dataclasses
 import importlib
+import re
+import sys
+import types
 
 import jax
 import pytest
@@ -10,45 +13,86 @@ from helpers import ROOT
 
 from configs import common
 from sam_jax import models, replicas, settings
+from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.settings import files, schema
+from sam_jax.settings import files, schema, shipped
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
-    'digits': {'method=sgd,noise=0.4,rho=0.1,seed=3': {
-        'sam.method': 'sgd', 'data.label_noise': 0.4, 'sam.rho': 0.1, 'seed': 3,
-        'data.name': 'digits'}},
-    'svhn': {'model=shake_shake_26_2x96d,augment=autoaugment_only_cutout,rho=0': {
-        'model.name': 'shake_shake_26_2x96d', 'sam.rho': 0.0, 'data.name': 'svhn'}},
-    'imagenet': {'model=resnet152,epochs=400,augment=imagenet_randaugment': {
-        'model.name': 'resnet152', 'total_epochs': 400}},
+    'digits': {
+        'method=sgd,noise=0.4,rho=0.1,seed=3': {
+            'sam.method': 'sgd',
+            'data.label_noise': 0.4,
+            'sam.rho': 0.1,
+            'seed': 3,
+            'data.name': 'digits',
+        }
+    },
+    'svhn': {
+        'model=shake_shake_26_2x96d,augment=autoaugment_only_cutout,rho=0': {
+            'model.name': 'shake_shake_26_2x96d',
+            'sam.rho': 0.0,
+            'data.name': 'svhn',
+        }
+    },
+    'imagenet': {
+        'model=resnet152,epochs=400,augment=imagenet_randaugment': {
+            'model.name': 'resnet152',
+            'total_epochs': 400,
+        }
+    },
     'label_noise': {
         'noise=0.6,mixup=8,method=sgd,validation=true': {
-            'data.label_noise': 0.6, 'data.mixup_alpha': 8.0, 'data.validation': True},
+            'data.label_noise': 0.6,
+            'data.mixup_alpha': 8.0,
+            'data.validation': True,
+        },
         'noise=0.8,labels_from=x.npz': {
-            'data.label_noise': 0.0, 'data.labels_from': 'x.npz', 'sam.rho': 0.05}},
+            'data.label_noise': 0.0,
+            'data.labels_from': 'x.npz',
+            'sam.rho': 0.05,
+        },
+    },
     'ablations': {
         'figure=landscape,method=sgd': {'model.name': 'resnet56', 'model.residual': False},
-        'figure=spectrum': {'model.name': 'wrn40_10', 'model.batch_norm': False,
-                            'checkpoint.keep_epochs': (1, 50, 300), 'total_epochs': 300},
+        'figure=spectrum': {
+            'model.name': 'wrn40_10',
+            'model.batch_norm': False,
+            'checkpoint.keep_epochs': (1, 50, 300),
+            'total_epochs': 300,
+        },
         'figure=m,m=1': {'replica_batch_size': 1, 'model.batch_norm': False},
         'figure=p_norm': {'sam.p': 2.0, 'model.name': 'wrn16_4'},
         'figure=random': {'sam.method': 'random_sam', 'sam.p': 2.0, 'model.name': 'wrn16_4'},
         'figure=order': {'sam.method': 'second_order_sam', 'model.name': 'wrn40_2'},
         'figure=order,method=sam': {'sam.method': 'sam', 'model.name': 'wrn40_2'},
         'figure=steps,steps=5,dataset=cifar100': {
-            'sam.method': 'multistep_sam', 'sam.steps': 5, 'sam.rho': 0.1},
-        'figure=sync': {'sam.replicas_per_group': 8}},
+            'sam.method': 'multistep_sam',
+            'sam.steps': 5,
+            'sam.rho': 0.1,
+        },
+        'figure=sync': {'sam.replicas_per_group': 8},
+    },
     'cifar': {
         'model=wrn16_4,dataset=cifar100,augment=none,method=sgd,seed=1': {
-            'model.name': 'wrn16_4', 'data.name': 'cifar100', 'data.augment': 'none',
-            'sam.method': 'sgd', 'sam.rho': 0.1, 'seed': 1},
+            'model.name': 'wrn16_4',
+            'data.name': 'cifar100',
+            'data.augment': 'none',
+            'sam.method': 'sgd',
+            'sam.rho': 0.1,
+            'seed': 1,
+        },
         'model=wrn28_10,method=sgd,doubled=true': {'total_epochs': 400, 'sam.method': 'sgd'},
         'rho=0.05,dataset=cifar100': {'sam.rho': 0.05},
-        'model=wrn40_2': {'model.name': 'wrn40_2', 'data.name': 'cifar10', 'sam.rho': 0.05}},
+        'model=wrn40_2': {'model.name': 'wrn40_2', 'data.name': 'cifar10', 'sam.rho': 0.05},
+    },
 }
-LOADED = [(stem, argument, expected) for stem in CONFIGS if stem not in ('__init__', 'common')
-          for argument, expected in [(None, {}), ('', {}), *ARGUMENTS.get(stem, {}).items()]]
+LOADED = [
+    (stem, argument, expected)
+    for stem in CONFIGS
+    if stem not in ('__init__', 'common')
+    for argument, expected in [(None, {}), ('', {}), *ARGUMENTS.get(stem, {}).items()]
+]
 
 
 def test_common_has_the_known_keys():
@@ -59,21 +103,55 @@ def test_common_has_the_known_keys():
     assert set(files.ADDED) <= set(flat)
 
 
-@pytest.mark.parametrize('name', [
-    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet11_shakedrop', 'resnet8',
-    'efficientnet-tiny', *schema.IMAGENET_RESNETS])
+@pytest.mark.parametrize(
+    'name',
+    ['pyramidnet11_shakedrop', 'resnet50', *(family.tiny for family in models.FAMILIES.values())],
+)
 def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
     config = common.get_config()
     common.set_model(config, name)
     model = models.from_config(config.model, 10)
+    family = models.family_of(name)
     base = {f.name for f in dataclasses.fields(layers.Network)}
-    # What a name fixes, and what is for tests and people who build models by hand.
-    sizes = {'depth', 'width', 'shakedrop', 'blocks', 'bottleneck', 'stages', 'stem_relu'}
-    own = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)
-           if f.name not in base | sizes}
-    declared = {key: value for key, value in config.model.items()
-                if f'model.{key}' not in settings.KEYS}
-    assert declared == own
+    sizes = set(family.sizes(*re.fullmatch(family.pattern, name).groups()))
+    # ResNet's others are for tests and people who build models by hand.
+    by_hand = {'width', 'stem_relu'} if family is models.FAMILIES['imagenet_resnet'] else set()
+    own = {
+        f.name: getattr(model, f.name)
+        for f in dataclasses.fields(model)
+        if f.name not in base | sizes | by_hand
+    }
+    declared = {
+        key: value for key, value in config.model.items() if f'model.{key}' not in settings.KEYS
+    }
+    assert declared == own, 'FAMILIES of sam_jax/models/__init__.py says the options of a model.'
+
+
+@pytest.mark.parametrize('family', models.FAMILIES.values(), ids=models.FAMILIES)
+def test_a_family_is_one_row(family):
+    """Its names are its own, whatever another family's begin with, and smoke knows a small one."""
+    for name in (family.tiny, *(name for name in family.names if '<' not in name)):
+        assert models.family_of(name) is family
+        assert schema.tiny_model(name) == family.tiny
+        assert list(schema.model_options(name)) == list(family.options)
+
+
+def test_smoke_of_an_unknown_model_leaves_the_name_to_the_checks():
+    config = common.get_config()
+    common.set_model(config, 'resnet_of_mine')
+    config = common.finish(config, common.parse_arg('smoke'))
+    with pytest.raises(UserError, match="model.name is 'resnet_of_mine'; the models are"):
+        settings.check(config)
+
+
+def test_a_checkout_has_its_own_configs(monkeypatch):
+    """Whatever other checkout is installed editable, which finds `sam_jax.configs`."""
+    monkeypatch.setitem(sys.modules, 'sam_jax.configs', types.ModuleType('sam_jax.configs'))
+    shipped._package.cache_clear()
+    try:
+        assert shipped.folder() == str(ROOT / 'configs')
+    finally:
+        shipped._package.cache_clear()
 
 
 @pytest.mark.parametrize('stem,argument,expected', LOADED)
@@ -85,25 +163,33 @@ def test_every_config_loads(stem, argument, expected):
     models.from_config(config.model, 10)
     assert importlib.import_module(f'configs.{stem}').__doc__.count('./scripts/train.sh')
     for n in (1, 8):
-        replicas.make_layout(config.batch_size, config.replica_batch_size,
-                             config.sam.replicas_per_group, devices=jax.devices()[:n])
+        replicas.make_layout(
+            config.batch_size,
+            config.replica_batch_size,
+            config.sam.replicas_per_group,
+            devices=jax.devices()[:n],
+        )
     flat = settings.flatten(config)
     assert {key: flat[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize('stem,argument,words', [
-    ('digits', 'foo=1', ["'foo'", 'model, method, noise, rho, seed']),
-    ('ablations', 'figure=9', ["figure is '9'", 'landscape, spectrum']),
-    ('ablations', 'm=3', ['m is 3', '1, 4, 16, 64, 256']),
-    ('svhn', 'model=resnet32', ["model is 'resnet32'", 'wrn28_10']),
-    ('svhn', 'doubled=2', ["doubled is '2'", 'bool']),
-    ('finetune', 'dataset=dogs', ["dataset is 'dogs'", 'aircraft']),
-    ('finetune', 'model=resnet50', ["model is 'resnet50'", 'efficientnet-b7']),
-    ('digits', 'noise=abc', ["noise is 'abc'", 'float']),
-    ('digits', 'noise', ["noise is ''", 'float']),
-    ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),
-    ('cifar', 'dataset=mnist', ["dataset is 'mnist'", 'cifar10, cifar100']),
-    ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, epochs, augment, method, rho'])])
+@pytest.mark.parametrize(
+    'stem,argument,words',
+    [
+        ('digits', 'foo=1', ["'foo'", 'model, method, noise, rho, seed']),
+        ('ablations', 'figure=9', ["figure is '9'", 'landscape, spectrum']),
+        ('ablations', 'm=3', ['m is 3', '1, 4, 16, 64, 256']),
+        ('svhn', 'model=resnet32', ["model is 'resnet32'", 'wrn28_10']),
+        ('svhn', 'doubled=2', ["doubled is '2'", 'bool']),
+        ('finetune', 'dataset=dogs', ["dataset is 'dogs'", 'aircraft']),
+        ('finetune', 'model=resnet50', ["model is 'resnet50'", 'efficientnet-b7']),
+        ('digits', 'noise=abc', ["noise is 'abc'", 'float']),
+        ('digits', 'noise', ["noise is ''", 'float']),
+        ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),
+        ('cifar', 'dataset=mnist', ["dataset is 'mnist'", 'cifar10, cifar100']),
+        ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, epochs, augment, method, rho']),
+    ],
+)
 def test_bad_config_arguments(stem, argument, words):
     with pytest.raises(ValueError) as e:
         importlib.import_module(f'configs.{stem}').get_config(argument)
@@ -121,8 +207,14 @@ def test_configs_hold_settings_only(stem):
             imported |= {f'{node.module}.{alias.name}' for alias in node.names}
     # The options of a method and their defaults stand beside its formula.
     assert imported <= {'ml_collections', 'configs.common'} | (
-        {'sam_jax.settings.schema', 'sam_jax.settings.schema.set_method',
-         'sam_jax.settings.schema.set_model'} if stem == 'common' else set())
+        {
+            'sam_jax.settings.schema',
+            'sam_jax.settings.schema.set_method',
+            'sam_jax.settings.schema.set_model',
+        }
+        if stem == 'common'
+        else set()
+    )
 
 
 # The paper's numbers, copied from it once more, and not from the configs.
@@ -166,7 +258,10 @@ def test_table_6(model, epochs, learning_rates, weight_decay, rhos):
         config = _get('cifar', argument + (f',epochs={epochs}' if model == 'wrn28_10' else ''))
         _assert_shared(config)
         assert (config.total_epochs, config.optimizer.learning_rate, config.sam.rho) == (
-            epochs, learning_rate, rho)
+            epochs,
+            learning_rate,
+            rho,
+        )
         assert config.optimizer.weight_decay == weight_decay
         assert (config.model.name, config.data.name) == (model, dataset)
         sgd = _get('cifar', f'{argument},epochs={epochs},method=sgd,doubled=true')
@@ -179,7 +274,10 @@ def test_table_7(stem, model, learning_rate, weight_decay, rho):
     config = _get(stem, f'model={model}')
     _assert_shared(config)
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.sam.rho) == (
-        learning_rate, weight_decay, rho)
+        learning_rate,
+        weight_decay,
+        rho,
+    )
     assert (config.model.name, config.data.name) == (model, stem)
 
 
@@ -196,10 +294,20 @@ def test_imagenet(depth, epochs):
 
 
 # Appendix C.2: model: batch, cores, learning rate, steps, pixels.
-FINETUNE = [('efficientnet-b7', 1024, 64, 0.016, 5000, 600),
-            ('efficientnet-l2-475', 512, 128, 0.008, 10000, 475)]
-SIZES = {'flowers': 1020 + 1020, 'pets': 3680, 'cars': 8144, 'food101': 75750, 'cifar10': 50000,
-         'cifar100': 50000, 'aircraft': 3334 + 3333, 'birdsnap': 47386}
+FINETUNE = [
+    ('efficientnet-b7', 1024, 64, 0.016, 5000, 600),
+    ('efficientnet-l2-475', 512, 128, 0.008, 10000, 475),
+]
+SIZES = {
+    'flowers': 1020 + 1020,
+    'pets': 3680,
+    'cars': 8144,
+    'food101': 75750,
+    'cifar10': 50000,
+    'cifar100': 50000,
+    'aircraft': 3334 + 3333,
+    'birdsnap': 47386,
+}
 
 
 @pytest.mark.parametrize('model,batch_size,cores,learning_rate,steps,pixels', FINETUNE)

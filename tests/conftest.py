@@ -29,7 +29,8 @@ import quadratics
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(
-    'jax_compilation_cache_dir', os.path.join(os.environ['XDG_CACHE_HOME'], 'sam_jax', 'compiled'))
+    'jax_compilation_cache_dir', os.path.join(os.environ['XDG_CACHE_HOME'], 'sam_jax', 'compiled')
+)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
@@ -53,11 +54,17 @@ def kernels_of_users(request, monkeypatch):
     """Compiles as users' programs are, where two programs must agree to the last bit."""
     if TWO_WAYS and request.node.get_closest_marker('bitwise'):
         from jax._src import compiler
+
         options = compiler.get_compile_options
         monkeypatch.setattr(
-            compiler, 'get_compile_options', lambda *args, env_options_overrides=None, **kwargs:
-            options(*args, env_options_overrides={**(env_options_overrides or {}), EMITTERS: True},
-                    **kwargs))
+            compiler,
+            'get_compile_options',
+            lambda *args, env_options_overrides=None, **kwargs: options(
+                *args,
+                env_options_overrides={**(env_options_overrides or {}), EMITTERS: True},
+                **kwargs,
+            ),
+        )
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -72,10 +79,22 @@ def forget_programs():
 
 
 # A file stays with one worker: the long ones come first, so that no worker ends alone with one.
-LONG = ('train_test.py', 'golden_train_test.py', 'zoo_test.py', 'pods_test.py', 'smoke_test.py',
-        'streaming_test.py', 'sweeps_test.py', 'topology_test.py', 'labels_test.py',
-        'methods_in_training_test.py', 'methods_test.py', 'convolutions_test.py',
-        'methods_by_hand_test.py', 'layers_test.py')
+LONG = (
+    'train_test.py',
+    'golden_train_test.py',
+    'zoo_test.py',
+    'pods_test.py',
+    'smoke_test.py',
+    'streaming_test.py',
+    'sweeps_test.py',
+    'topology_test.py',
+    'labels_test.py',
+    'methods_in_training_test.py',
+    'methods_test.py',
+    'convolutions_test.py',
+    'methods_by_hand_test.py',
+    'layers_test.py',
+)
 
 
 def pytest_collection_modifyitems(items):

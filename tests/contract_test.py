@@ -69,16 +69,22 @@ def test_corrections_in_masked_and_several(x64):
     def wsam(gamma):
         return sharpness.wsam(RHO, gamma)
 
-    txs = {'masked': optax.masked(wsam(0.5), {'a': True, 'b': False}),
-           'several': optax.multi_transform(
-               {'one': wsam(0.5), 'two': wsam(0.75)}, {'a': 'one', 'b': 'two'})}
+    txs = {
+        'masked': optax.masked(wsam(0.5), {'a': True, 'b': False}),
+        'several': optax.multi_transform(
+            {'one': wsam(0.5), 'two': wsam(0.75)}, {'a': 'one', 'b': 'two'}
+        ),
+    }
     w, g = flat(params), a @ flat(params)
     for name, tx in txs.items():
         grads, state = tx.update(
-            grad_fn(params), tx.init(params), params, corrected=True,
-            grad_fn=sharpness.fill_masked(grad_fn, params))
-        total = flat(sharpness.add_correction(
-            jax.tree.map(lambda u: -lr * u, grads), state, lr))
+            grad_fn(params),
+            tx.init(params),
+            params,
+            corrected=True,
+            grad_fn=sharpness.fill_masked(grad_fn, params),
+        )
+        total = flat(sharpness.add_correction(jax.tree.map(lambda u: -lr * u, grads), state, lr))
         expected = -lr * g
         for part, weight in ((slice(0, 6), 1.0), (slice(6, 11), 3.0 if name == 'several' else 0)):
             eps = np.zeros_like(w)
@@ -95,15 +101,23 @@ def test_fill_masked_of_a_loss(x64):
     given = dict(key=jax.random.key(0))
     with pytest.raises(TypeError, match='or the same of loss'):
         tx.update(jax.grad(loss)(params), tx.init(params), params, loss=evaluate, **given)
-    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params,
-                           loss=sharpness.fill_masked(evaluate, params), **given)
+    updates, _ = tx.update(
+        jax.grad(loss)(params),
+        tx.init(params),
+        params,
+        loss=sharpness.fill_masked(evaluate, params),
+        **given,
+    )
     part = {'dense': params['dense']}
     alone, _ = sharpness.frob_sam(RHO).update(
-        None, sharpness.frob_sam(RHO).init(part), part, key=given['key'],
-        loss=sharpness.from_loss_fn(lambda p: loss({**params, **p})))
+        None,
+        sharpness.frob_sam(RHO).init(part),
+        part,
+        key=given['key'],
+        loss=sharpness.from_loss_fn(lambda p: loss({**params, **p})),
+    )
     np.testing.assert_allclose(flat(updates['dense']), flat(alone['dense']), rtol=1e-10)
-    np.testing.assert_array_equal(
-        flat(updates['norm']), flat(jax.grad(loss)(params)['norm']))
+    np.testing.assert_array_equal(flat(updates['norm']), flat(jax.grad(loss)(params)['norm']))
 
 
 # Two methods of few lines.
@@ -146,7 +160,8 @@ def test_functional_sam_is_the_jacobian_there_and_the_derivative_here(x64):
     jacobian = jax.jacobian(lambda w: _network(unravel(w)))(w + RHO * g / norm(g))
     expected = jacobian.T @ jax.grad(of_outputs)(_network(params))
     np.testing.assert_allclose(
-        flat(_functional(_network, of_outputs, params)), expected, rtol=1e-10)
+        flat(_functional(_network, of_outputs, params)), expected, rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -157,15 +172,18 @@ def test_functional_sam_in_a_chain(dtype):
         return jnp.tanh(X.astype(dtype) @ p['w']) @ p['v']
 
     def loss(z):
-        return jnp.sum(z ** 4)
+        return jnp.sum(z**4)
 
     tx = optax.chain(sharpness.functional_sam(RHO), optax.scale(-0.1))
     grads = jax.grad(lambda p: loss(outputs(p)))(params)
-    updates, _ = tx.update(grads, tx.init(params), params,
-                           loss=sharpness.from_network(outputs, loss))
+    updates, _ = tx.update(
+        grads, tx.init(params), params, loss=sharpness.from_network(outputs, loss)
+    )
     np.testing.assert_allclose(
-        np.float32(flat(updates)), -0.1 * np.float32(flat(_functional(outputs, loss, params))),
-        rtol=1e-2)
+        np.float32(flat(updates)),
+        -0.1 * np.float32(flat(_functional(outputs, loss, params))),
+        rtol=1e-2,
+    )
 
 
 def test_functional_sam_of_a_linear_loss_is_sam_and_of_a_linear_network_the_base(x64):
@@ -176,7 +194,8 @@ def test_functional_sam_of_a_linear_loss_is_sam_and_of_a_linear_network_the_base
 
     sam, _ = update(sharpness.sam(RHO), jax.grad(lambda p: linear_loss(_network(p))), params)
     np.testing.assert_allclose(
-        flat(_functional(_network, linear_loss, params)), flat(sam), rtol=1e-10)
+        flat(_functional(_network, linear_loss, params)), flat(sam), rtol=1e-10
+    )
 
     def linear_network(p):
         return X @ p['w'] @ jnp.ones(4)
@@ -186,7 +205,8 @@ def test_functional_sam_of_a_linear_loss_is_sam_and_of_a_linear_network_the_base
 
     grads = jax.grad(lambda p: loss(linear_network(p)))(params)
     np.testing.assert_allclose(
-        flat(_functional(linear_network, loss, params)), flat(grads), rtol=1e-10)
+        flat(_functional(linear_network, loss, params)), flat(grads), rtol=1e-10
+    )
 
 
 # Names of params in other frameworks.
@@ -212,26 +232,37 @@ class _Layer:
 
 
 FRAMEWORKS = {
-    'linen': lambda: {'dense': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)},
-                      'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)}},
+    'linen': lambda: {
+        'dense': {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)},
+        'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
+    },
     'nnx': _nnx,
-    'equinox': lambda: {'dense': _Layer(jnp.ones((2, 3)), jnp.ones(2)),
-                        'norm': _Layer(jnp.ones(2), jnp.ones(2))},
-    'haiku': lambda: {'net/~/linear': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)},
-                      'net/~/norm': {'scale': jnp.ones(2), 'offset': jnp.ones(2)}}}
+    'equinox': lambda: {
+        'dense': _Layer(jnp.ones((2, 3)), jnp.ones(2)),
+        'norm': _Layer(jnp.ones(2), jnp.ones(2)),
+    },
+    'haiku': lambda: {
+        'net/~/linear': {'w': jnp.ones((3, 2)), 'b': jnp.ones(2)},
+        'net/~/norm': {'scale': jnp.ones(2), 'offset': jnp.ones(2)},
+    },
+}
 
 
 def _marked(tree):
     """Paths of the leaves that are not 0."""
-    return [jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-            if np.any(x)]
+    return [
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if np.any(x)
+    ]
 
 
 @pytest.mark.parametrize('framework', FRAMEWORKS)
 def test_masks_know_the_names_of_every_framework(framework):
     params = FRAMEWORKS[framework]()
-    adapted = ascent.adaptive_metric(1.0, 'weights')(None, jax.tree.map(
-        lambda x: 2.0 * jnp.ones_like(x), params))
+    adapted = ascent.adaptive_metric(1.0, 'weights')(
+        None, jax.tree.map(lambda x: 2.0 * jnp.ones_like(x), params)
+    )
     biases = _marked(jax.tree.map(lambda x: x == 1, adapted))
     assert all('bias' in path or "['b']" in path for path in biases)
     assert len(biases) == (1 if framework == 'haiku' else 2)
@@ -277,28 +308,38 @@ def test_gated_methods_in_company():
     """A traced gate in `multi_transform`, behind `MultiSteps`, and under vmap."""
     params, grad_fn, _ = quadratic()
     gated = sharpness.looksam(RHO, k=2)
-    txs = [optax.multi_transform({'x': gated, 'y': sharpness.rst(RHO)}, {'a': 'x', 'b': 'y'}),
-           optax.MultiSteps(optax.chain(gated, optax.sgd(0.1)), 2)]
+    txs = [
+        optax.multi_transform({'x': gated, 'y': sharpness.rst(RHO)}, {'a': 'x', 'b': 'y'}),
+        optax.MultiSteps(optax.chain(gated, optax.sgd(0.1)), 2),
+    ]
     for tx in txs:
         state = tx.init(params)
         for t in range(4):
-            updates, state = jax.jit(functools.partial(
-                tx.update, grad_fn=sharpness.fill_masked(grad_fn, params),
-                gate_key=jax.random.key(t)))(grad_fn(params), state, params)
+            updates, state = jax.jit(
+                functools.partial(
+                    tx.update,
+                    grad_fn=sharpness.fill_masked(grad_fn, params),
+                    gate_key=jax.random.key(t),
+                )
+            )(grad_fn(params), state, params)
             assert np.isfinite(flat(updates)).all()
-    rows = jax.vmap(lambda count: gated.update(
-        grad_fn(params), gated.init(params)._replace(count=count), params,
-        grad_fn=grad_fn)[0])(jnp.arange(2, dtype=jnp.int32))
+    rows = jax.vmap(
+        lambda count: gated.update(
+            grad_fn(params), gated.init(params)._replace(count=count), params, grad_fn=grad_fn
+        )[0]
+    )(jnp.arange(2, dtype=jnp.int32))
     climbed, _ = update(sharpness.sam(RHO), grad_fn, params)
     for row, expected in enumerate((climbed, grad_fn(params))):
         np.testing.assert_allclose(
-            flat(jax.tree.map(lambda x, row=row: x[row], rows)), flat(expected), rtol=1e-5)
+            flat(jax.tree.map(lambda x, row=row: x[row], rows)), flat(expected), rtol=1e-5
+        )
 
 
 def test_settings_that_are_traced():
     params, grad_fn, _ = quadratic()
     tx = optax.inject_hyperparams(sharpness.sparse_sam, static_args='period')(
-        rho=RHO, sparsity=0.6, period=1)
+        rho=RHO, sparsity=0.6, period=1
+    )
     plain = sharpness.sparse_sam(RHO, 0.6, 1)
     state, other = tx.init(params), plain.init(params)
     for _ in range(3):
@@ -309,8 +350,19 @@ def test_settings_that_are_traced():
         np.testing.assert_allclose(flat(updates), flat(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['ae_sam', 'ae_looksam', 'vasso', 'friendly_sam', 'looksam',
-                                  'extrapolated', 'sparse_sam', 'bsam'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'ae_sam',
+        'ae_looksam',
+        'vasso',
+        'friendly_sam',
+        'looksam',
+        'extrapolated',
+        'sparse_sam',
+        'bsam',
+    ],
+)
 def test_a_bad_step_does_not_spoil_those_to_come(name):
     """A NaN is handed on, to be seen; the memory stays what it was, and so the next is finite."""
     params, loss, _ = layers()
@@ -336,10 +388,10 @@ def test_a_bad_correction_is_handed_on():
     def bad(tree):
         return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree)
 
-    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss),
-                         corrected=True)
-    grads, state = tx.update(
-        jax.grad(loss)(params), state, params, grad_fn=bad, corrected=True)
+    _, state = tx.update(
+        jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss), corrected=True
+    )
+    grads, state = tx.update(jax.grad(loss)(params), state, params, grad_fn=bad, corrected=True)
     assert np.isfinite(flat(grads)).all()
     assert np.isnan(flat(sharpness.add_correction(grads, state, 0.1))).all()
 
@@ -366,11 +418,12 @@ def test_erm_compiles_to_the_program_of_plain_sgd():
         def step(params, trace):
             state = optax.tree.set(tx.init(params), trace=trace)
             updates, state = tx.update(
-                jax.grad(loss)(params), state, params, grad_fn=jax.grad(loss))
+                jax.grad(loss)(params), state, params, grad_fn=jax.grad(loss)
+            )
             return optax.apply_updates(params, updates), optax.tree.get(state, 'trace')
 
         text = jax.jit(step).lower(params, params).compile().as_text()
-        computations = text[re.search('^(%|ENTRY)', text, re.MULTILINE).start():]
+        computations = text[re.search('^(%|ENTRY)', text, re.MULTILINE).start() :]
         return re.sub(r'metadata=\{[^}]*\}|\d+', '', computations)
 
     assert program(sharpness.erm()) == program()
@@ -401,16 +454,24 @@ def test_the_guide_s_python_runs(capsys):
     assert float(printed[0]) < 1e-3 and 'test/error_rate' in printed[1]
     x, y = names['x'], names['y']
     out = names['net'].apply(
-        {'params': names['params'], 'batch_stats': names['batch_stats']}, x, train=False)
+        {'params': names['params'], 'batch_stats': names['batch_stats']}, x, train=False
+    )
     assert float(jnp.mean((out - y) ** 2)) < 0.1 * float(jnp.var(y))
     model = nnx.merge(names['graph'], names['nnx_params'], names['rest'])
     model.eval()
     assert float(jnp.mean((model(x) - y) ** 2)) < 0.1 * float(jnp.var(y))
     params, grad_fn, _ = quadratic()
-    ours, by_hand = (tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
-                     for tx in (optax.chain(sharpness.sam(0.05), optax.sgd(0.1)),
-                                names['by_hand']))
+    ours, by_hand = (
+        tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+        for tx in (optax.chain(sharpness.sam(0.05), optax.sgd(0.1)), names['by_hand'])
+    )
     np.testing.assert_allclose(flat(ours), flat(by_hand), rtol=1e-6)
+
+
+def test_the_site_shows_the_table_of_all_methods():
+    """docs/generate.py puts it in the place of the comment."""
+    assert '<!-- sharpness.table() -->' in (ROOT / 'docs' / 'methods' / 'index.md').read_text()
+    assert all(f'| `{name}` |' in sharpness.table() for name in sharpness.METHODS)
 
 
 @pytest.mark.parametrize('name', sharpness.METHODS)
@@ -430,6 +491,7 @@ def test_a_new_method_is_an_entry():
     from sam_jax.sharpness import combine, registry
 
     try:
+
         @registry.enter('half of both', 2)
         def halfway(rho, weight=0.5):
             return sharpness.sharpness_aware(ascent.lp_ball(rho), combine.lerp(weight))
@@ -439,4 +501,3 @@ def test_a_new_method_is_an_entry():
         settings.check(config)
     finally:
         registry.METHODS.pop('halfway', None)
-

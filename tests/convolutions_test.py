@@ -12,7 +12,7 @@ from helpers import relative_distance, small_config
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sam_jax import convolutions, data, models, replicas, train_step
+from sam_jax import convolutions, data, models, replicas, train_state, train_step
 
 
 def _both(function, *args):
@@ -56,20 +56,30 @@ WINDOWS = {
 def _convolution(window, groups=1, layout=None, dtype='float32', images=3, channels=4, filters=6):
     """Returns (convolution of an image and a filter, image, filter)."""
     sizes, width, strides, padding, lhs_dilation, rhs_dilation = WINDOWS[window]
-    spatial = 'DHW'[3 - len(sizes):]
+    spatial = 'DHW'[3 - len(sizes) :]
     layout = layout or (f'N{spatial}C', f'{spatial}IO', f'N{spatial}C')
     shape = dict(zip(spatial, sizes), N=images, C=channels * groups)
     kernel = dict(zip(spatial, width), I=channels, O=filters * groups)
     x = _normal(0, [shape[d] for d in layout[0]], dtype)
     w = _normal(1, [kernel[d] for d in layout[1]], dtype)
-    return functools.partial(
-        lax.conv_general_dilated, window_strides=strides, padding=padding,
-        lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation, dimension_numbers=layout,
-        feature_group_count=groups), x, w
+    return (
+        functools.partial(
+            lax.conv_general_dilated,
+            window_strides=strides,
+            padding=padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=layout,
+            feature_group_count=groups,
+        ),
+        x,
+        w,
+    )
 
 
 def _results(convolution, x, w):
     """The result, both gradients of a nonlinear function of it, and a product with its Hessian."""
+
     def loss(x, w):
         y = convolution(x, w)
         return jnp.sum(jnp.sin(y.astype(jnp.promote_types(y.dtype, jnp.float32))))
@@ -88,8 +98,9 @@ def _assert_same(theirs, ours, dtype='float32'):
 
 @pytest.mark.parametrize('window', WINDOWS)
 def test_numbers_of_every_window(window):
-    _assert_same(*_both(functools.partial(_results, _convolution(window)[0]),
-                        *_convolution(window)[1:]))
+    _assert_same(
+        *_both(functools.partial(_results, _convolution(window)[0]), *_convolution(window)[1:])
+    )
 
 
 def test_results_that_meet_nothing_but_padding():
@@ -98,13 +109,16 @@ def test_results_that_meet_nothing_but_padding():
 
     def convolution(x, w):
         return lax.conv_general_dilated(
-            x, w, (1, 1), ((4, 0), (4, 0)), dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+            x, w, (1, 1), ((4, 0), (4, 0)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
 
     def in_words(x, w):  # the last result meets the pixel with the last place of the window
         return jnp.zeros((3, 3, 3, 6)).at[:, 2, 2].set(x[:, 0, 0] @ w[2, 2])
 
-    _assert_same(jax.device_get(jax.jit(functools.partial(_results, in_words))(x, w)),
-                 jax.device_get(jax.jit(functools.partial(_results, convolution))(x, w)))
+    _assert_same(
+        jax.device_get(jax.jit(functools.partial(_results, in_words))(x, w)),
+        jax.device_get(jax.jit(functools.partial(_results, convolution))(x, w)),
+    )
 
 
 @pytest.mark.parametrize('window', ['3x3', 'strides', '2x2 pixels', '1-D', '3-D'])
@@ -178,8 +192,10 @@ def test_parts_are_summed_in_float32(monkeypatch):
 def _forms(compiled):
     """Dimension labels of all convolutions of a compiled program, window reversals with them."""
     lines = [line for line in compiled.as_text().splitlines() if ' convolution(' in line]
-    return [re.search(r'dim_labels=([\w>-]+)', line)[1] + ' reversed' * ('rhs_reversal' in line)
-            for line in lines]
+    return [
+        re.search(r'dim_labels=([\w>-]+)', line)[1] + ' reversed' * ('rhs_reversal' in line)
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize('window', WINDOWS)
@@ -208,14 +224,21 @@ STEPS = {
 def test_all_convolutions_of_a_step_are_in_the_fast_form(case):
     config = small_config(**STEPS[case])
     layout, _ = replicas.make_layout(
-        config.batch_size, config.replica_batch_size, 1, config.replica_loop, jax.devices()[:1])
+        config.batch_size, config.replica_batch_size, 1, config.replica_loop, jax.devices()[:1]
+    )
     dataset = data.load_dataset(config.data)
     model = models.from_config(config.model, dataset.num_classes)
-    state = train_step.create_train_state(config, model, dataset.image_shape)
-    program = train_step.make_train_step(model, config, layout, dataset).lower(
-        layout.replicate(state), layout.shard(dataset.train_feed(0, 0, layout)),
-        layout.replicate(dataset.device_arrays(dataset.train)),
-        layout.replicate(train_step.HParams.from_config(config))).compile()
+    state = train_state.create_train_state(config, model, dataset.image_shape)
+    program = (
+        train_step.make_train_step(model, config, layout, dataset)
+        .lower(
+            layout.replicate(state),
+            layout.shard(dataset.train_feed(0, 0, layout)),
+            layout.replicate(dataset.device_arrays(dataset.train)),
+            layout.replicate(train_state.HParams.from_config(config)),
+        )
+        .compile()
+    )
     assert 'conditional' in program.as_text() or 'while' in program.as_text()
     forms = _forms(program)
     assert len(forms) > 15 and set(forms) == {'b01f_01io->b01f'}
@@ -223,10 +246,17 @@ def test_all_convolutions_of_a_step_are_in_the_fast_form(case):
 
 # One of each family, and sizes of image that make its windows and paddings differ.
 FAMILIES = [
-    ('wrn10_1', 8), ('shake_shake_8_2x2d', 8), ('pyramidnet11_shakedrop', 8), ('resnet8', 8),
-    ('resnet18', 32), ('efficientnet-tiny', 37), *(
+    ('wrn10_1', 8),
+    ('shake_shake_8_2x2d', 8),
+    ('pyramidnet11_shakedrop', 8),
+    ('resnet8', 8),
+    ('resnet18', 32),
+    ('efficientnet-tiny', 37),
+    *(
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (('resnet18', 37), ('efficientnet-tiny', 32), ('resnet50', 32)))]
+        for case in (('resnet18', 37), ('efficientnet-tiny', 32), ('resnet50', 32))
+    ),
+]
 
 
 @pytest.mark.parametrize('name,size', FAMILIES)
@@ -237,8 +267,13 @@ def test_gradients_and_hessian_products_of_the_zoo(name, size):
     variables = jax.jit(functools.partial(model.init, train=False))(rngs, images)
 
     def loss(params, train):
-        logits = model.apply({**variables, 'params': params}, images, train=train, rngs=rngs,
-                             **({'mutable': ['batch_stats']} if train else {}))
+        logits = model.apply(
+            {**variables, 'params': params},
+            images,
+            train=train,
+            rngs=rngs,
+            **({'mutable': ['batch_stats']} if train else {}),
+        )
         return jnp.sum(jnp.sin(logits[0] if train else logits))
 
     def gradient_and_product(params):
@@ -247,8 +282,9 @@ def test_gradients_and_hessian_products_of_the_zoo(name, size):
         return gradient, jax.jvp(smooth, (params,), (params,))[1]
 
     def behind_a_gate(params):
-        return lax.cond(loss(params, False) < 1e9, gradient_and_product,
-                        lambda params: (params, params), params)
+        return lax.cond(
+            loss(params, False) < 1e9, gradient_and_product, lambda params: (params, params), params
+        )
 
     program = jax.jit(behind_a_gate).lower(variables['params']).compile()
     assert set(_forms(program)) == {'b01f_01io->b01f'}
@@ -266,8 +302,9 @@ def test_other_platforms_and_arrays_that_xla_cuts_keep_their_convolutions():
         text = gradient.trace(w, x).lower(lowering_platforms=(platform,)).as_text()
         with convolutions.as_jax_does():
             assert text == gradient.trace(w, x).lower(lowering_platforms=(platform,)).as_text()
-    mesh = jax.make_mesh((4,), ('i',), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4,), ('i',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec('i')))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolutions, '_PART_BYTES', 1)
@@ -278,6 +315,7 @@ def test_other_platforms_and_arrays_that_xla_cuts_keep_their_convolutions():
 @pytest.mark.parametrize('what', ['function', 'setting'])
 def test_another_jax_is_left_alone(what, caplog):
     from jax._src.lax import convolution as internals
+
     name = '_conv_general_dilated_lower'
     with convolutions.as_jax_does():
         with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, 'sam_jax'):

@@ -13,7 +13,7 @@ import pytest
 from helpers import golden, small_config
 from scipy import stats
 
-from sam_jax import data, replicas, rngs, train_step
+from sam_jax import data, replicas, rngs, train_state, train_step
 from sam_jax.data import augment, resident
 from sam_jax.data import dataset as dataset_lib
 from sam_jax.errors import UserError
@@ -26,14 +26,16 @@ DIGITS_HASH = '8eda44600345aacab4f47b3de1f0efd0518cbaef25081c8869a1c30b74d33de4'
 
 
 def _load(seed=0, **settings):
-    config = small_config(**{f'data__{name}': value for name, value in settings.items()},
-                          data__label_noise_seed=seed)
+    config = small_config(
+        **{f'data__{name}': value for name, value in settings.items()}, data__label_noise_seed=seed
+    )
     return data.load_dataset(config.data)
 
 
 def _layout(num_devices, batch_size=64, replica_batch_size=8, replicas_per_group=1):
-    return replicas.make_layout(batch_size, replica_batch_size, replicas_per_group,
-                                devices=jax.devices()[:num_devices])[0]
+    return replicas.make_layout(
+        batch_size, replica_batch_size, replicas_per_group, devices=jax.devices()[:num_devices]
+    )[0]
 
 
 def _of_size(n, augmentation='none', images=None, **options):
@@ -55,7 +57,7 @@ def _assert_uniform(counts, cells=None):
 
 def test_every_key_is_another():
     ids = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
-    named = list(itertools.product([0, 1, 2 ** 32 - 1], ['init', 'augment'], ids))
+    named = list(itertools.product([0, 1, 2**32 - 1], ['init', 'augment'], ids))
     keys = [jax.random.key_data(rngs.key(seed, purpose, *i)) for seed, purpose, i in named]
     assert len({key.tobytes() for key in map(np.asarray, keys)}) == len(named)
     for length in (1, 2):  # of the ids: NumPy fills up with zeros, so (0,) draws what (0, 0) does
@@ -64,11 +66,12 @@ def test_every_key_is_another():
         assert len({order.tobytes() for order in drawn}) == len(alike)
 
 
-@pytest.mark.parametrize('seed', [0, 5, 2 ** 31, 2 ** 32 - 1])
+@pytest.mark.parametrize('seed', [0, 5, 2**31, 2**32 - 1])
 def test_a_traced_seed_gives_the_same_key(seed):
     traced = jax.jit(lambda seed, step: jax.random.key_data(rngs.key(seed, 'augment', step)))
     np.testing.assert_array_equal(
-        traced(jnp.uint32(seed), 3), jax.random.key_data(rngs.key(seed, 'augment', 3)))
+        traced(jnp.uint32(seed), 3), jax.random.key_data(rngs.key(seed, 'augment', 3))
+    )
 
 
 # Digits.
@@ -104,10 +107,12 @@ def test_digits_split_is_stratified_and_covers_the_source():
         return sorted(map(tuple, rows))
 
     # Every example of the source lies in one of the two, and in one only.
-    both = [np.concatenate([getattr(s, name) for s in (train, test)])
-            for name in ('images', 'labels')]
+    both = [
+        np.concatenate([getattr(s, name) for s in (train, test)]) for name in ('images', 'labels')
+    ]
     assert multiset(np.rint(both[0] * (16 / 255)), both[1]) == multiset(
-        digits.images, digits.target)
+        digits.images, digits.target
+    )
 
 
 @pytest.mark.parametrize('name', ['digits', 'fake_cifar10'])
@@ -125,6 +130,54 @@ def test_fake_cifar():
     assert (train.images.dtype, train.labels.dtype) == (np.uint8, np.int32)
     _assert_uniform(np.bincount(train.labels), dataset.num_classes)
     np.testing.assert_array_equal(train.images, _load(1, name='fake_cifar10').train.images)
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (
+            {'images': np.zeros((9, 8, 8, 1), np.float32)},
+            r'images of the train .* float32 \(9, 8, 8',
+        ),
+        (
+            {'images': np.zeros((9, 8, 8), np.uint8)},
+            r'uint8 \(9, 8, 8\); they must be uint8 \(N, hei',
+        ),
+        (
+            {'labels': np.zeros((9, 10), np.int32)},
+            r'labels of the train split of digits .* \(9, 10\)',
+        ),
+        (
+            {'labels': np.zeros(9, np.float32)},
+            r'labels of .* float32 \(9,\); they must be integers',
+        ),
+        ({'labels': np.zeros(8, np.int64)}, r'int64 \(8,\); .* one for each of the 9 images'),
+        (
+            {'images': np.zeros((9, 8, 8, 3), np.uint8)},
+            '3 channels, and its Source 1 means and 1 dev',
+        ),
+        (
+            {'images': np.zeros((0, 8, 8, 1), np.uint8), 'labels': np.zeros(0, int)},
+            'train .* is empty',
+        ),
+        ({'labels': np.full(9, 10)}, 'Example 0 of the train split of digits has the label 10'),
+        ({'labels': np.zeros(9, np.uint8)}, None),
+    ],
+)
+def test_what_a_source_has_read(change, message, monkeypatch):
+    right = {'images': np.zeros((9, 8, 8, 1), np.uint8), 'labels': np.zeros(9, np.int32)}
+    splits = resident.Split(**{**right, **change}), resident.Split(**right)
+    monkeypatch.setitem(
+        data.SOURCES,
+        'digits',
+        dataclasses.replace(data.SOURCES['digits'], read=lambda data_dir: splits),
+    )
+    if message is None:
+        assert _load().num_train_examples == 9
+        return
+    with pytest.raises(UserError, match=message) as e:
+        _load()
+    assert str(e.value).endswith('.')
 
 
 # Validation split.
@@ -171,15 +224,25 @@ def test_normalisation_equals_the_original(name):
     np.testing.assert_allclose(ours, file[f'preprocess/{name}/image'], rtol=0, atol=5e-7)
     split = resident.Split(file['batch/image'], file['batch/label'].astype(np.int32))
     dataset = data.ResidentDataset(
-        name, source.num_classes, source.mean, source.std, split.images.shape[1:], split, {},
-        augment.Augmentation('none'))
+        name,
+        source.num_classes,
+        source.mean,
+        source.std,
+        split.images.shape[1:],
+        split,
+        {},
+        augment.Augmentation('none'),
+    )
     arrays, index = dataset.device_arrays(split), np.array([[5, 1], [0, 3]])
     keys = jax.vmap(jax.random.key)(np.arange(4)).reshape(2, 2)
     feed = {'index': index, 'label': split.labels[index], 'mask': np.ones((2, 2))}
-    for batch in (jax.jit(dataset.eval_batch)(arrays, feed),
-                  jax.jit(dataset.train_batch)(arrays, feed, keys, keys[0, 0])):
+    for batch in (
+        jax.jit(dataset.eval_batch)(arrays, feed),
+        jax.jit(dataset.train_batch)(arrays, feed, keys, keys[0, 0]),
+    ):
         np.testing.assert_allclose(
-            batch['image'], file[f'preprocess/{name}/image'][index], rtol=0, atol=5e-7)
+            batch['image'], file[f'preprocess/{name}/image'][index], rtol=0, atol=5e-7
+        )
         np.testing.assert_array_equal(batch['label'], file['batch/label'][index])
 
 
@@ -201,12 +264,13 @@ def test_none_changes_nothing():
 def test_basic_draws_each_flip_and_offset_equally_often():
     size, padding, n = 6, 2, 5000
     image = jnp.arange(size * size, dtype=jnp.uint8).reshape(size, size, 1)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(0, 'augment', 0)))(
-        jnp.arange(n))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, rngs.key(0, 'augment', 0)))(jnp.arange(n))
     results = jax.jit(jax.vmap(lambda key: augment.basic(image, key, padding)))(keys)
     choices = list(itertools.product([0, 1], range(2 * padding + 1), range(2 * padding + 1)))
-    outcome = {np.asarray(augment.shift(augment.flip(image, f == 1), padding, y, x)).tobytes(): i
-               for i, (f, y, x) in enumerate(choices)}
+    outcome = {
+        np.asarray(augment.shift(augment.flip(image, f == 1), padding, y, x)).tobytes(): i
+        for i, (f, y, x) in enumerate(choices)
+    }
     assert len(outcome) == len(choices) == 50
     counts = np.bincount([outcome[r.tobytes()] for r in np.asarray(results)], minlength=50)
     counts = counts.reshape(2, 2 * padding + 1, 2 * padding + 1)
@@ -221,8 +285,12 @@ def test_basic_draws_each_flip_and_offset_equally_often():
 def test_an_epoch_tiles_a_permutation(n, batch_size):
     dataset, layout = _of_size(n), _layout(8, batch_size)
     steps = n // batch_size
-    epochs = [np.concatenate([dataset.train_feed(0, e * steps + i, layout)['index'].ravel()
-                              for i in range(steps)]) for e in range(3)]
+    epochs = [
+        np.concatenate(
+            [dataset.train_feed(0, e * steps + i, layout)['index'].ravel() for i in range(steps)]
+        )
+        for e in range(3)
+    ]
     for order in epochs:
         assert order.dtype == np.int32
         assert len(order) == steps * batch_size == len(set(order.tolist()))
@@ -241,16 +309,14 @@ def test_the_order_depends_on_seed_and_epoch_alone():
         np.testing.assert_array_equal(dataset.train_feed(*s, layout)['index'], forwards[s])
     for step in range(12):
         assert (forwards[0, step] != forwards[1, step]).any()
-    other = dataclasses.replace(
-        dataset, augmentation=augment.Augmentation('basic'), mean=(0.5,))
+    other = dataclasses.replace(dataset, augmentation=augment.Augmentation('basic'), mean=(0.5,))
     np.testing.assert_array_equal(other.train_feed(1, 5, layout)['index'], forwards[1, 5])
 
 
 @pytest.mark.parametrize('step', [0, 3, 29])
 def test_the_global_batch_does_not_depend_on_devices(step):
     dataset = _of_size(1297)
-    batches = [dataset.train_feed(5, step, _layout(n))['index']
-               for n in (1, 2, 4, 8)]
+    batches = [dataset.train_feed(5, step, _layout(n))['index'] for n in (1, 2, 4, 8)]
     for n, batch in zip([1, 2, 4, 8], batches):
         assert batch.shape == (n, 8 // n, 8)
         np.testing.assert_array_equal(batch.ravel(), batches[0].ravel())
@@ -259,39 +325,65 @@ def test_the_global_batch_does_not_depend_on_devices(step):
 def test_a_process_receives_the_rows_of_its_devices():
     dataset, whole = _of_size(256), _layout(4)
     mine = types.SimpleNamespace(
-        devices=whole.devices, num_replicas=8, replica_batch_size=8, replicas_per_device=2,
-        local_positions=[1, 2])
+        devices=whole.devices,
+        num_replicas=8,
+        replica_batch_size=8,
+        replicas_per_device=2,
+        local_positions=[1, 2],
+    )
     np.testing.assert_array_equal(
-        dataset.train_feed(0, 6, mine)['index'], dataset.train_feed(0, 6, whole)['index'][1:3])
-    for ours, all_of_it in zip(dataset.eval_feeds(dataset.train, 100, mine),
-                               dataset.eval_feeds(dataset.train, 100, whole), strict=True):
+        dataset.train_feed(0, 6, mine)['index'], dataset.train_feed(0, 6, whole)['index'][1:3]
+    )
+    for ours, all_of_it in zip(
+        dataset.eval_feeds(dataset.train, 100, mine),
+        dataset.eval_feeds(dataset.train, 100, whole),
+        strict=True,
+    ):
         for name in ('index', 'mask'):
             np.testing.assert_array_equal(ours[name], all_of_it[name][1:3])
 
 
 def _batches(dataset, layout):
     """(seed, step) -> the batch and the dropout keys of that training step, by place."""
-    make = functools.partial(
-        train_step.keyed_replicas, layout=layout, batch_fn=dataset.train_batch)
+    make = functools.partial(train_step.keyed_replicas, layout=layout, batch_fn=dataset.train_batch)
     compiled = jax.pmap(
-        lambda *args: {**(batch := make(*args)), 'rngs': None, 'group_key': None,
-                       'key': jax.random.key_data(batch['rngs']['dropout'])},
-        axis_name=replicas.AXIS, in_axes=(None, 0, None, None), devices=layout.devices)
+        lambda *args: {
+            **(batch := make(*args)),
+            'rngs': None,
+            'group_key': None,
+            'key': jax.random.key_data(batch['rngs']['dropout']),
+        },
+        axis_name=replicas.AXIS,
+        in_axes=(None, 0, None, None),
+        devices=layout.devices,
+    )
 
     def batch(seed, step):
         result = compiled(
-            jnp.int32(step), dataset.train_feed(seed, step, layout),
+            jnp.int32(step),
+            dataset.train_feed(seed, step, layout),
             dataset.device_arrays(dataset.train),
-            train_step.HParams.from_config(small_config(seed=seed)))
-        return {name: np.asarray(x).reshape(-1, *x.shape[2 if name == 'key' else 3:])
-                for name, x in result.items() if x is not None}
+            train_state.HParams.from_config(small_config(seed=seed)),
+        )
+        return {
+            name: np.asarray(x).reshape(-1, *x.shape[2 if name == 'key' else 3 :])
+            for name, x in result.items()
+            if x is not None
+        }
 
     return batch
 
 
-@pytest.mark.parametrize('recipe,options', [
-    ('basic', {}), ('autoaugment_cutout', {}), ('randaugment', {}), ('basic', {'mixup_alpha': 1.0}),
-    ('basic', {'cutmix_alpha': 1.0, 'mix_per_image': True})])
+@pytest.mark.parametrize(
+    'recipe,options',
+    [
+        ('basic', {}),
+        ('autoaugment_cutout', {}),
+        ('randaugment', {}),
+        ('basic', {'mixup_alpha': 1.0}),
+        ('basic', {'cutmix_alpha': 1.0, 'mix_per_image': True}),
+    ],
+)
 def test_augmentation_depends_on_seed_step_and_place_alone(recipe, options):
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     dataset = _of_size(640, recipe, np.broadcast_to(image, (640, 8, 8, 1)), **options)
@@ -350,9 +442,14 @@ def _prepare(name, data_dir, counts, file_format='tfrecord'):
 
             def _generate_examples(self, split, n):
                 for i in range(n):
-                    example = {'id': f'{split}{i}', 'label': i % 10, 'coarse_label': 0,
-                               'image': np.random.RandomState(i).randint(
-                                   0, 256, self.info.features['image'].shape, np.uint8)}
+                    example = {
+                        'id': f'{split}{i}',
+                        'label': i % 10,
+                        'coarse_label': 0,
+                        'image': np.random.RandomState(i).randint(
+                            0, 256, self.info.features['image'].shape, np.uint8
+                        ),
+                    }
                     example['image'][0, :3, 0] = i, list(counts).index(split), i % 10
                     yield i, {key: example[key] for key in self.info.features}
 
@@ -386,9 +483,14 @@ def test_svhn_trains_on_extra_and_validates_on_train(tfds_dir, monkeypatch):
     assert dataset.augmentation.policy == 'svhn'
 
 
-@pytest.mark.parametrize('name,num_classes,shape', [
-    ('cifar10', 10, (32, 32, 3)), ('cifar100', 100, (32, 32, 3)),
-    ('fashion_mnist', 10, (28, 28, 1))])
+@pytest.mark.parametrize(
+    'name,num_classes,shape',
+    [
+        ('cifar10', 10, (32, 32, 3)),
+        ('cifar100', 100, (32, 32, 3)),
+        ('fashion_mnist', 10, (28, 28, 1)),
+    ],
+)
 def test_tfds_dataset_on_disk(tfds_dir, name, num_classes, shape):
     dataset = _load(name=name, dir=str(tfds_dir), validation=True)
     assert (dataset.num_classes, dataset.image_shape) == (num_classes, shape)
@@ -415,10 +517,8 @@ def test_any_file_format(tfds_dir, tmp_path):
     one, other = (_load(name='cifar10', dir=str(place)) for place in (tmp_path, tfds_dir))
     for name in ('train', 'test'):
         a, b = (np.argsort(d.evals[name].images[:, 0, 0, 0]) for d in (one, other))
-        np.testing.assert_array_equal(
-            one.evals[name].images[a], other.evals[name].images[b])
-        np.testing.assert_array_equal(
-            one.evals[name].labels[a], other.evals[name].labels[b])
+        np.testing.assert_array_equal(one.evals[name].images[a], other.evals[name].images[b])
+        np.testing.assert_array_equal(one.evals[name].labels[a], other.evals[name].labels[b])
 
 
 def test_a_missing_split(tmp_path):
@@ -439,8 +539,9 @@ def test_damaged_files(file_format, tmp_path):
 
 
 def test_labels_outside_of_the_classes(tfds_dir, monkeypatch):
-    monkeypatch.setitem(data.SOURCES, 'cifar10', dataclasses.replace(
-        data.SOURCES['cifar10'], num_classes=7))
+    monkeypatch.setitem(
+        data.SOURCES, 'cifar10', dataclasses.replace(data.SOURCES['cifar10'], num_classes=7)
+    )
     with pytest.raises(UserError, match='train split of cifar10 has the label [789]; .* below 7'):
         _load(name='cifar10', dir=str(tfds_dir))
 
@@ -449,8 +550,12 @@ def test_labels_outside_of_the_classes(tfds_dir, monkeypatch):
 def test_a_missing_dataset_says_what_to_run(name, tmp_path):
     with pytest.raises(UserError) as e:
         _load(name=name, dir=str(tmp_path))
-    for part in (f'Dataset {name} is not in {tmp_path}', 'config.data.dir', 'python -c "',
-                 f"tfds.builder('{name}', data_dir='{tmp_path}').download_and_prepare()\""):
+    for part in (
+        f'Dataset {name} is not in {tmp_path}',
+        'config.data.dir',
+        'python -c "',
+        f"tfds.builder('{name}', data_dir='{tmp_path}').download_and_prepare()\"",
+    ):
         assert part in str(e.value)
 
 
@@ -458,7 +563,7 @@ def test_a_missing_dataset_names_the_default_folder(monkeypatch, tmp_path):
     import tensorflow_datasets as tfds
 
     monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
-    with pytest.raises(UserError, match=f'cifar10 is not in {tmp_path} .*data.dir is \'\''):
+    with pytest.raises(UserError, match=f"cifar10 is not in {tmp_path} .*data.dir is ''"):
         _load(name='cifar10', dir='')
 
 

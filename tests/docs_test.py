@@ -1,9 +1,13 @@
 """README and the site: links, anchors, pages; and, where its tools are, the site itself.
 
+The latter by
+
     ./scripts/docs.sh test            # builds the site strictly, looks at it in a browser
     ./scripts/docs.sh test -m slow    # executes the notebooks
 """
 
+import ast
+import copy
 import functools
 import html
 import json
@@ -20,6 +24,8 @@ import yaml
 from helpers import ROOT
 
 from sam_jax import settings, sharpness
+from sam_jax.errors import UserError
+from sam_jax.experiments import grid
 
 DOCS = ROOT / 'docs'
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
@@ -50,7 +56,8 @@ def sources(generate):
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())['cells']
         texts[str(path.relative_to(ROOT))] = '\n\n'.join(
-            ''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+            ''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown'
+        )
     texts.update({f'docs/{name}': text for name, text in generate.pages().items()})
     return texts
 
@@ -123,37 +130,124 @@ def test_the_page_of_the_settings_has_every_key(sources):
         assert described.meaning in sources['docs/settings.md']
 
 
+BEGIN = r'(?:[A-Z_]+=\S+ |taskset -c \S+ )*(?:sam-jax-|\./scripts/train\.sh|python -m sam_jax\.)'
+
+
 def _commands(text):
-    """Yields (command, its arguments) of the commands that a page shows."""
+    """Yields (module, its arguments) of the commands that a page shows."""
     blocks = '\n'.join(re.findall(r'^    .*$', text, re.MULTILINE))
-    inline = '\n'.join(re.findall(r'`((?:sam-jax-|\./scripts/train)[^`\n]*)`', text))
+    inline = '\n'.join(re.findall(rf'`({BEGIN}[^`\n]*)`', text))
     for line in re.sub(r'\\\n\s*', '', f'{blocks}\n{inline}').splitlines():
-        words = shlex.split(line, comments=True) if re.match(r' *(sam-jax-|\./scr)', line) else []
-        if words and (words[0].startswith('sam-jax-') or words[0] == './scripts/train.sh'):
-            yield words[0], words[1:]
+        if not re.match(rf' *{BEGIN}', line):
+            continue
+        for command in line.split(' & '):
+            words = shlex.split(command, comments=True)
+            while words and not re.match(r'sam-jax-|\./|python', words[0]):
+                del words[0]
+            if words[:2] == ['python', '-m']:
+                yield words[2], words[3:]
+            elif words and words[0] in PROJECT['scripts']:
+                yield PROJECT['scripts'][words[0]].partition(':')[0], words[1:]
+            elif words and words[0] == './scripts/train.sh':
+                yield (
+                    'sam_jax.main',
+                    [
+                        f'--config={a}' if re.match(r'configs/|[a-z_]+$', a) else a
+                        for a in words[1:]
+                    ],
+                )
 
 
-def test_commands_name_flags_and_keys_that_exist(sources):
-    shared = {'config', 'helpfull'}
-    seen = 0
-    for page, text in sources.items():
-        for command, arguments in _commands(text):
-            if command == './scripts/train.sh':
-                command = 'sam-jax-train'
-                arguments = [f'--config={a}' if re.match('configs/', a) else a for a in arguments]
-            module, _, _ = PROJECT['scripts'][command].partition(':')
-            defined = set(re.findall(r"DEFINE_\w+\(\s*'(\w+)'", (
-                ROOT / f"{module.replace('.', '/')}.py").read_text())) | shared
-            flags = [a for a in arguments if a.startswith('--')]
-            names = {a[2:].partition('=')[0] for a in flags}
-            assert {n for n in names if not n.startswith('config.')} <= defined, (page, arguments)
-            if not re.search(r'NAME|CONFIG|my/|mine|\.\.\.', ' '.join(arguments)):
-                settings.check_flags(flags, str(ROOT / 'configs' / 'digits.py'))
-            for a in flags:
-                key = re.match(r'--sweep=([a-z_.]+)=', a)
-                assert not key or key[1] in settings.KEYS, (page, a)
-            seen += 1
-    assert seen > 40
+def _flags_of(module):
+    """The names of the flags that a module defines."""
+    source = (ROOT / f'{module.replace(".", "/")}.py').read_text()
+    defined = re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*'(?:--)?(\w+)'", source)
+    return {*defined, 'help', 'helpfull'}
+
+
+def _check(module, arguments, workdir):
+    """Raises where a command is not right: its flags, config, keys, values, runs."""
+    given = [a.strip('[]') for a in arguments if a.strip('[]').startswith('--')]
+    names = {a[2:].partition('=')[0] for a in given}
+    unknown = {n for n in names if not n.startswith('config.')} - _flags_of(module)
+    assert not unknown, (module, unknown)
+    if re.search(r'NAME|CONFIG|my/|mine|\.\.\.|CKPT|FILE', ' '.join(arguments)):
+        return
+    values = [a[2:].partition('=')[::2] for a in given]
+    flag = next((value for name, value in values if name == 'config'), 'digits')
+    changes = {
+        name.removeprefix('config.'): value for name, value in values if name.startswith('config.')
+    }
+    if 'config' not in _flags_of(module) or not ({'config'} & names or changes):
+        return
+    hyper = [grid.parse(value) for name, value in values if name == 'sweep']
+    if module.endswith('sweep') and hyper:
+        assert grid.make_runs(flag, grid.product(hyper), changes, workdir)
+        return
+    config = copy.deepcopy(settings.load(flag)[1])
+    for key, value in changes.items():
+        settings.override(config, key, value)
+    settings.check(config)
+
+
+@pytest.fixture(scope='module')
+def shown(sources):
+    """[(page, module, arguments)] of README, the pages and the configs' docstrings."""
+    texts = {
+        name: text
+        for name, text in sources.items()
+        # Their commands need the examples that the reader writes; they were followed once.
+        if not name.startswith('docs/contribute/')
+    }
+    for path in (ROOT / 'configs').glob('*.py'):
+        texts[f'configs/{path.name}'] = ast.get_docstring(ast.parse(path.read_text())) or ''
+    return [(page, *command) for page, text in texts.items() for command in _commands(text)]
+
+
+def test_commands_are_right(shown, tmp_path):
+    for page, module, arguments in shown:
+        try:
+            _check(module, arguments, str(tmp_path))
+        except Exception as e:
+            raise AssertionError(f'{page}: {module} {" ".join(arguments)}: {e}') from e
+    modules = {module for _, module, _ in shown}
+    assert (
+        len(shown) > 100
+        and {
+            'sam_jax.main',
+            'sam_jax.cli.sweep',
+            'sam_jax.cli.report',
+            'sam_jax.cli.analyze',
+            'sam_jax.cli.predict',
+            'sam_jax.cli.preview',
+            'sam_jax.cli.doctor',
+            'sam_jax.benchmarks.step',
+            'sam_jax.benchmarks.methods',
+        }
+        <= modules
+    )
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        'sam-jax-train --confg=digits',
+        'sam-jax-train --config=digit',
+        'sam-jax-train --config=digits:nois=0.4',
+        'sam-jax-train --config=digits --config.sam.roh=1',
+        'sam-jax-train --config=digits --config.sam.rho=-1',
+        './scripts/train.sh configs/digit.py',
+        'sam-jax-sweep --config=digits --sweep=sam.roh=1,2',
+        'sam-jax-sweep --config=digits --sweep=1',
+        'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits',
+        'python -m sam_jax.benchmarks.quantize_digits --bit=4',
+        'python -m sam_jax.nothing --x=1',
+    ],
+)
+def test_wrong_commands_are_noticed(line, tmp_path):
+    ((module, arguments),) = _commands(f'    {line}\n')
+    with pytest.raises((AssertionError, UserError, FileNotFoundError)):
+        _check(module, arguments, str(tmp_path))
 
 
 def test_every_method_is_drawn_or_says_why_not(generate):
@@ -182,8 +276,12 @@ def test_notebooks_have_run():
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp('site')
     done = subprocess.run(
-        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)], cwd=ROOT,
-        capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'},
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -194,8 +292,10 @@ def test_the_site_is_built(site):
     assert len(drawn) == len(sharpness.METHODS) - 4
     assert (site / 'methods' / 'sam.html').exists() and (site / 'settings.html').exists()
     assert (site / 'notebooks' / 'drop_in.html').stat().st_size > 20_000
-    assert 'id="sam_jax.experiment.Experiment.from_config"' in (
-        site / 'reference' / 'experiment.html').read_text()
+    assert (
+        'id="sam_jax.experiment.Experiment.from_config"'
+        in (site / 'reference' / 'experiment.html').read_text()
+    )
 
 
 LOOK = """
@@ -209,8 +309,18 @@ LOOK = """
 
 @pytest.mark.docs
 @pytest.mark.parametrize('width', [1280, 500])
-@pytest.mark.parametrize('page', ['index', 'methods/index', 'methods/wsam', 'settings', 'zoo',
-                                  'notebooks/flatness', 'reference/sharpness'])
+@pytest.mark.parametrize(
+    'page',
+    [
+        'index',
+        'methods/index',
+        'methods/wsam',
+        'settings',
+        'zoo',
+        'notebooks/flatness',
+        'reference/sharpness',
+    ],
+)
 def test_a_page_is_no_wider_than_its_window(site, page, width):
     """Wide tables scroll by themselves; every picture is there."""
     if not shutil.which('chromium'):
@@ -219,9 +329,20 @@ def test_a_page_is_no_wider_than_its_window(site, page, width):
     looked_at = path.with_name(f'{path.stem}_looked_at.html')
     looked_at.write_text(path.read_text().replace('</head>', f'{LOOK}</head>'))
     done = subprocess.run(
-        ['chromium', '--headless', '--no-sandbox', '--disable-gpu', f'--window-size={width},2000',
-         '--virtual-time-budget=5000', '--dump-dom', looked_at.as_uri()],
-        capture_output=True, text=True, timeout=120)
+        [
+            'chromium',
+            '--headless',
+            '--no-sandbox',
+            '--disable-gpu',
+            f'--window-size={width},2000',
+            '--virtual-time-budget=5000',
+            '--dump-dom',
+            looked_at.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     seen = json.loads(html.unescape(re.search('<title>(.*?)</title>', done.stdout, re.DOTALL)[1]))
     assert seen == {'wide': 0, 'broken': []}
 
@@ -230,5 +351,6 @@ def test_a_page_is_no_wider_than_its_window(site, page, width):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
     nbclient, nbformat = map(pytest.importorskip, ('nbclient', 'nbformat'))
-    nbclient.NotebookClient(nbformat.read(path, as_version=4), timeout=600,
-                            resources={'metadata': {'path': str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        nbformat.read(path, as_version=4), timeout=600, resources={'metadata': {'path': str(ROOT)}}
+    ).execute()

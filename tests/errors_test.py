@@ -61,8 +61,11 @@ def _assert_sentence(message, words):
         assert word in message, message
     assert '\n' not in message and 'Traceback' not in message
     assert message.endswith(('.', '"'))  # the quote: of the command that prepares a dataset
-    assert message[0].isupper() or message.startswith(tuple(settings.KEYS)) or (
-        message.startswith(('workdir', '--', 'config', 'model.', 'sam.')))
+    assert (
+        message[0].isupper()
+        or message.startswith(tuple(settings.KEYS))
+        or (message.startswith(('workdir', '--', 'config', 'model.', 'sam.')))
+    )
 
 
 def _key(key):
@@ -72,20 +75,38 @@ def _key(key):
 # Whole runs.
 
 
-SAF = {'sam.method': 'saf', 'sam.lam': 0.3, 'sam.tau': 5.0, 'sam.start_epoch': 0,
-       'sam.epochs_ago': 1}
-BSAM = {'sam.method': 'bsam', 'sam.prior_precision': 40.0, 'sam.beta1': 0.9, 'sam.beta2': 0.999,
-        'sam.damping': 0.1, 'sam.init_precision': 1.0, 'optimizer.momentum': 0.0,
-        'optimizer.nesterov': False, 'optimizer.weight_decay': 0.0, 'optimizer.clip_norm': 0.0,
-        'sam.data_factor': 4.0}
+SAF = {
+    'sam.method': 'saf',
+    'sam.lam': 0.3,
+    'sam.tau': 5.0,
+    'sam.start_epoch': 0,
+    'sam.epochs_ago': 1,
+}
+BSAM = {
+    'sam.method': 'bsam',
+    'sam.prior_precision': 40.0,
+    'sam.beta1': 0.9,
+    'sam.beta2': 0.999,
+    'sam.damping': 0.1,
+    'sam.init_precision': 1.0,
+    'optimizer.momentum': 0.0,
+    'optimizer.nesterov': False,
+    'optimizer.weight_decay': 0.0,
+    'optimizer.clip_norm': 0.0,
+    'sam.data_factor': 4.0,
+}
 
 BAD = [
     ({'batch_size': 60}, ['batch_size is 60', 'multiple of replica_batch_size, 64']),
     ({'batch_size': 96, 'replica_batch_size': 8}, ['12 replicas', '8 devices', 'batch_size 96']),
-    ({'replica_batch_size': 8, 'sam.replicas_per_group': 3},
-     ['sam.replicas_per_group is 3', 'divide the 8 replicas']),
-    ({'batch_size': 2560, 'replica_batch_size': 320},
-     ['batch_size is 2560', 'digits has only 1297 examples']),
+    (
+        {'replica_batch_size': 8, 'sam.replicas_per_group': 3},
+        ['sam.replicas_per_group is 3', 'divide the 8 replicas'],
+    ),
+    (
+        {'batch_size': 2560, 'replica_batch_size': 320},
+        ['batch_size is 2560', 'digits has only 1297 examples'],
+    ),
     ({'sam.rho': -0.05}, ['sam.rho is -0.05', 'at least 0']),
     ({'sam.rho': math.nan}, ['sam.rho is nan', 'at least 0']),
     ({'sam.p': 1.0}, ['sam.p is 1.0', 'greater than 1']),
@@ -93,67 +114,91 @@ BAD = [
     ({'sam.p': -2}, ['sam.p is -2', 'greater than 1']),
     ({'sam.p': math.nan}, ['sam.p is nan', 'greater than 1']),
     ({'sam.roh': 0.1}, ['Unknown config key sam.roh', 'did you mean sam.rho?']),
-    ({'sam.method': 'mas'}, ['sam.method is \'mas\'', 'one of', 'sam', 'sgd']),
-    ({'sam.steps': 3}, ['setting sam.steps is not one of sam.method \'sam\'', 'none', 'method=']),
+    ({'sam.method': 'mas'}, ["sam.method is 'mas'", 'one of', 'sam', 'sgd']),
+    ({'sam.steps': 3}, ["setting sam.steps is not one of sam.method 'sam'", 'none', 'method=']),
     ({'sam.method': 'multistep_sam'}, ['lacks sam.steps', 'method=multistep_sam']),
     ({'sam.method': 'multistep_sam', 'sam.steps': 0, 'sam.step_size': 1.0}, ['steps is 0']),
-    ({'sam.method': 'multistep_sam', 'sam.steps': 2.0, 'sam.step_size': 1.0},
-     ['sam.steps is 2.0', 'of type int']),
-    ({'sam.method': 'multistep_sam', 'sam.steps': 2, 'sam.step_size': 1.0, 'sam.p': 3.0},
-     ['p is 3.0', '2 or inf']),
+    (
+        {'sam.method': 'multistep_sam', 'sam.steps': 2.0, 'sam.step_size': 1.0},
+        ['sam.steps is 2.0', 'of type int'],
+    ),
+    (
+        {'sam.method': 'multistep_sam', 'sam.steps': 2, 'sam.step_size': 1.0, 'sam.p': 3.0},
+        ['p is 3.0', '2 or inf'],
+    ),
     ({'sam.method': 'second_order_sam', 'sam.p': math.inf}, ['p is inf', 'use method sam']),
     ({'sam.method': 'gnp', 'sam.alpha': 0.8, 'sam.p': math.inf}, ['sam.p is inf', 'gnp', '2.0']),
-    ({'sam.method': 'looksam', 'sam.alpha': 0.7, 'sam.k': 0, 'sam.per_leaf': False},
-     ['looksam', 'k is 0', 'at least 1']),
+    (
+        {'sam.method': 'looksam', 'sam.alpha': 0.7, 'sam.k': 0, 'sam.per_leaf': False},
+        ['looksam', 'k is 0', 'at least 1'],
+    ),
     ({'sam.method': 'asam', 'sam.eta': 0.01, 'sam.adapt': 'bias'}, ['adapt is', 'kernels']),
     ({'sam.rho_min': 0.1}, ['sam.rho_min is 0.1', 'learning_rate', "'constant'", 'set it to 0']),
     ({'sam.rho_min': 0.9, 'sam.schedule': 'learning_rate'}, ['sam.rho_min is 0.9', 'not exceed']),
-    ({'sam.method': 'momentum_sam', 'optimizer.momentum': 0.0},
-     ['momentum_sam', 'optimizer.momentum is 0', 'such as 0.9']),
+    (
+        {'sam.method': 'momentum_sam', 'optimizer.momentum': 0.0},
+        ['momentum_sam', 'optimizer.momentum is 0', 'such as 0.9'],
+    ),
     ({'sam.method': 'sam_on', 'model.batch_norm': False}, ['sam_on', 'no normalisation layer']),
-    ({'sam.method': 'mesa', 'sam.lam': 0.8, 'sam.tau': 5.0, 'sam.start_epoch': 0},
-     ['mesa', 'ema.decay is 0', 'such as 0.9998']),
+    (
+        {'sam.method': 'mesa', 'sam.lam': 0.8, 'sam.tau': 5.0, 'sam.start_epoch': 0},
+        ['mesa', 'ema.decay is 0', 'such as 0.9998'],
+    ),
     ({**SAF, 'sam.start_epoch': 1}, ['never adds its loss', 'sam.start_epoch is 1', 'most 0']),
     ({**SAF, 'sam.epochs_ago': 2}, ['never adds its loss', 'sam.epochs_ago is 2', 'most 1']),
-    ({'sam.method': 'frob_sam', 'sam.lam': 0.1, 'sam.n': 2, 'sam.warmup_epochs': 1.0},
-     ['frob_sam', 'sam.warmup_epochs is 1.0', 'rounding']),
+    (
+        {'sam.method': 'frob_sam', 'sam.lam': 0.1, 'sam.n': 2, 'sam.warmup_epochs': 1.0},
+        ['frob_sam', 'sam.warmup_epochs is 1.0', 'rounding'],
+    ),
     ({**SAF, 'data.mixup_alpha': 0.2}, ['saf', 'data.mixup_alpha is 0.2', 'must be 0']),
-    ({**SAF, 'data.name': 'folder', 'data.image_size': 32},
-     ['saf', "data.name is 'folder'", 'digits']),
+    (
+        {**SAF, 'data.name': 'folder', 'data.image_size': 32},
+        ['saf', "data.name is 'folder'", 'digits'],
+    ),
     ({**BSAM, 'optimizer.weight_decay': 5e-4}, ['bsam', 'weight_decay is 0.0005', 'be 0.0']),
     ({**BSAM, 'optimizer.name': 'adam'}, ['bsam', "optimizer.name is 'adam'", "be 'sgd'"]),
-    ({'model.name': 'vgg16'}, ['model.name is \'vgg16\'', *models.NAMES]),
-    ({'model.name': 'wrn16'}, ['model.name is \'wrn16\'', *models.NAMES]),
+    ({'model.name': 'vgg16'}, ["model.name is 'vgg16'", *models.NAMES]),
+    ({'model.name': 'wrn16'}, ["model.name is 'wrn16'", *models.NAMES]),
     ({'model.name': 'wrn11_1'}, ['depth 11', '6n + 4']),
     ({'model.name': 'wrn10_0'}, ['width 0', 'at least 1']),
-    ({'model.dropuot_rate': 0.1}, ['config.model', 'wrn10_1', '\'dropuot_rate\'', 'dropout_rate',
-                                   'batch_norm', 'extra_skips']),
-    ({'model.depth': 16}, ['config.model', '\'depth\'']),
-    ({'model.dtype': 'float16'}, ['model.dtype is \'float16\'', 'float32', 'bfloat16']),
-    ({'data.name': 'mnist'}, ['data.name is \'mnist\'', *data.SOURCES]),
-    ({'data.augment': 'bassic'}, ['data.augment is \'bassic\'', *data.RECIPES]),
+    (
+        {'model.dropuot_rate': 0.1},
+        ['config.model', 'wrn10_1', "'dropuot_rate'", 'dropout_rate', 'batch_norm', 'extra_skips'],
+    ),
+    ({'model.depth': 16}, ['config.model', "'depth'"]),
+    ({'model.dtype': 'float16'}, ["model.dtype is 'float16'", 'float32', 'bfloat16']),
+    ({'data.name': 'mnist'}, ["data.name is 'mnist'", *data.SOURCES]),
+    ({'data.augment': 'bassic'}, ["data.augment is 'bassic'", *data.RECIPES]),
     ({'data.augment': 'basic', 'data.padding': 8}, ['data.padding is 8', 'digits, 8x8']),
-    ({'data.augment': 'imagenet'}, ['data.augment is \'imagenet\'', 'digits', 'basic']),
+    ({'data.augment': 'imagenet'}, ["data.augment is 'imagenet'", 'digits', 'basic']),
     ({'data.name': 'folder'}, ['data.image_size is 0', 'folder', '224']),
-    ({'data.name': 'folder', 'data.image_size': 8, 'data.dir': 'nowhere'},
-     ['data.dir is \'nowhere\'', 'train/CLASS/IMAGE']),
+    (
+        {'data.name': 'folder', 'data.image_size': 8, 'data.dir': 'nowhere'},
+        ["data.dir is 'nowhere'", 'train/CLASS/IMAGE'],
+    ),
     ({'data.skip_corrupt': True}, ['data.skip_corrupt is True', 'digits']),
-    ({'data.mixup_alpha': 1.0, 'data.cutmix_alpha': 1.0},
-     ['data.mixup_alpha is 1.0', 'data.cutmix_alpha is 1.0', 'must be 0']),
+    (
+        {'data.mixup_alpha': 1.0, 'data.cutmix_alpha': 1.0},
+        ['data.mixup_alpha is 1.0', 'data.cutmix_alpha is 1.0', 'must be 0'],
+    ),
     ({'data.mix_per_image': True}, ['data.mix_per_image is True', 'data.mixup_alpha']),
     ({'data.soft_labels': True}, ['data.soft_labels is True', 'data.labels_from']),
-    ({'data.labels_from': 'x.npz'}, ['data.labels_from is \'x.npz\'', 'no such file']),
-    ({'data.labels_from': 'x.npz', 'data.label_noise': 0.4},
-     ['data.labels_from is \'x.npz\'', 'data.label_noise is 0.4']),
+    ({'data.labels_from': 'x.npz'}, ["data.labels_from is 'x.npz'", 'no such file']),
+    (
+        {'data.labels_from': 'x.npz', 'data.label_noise': 0.4},
+        ["data.labels_from is 'x.npz'", 'data.label_noise is 0.4'],
+    ),
     ({'checkpoint.keep_epochs': (1, 0)}, ['checkpoint.keep_epochs is (1, 0)', 'from 1']),
     ({'checkpoint.keep_epochs': (1.5,)}, ['checkpoint.keep_epochs is (1.5,)', 'epochs']),
     ({'sam.warmup_epochs': 2.5}, ['sam.warmup_epochs is 2.5', 'total_epochs, 2']),
     ({'optimizer.warmup_epochs': 3.0}, ['optimizer.warmup_epochs is 3.0', 'total_epochs, 2']),
-    ({'optimizer.name': 'rmsprop', 'optimizer.epsilon': 0.0}, ['optimizer.epsilon is 0',
-                                                               'positive']),
-    ({'optimizer.name': 'adamw'}, ['optimizer.name is \'adamw\'', 'sgd, rmsprop, adam']),
-    ({'optimizer.schedule': 'step'}, ['optimizer.schedule is \'step\'', 'cosine']),
-    ({'replica_loop': 'for'}, ['replica_loop is \'for\'', 'unroll', 'scan']),
+    (
+        {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 0.0},
+        ['optimizer.epsilon is 0', 'positive'],
+    ),
+    ({'optimizer.name': 'adamw'}, ["optimizer.name is 'adamw'", 'sgd, rmsprop, adam']),
+    ({'optimizer.schedule': 'step'}, ["optimizer.schedule is 'step'", 'cosine']),
+    ({'replica_loop': 'for'}, ["replica_loop is 'for'", 'unroll', 'scan']),
 ]
 
 
@@ -187,8 +232,9 @@ def test_a_run_without_a_workdir_is_refused(place, tmp_path, compilations):
 
 def test_top5_needs_six_classes():
     for num_classes, refused in [(5, True), (6, False)]:
-        dataset = types.SimpleNamespace(name='tiny', num_train_examples=64, pixel_shape=(8, 8, 1),
-                                        num_classes=num_classes)
+        dataset = types.SimpleNamespace(
+            name='tiny', num_train_examples=64, pixel_shape=(8, 8, 1), num_classes=num_classes
+        )
         try:
             settings.check_with_data(_config({'eval.top5': True}), dataset)
             assert not refused
@@ -214,11 +260,14 @@ def test_images_that_the_devices_cannot_hold(devices_sharing, tmp_path, monkeypa
 
 def test_free_memory_of_this_machine():
     free, sharing = replicas.free_memory(jax.devices())
-    assert 2 ** 20 < free and sharing == len(jax.devices())
+    assert 2**20 < free and sharing == len(jax.devices())
     accelerators = [
-        types.SimpleNamespace(process_index=process, memory_stats=lambda used=used: {
-            'bytes_limit': 100, 'bytes_in_use': used})
-        for process, used in ((0, 10), (0, 30), (1, 99))]
+        types.SimpleNamespace(
+            process_index=process,
+            memory_stats=lambda used=used: {'bytes_limit': 100, 'bytes_in_use': used},
+        )
+        for process, used in ((0, 10), (0, 30), (1, 99))
+    ]
     assert replicas.free_memory(accelerators) == (70, 1)
 
 
@@ -237,20 +286,33 @@ def _check(overrides, words):
     _assert_sentence(str(e.value), words)
 
 
-NUMBERS = [key for key, described in settings.KEYS.items()
-           if described.kind in (int, float)]
+NUMBERS = [key for key, described in settings.KEYS.items() if described.kind in (int, float)]
 
 
-RANGES = {key: (described.low, math.inf if described.high is None else described.high,
-                not described.below)
-          for key, described in settings.KEYS.items() if described.low is not None}
+RANGES = {
+    key: (
+        described.low,
+        math.inf if described.high is None else described.high,
+        not described.below,
+    )
+    for key, described in settings.KEYS.items()
+    if described.low is not None
+}
 
 
 def test_every_number_has_its_range():
     assert {*RANGES, 'sam.p'} == set(NUMBERS)
-    from_one = {'total_epochs', 'batch_size', 'replica_batch_size', 'log_every_steps',
-                'sam.replicas_per_group', 'eval.batch_size', 'data.cutout_size',
-                'data.randaugment_layers', 'analysis.examples'}
+    from_one = {
+        'total_epochs',
+        'batch_size',
+        'replica_batch_size',
+        'log_every_steps',
+        'sam.replicas_per_group',
+        'eval.batch_size',
+        'data.cutout_size',
+        'data.randaugment_layers',
+        'analysis.examples',
+    }
     lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5}
     below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
     for key, (low, high, closed) in RANGES.items():
@@ -258,7 +320,7 @@ def test_every_number_has_its_range():
         if key in below_one:
             assert (high, closed) == (1, False), key
         elif key in ('data.label_noise', 'data.label_noise_seed', 'seed'):
-            assert (high, closed) == (1 if key == 'data.label_noise' else 2 ** 32 - 1, True), key
+            assert (high, closed) == (1 if key == 'data.label_noise' else 2**32 - 1, True), key
         else:
             assert high == math.inf, key
 
@@ -272,15 +334,22 @@ def test_numbers_out_of_range(key):
     if high < math.inf:
         bad += [high + 1, *([] if closed else [high])]
     for value in bad:
-        _check({key: value}, [f'{key} is {value}', f'at least {low}',
-                              f'{high}' if high < math.inf else ''])
+        _check(
+            {key: value},
+            [f'{key} is {value}', f'at least {low}', f'{high}' if high < math.inf else ''],
+        )
     good = [low, *([high] if closed and high < math.inf else [])]
     for value in good:
         settings.check(_config({key: value}))
 
 
-WRONG = {int: ['abc', 1.5, True, None], float: ['abc', True, None], bool: [1, 'True', None],
-         str: [3, None], tuple: [5, '1', None]}
+WRONG = {
+    int: ['abc', 1.5, True, None],
+    float: ['abc', True, None],
+    bool: [1, 'True', None],
+    str: [3, None],
+    tuple: [5, '1', None],
+}
 
 
 @pytest.mark.parametrize('key', settings.KEYS)
@@ -307,9 +376,13 @@ def test_missing_keys(key):
 
 
 MISTYPED = [
-    ('batchsize', 'batch_size'), ('roh', 'analysis.rho or sam.rho'), ('sma.rho', 'sam.rho'),
-    ('optimzer.learning_rate', 'optimizer.learning_rate'), ('ema.decai', 'ema.decay'),
-    ('learning_rate', 'optimizer.learning_rate'), ('eval.batchsize', 'eval.batch_size'),
+    ('batchsize', 'batch_size'),
+    ('roh', 'analysis.rho or sam.rho'),
+    ('sma.rho', 'sam.rho'),
+    ('optimzer.learning_rate', 'optimizer.learning_rate'),
+    ('ema.decai', 'ema.decay'),
+    ('learning_rate', 'optimizer.learning_rate'),
+    ('eval.batchsize', 'eval.batch_size'),
 ] + [(key[:-1], key) for key in settings.KEYS if len(_key(key)) > 3 and 'model.' not in key]
 
 
@@ -325,7 +398,7 @@ def test_unlike_any_key():
 # The command line: many in one process, which forks, since importing takes longest.
 
 
-DRIVER = '''
+DRIVER = """
 import json, os, signal, sys, traceback
 import jax
 from sam_jax import main
@@ -358,14 +431,16 @@ for i, argv in enumerate(json.loads(sys.argv[1])):
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     results.append((status, open(name).read()))
 json.dump(results, open(sys.argv[2] + '/results', 'w'))
-'''
+"""
 
 CONFIG, WORKDIR = '--config=configs/digits.py', '--workdir=WORKDIR'
 COMMANDS = [
     ([CONFIG, WORKDIR, '--config.sam.roh=0.1'], ['key sam.roh (did you mean sam.rho?)']),
     ([CONFIG, WORKDIR, '--config.roh=0.1'], ['key roh (did you mean analysis.rho or sam.rho?)']),
-    ([CONFIG, WORKDIR, '--config.model.dropout_rate=0.1', '--config.sam.roh=0.1'],
-     ['key sam.roh (did you mean sam.rho?)']),
+    (
+        [CONFIG, WORKDIR, '--config.model.dropout_rate=0.1', '--config.sam.roh=0.1'],
+        ['key sam.roh (did you mean sam.rho?)'],
+    ),
     ([CONFIG, WORKDIR, '--config.xyzzy=0.1'], ['Unknown config key xyzzy.']),
     ([CONFIG, WORKDIR, '--config.model.foo=1'], ['key model.foo']),
     ([CONFIG, WORKDIR, '--config.batch_size=abc'], ['config.batch_size=abc', 'int']),
@@ -377,38 +452,59 @@ COMMANDS = [
     ([CONFIG, WORKDIR, '--config.sam.rho=-1'], ['sam.rho is -1.0', 'at least 0']),
     ([CONFIG, WORKDIR, '--config.sam.p=1'], ['sam.p is 1.0', 'greater than 1']),
     ([CONFIG, WORKDIR, '--config.replica_batch_size=48'], ['batch_size is 64', '48']),
-    ([CONFIG, WORKDIR, '--config.batch_size=96', '--config.replica_batch_size=8'],
-     ['12 replicas', '8 devices']),
+    (
+        [CONFIG, WORKDIR, '--config.batch_size=96', '--config.replica_batch_size=8'],
+        ['12 replicas', '8 devices'],
+    ),
     ([CONFIG, WORKDIR, '--config.checkpoint.keep_epochs=(0,)'], ['keep_epochs is (0,)']),
     ([CONFIG, WORKDIR, '--config.model.name=vgg16'], [*models.NAMES]),
     (['--config=configs/cifar.py:model=vgg16', WORKDIR], [*models.NAMES]),  # before the dataset
-    ([CONFIG, WORKDIR, '--config.model.name=resnet20'],
-     ["no option 'dropout_rate'", "config's argument, model=NAME"]),
-    ([CONFIG, WORKDIR, '--config.batch_size=80', '--config.replica_batch_size=5',
-      '--config.model.sync_batch_norm=True'],
-     ['model.sync_batch_norm is True', '16 replicas', 'set replica_batch_size to 10']),
-    ([CONFIG, WORKDIR, '--config.data.augment=foo'], ['data.augment is \'foo\'', 'none, basic']),
-    ([CONFIG], ['--workdir is \'\'']),
-    ([CONFIG, '--workdir=pyproject.toml'], ['workdir \'pyproject.toml\' is not writable']),
+    (
+        [CONFIG, WORKDIR, '--config.model.name=resnet20'],
+        ["no option 'dropout_rate'", "config's argument, model=NAME"],
+    ),
+    (
+        [
+            CONFIG,
+            WORKDIR,
+            '--config.batch_size=80',
+            '--config.replica_batch_size=5',
+            '--config.model.sync_batch_norm=True',
+        ],
+        ['model.sync_batch_norm is True', '16 replicas', 'set replica_batch_size to 10'],
+    ),
+    ([CONFIG, WORKDIR, '--config.data.augment=foo'], ["data.augment is 'foo'", 'none, basic']),
+    ([CONFIG], ["--workdir is ''"]),
+    ([CONFIG, '--workdir=pyproject.toml'], ["workdir 'pyproject.toml' is not writable"]),
     ([], ["--workdir is ''"]),  # and configs/digits.py is the default
-    ([CONFIG, WORKDIR, 'stray'], ['\'stray\'', '--']),
+    ([CONFIG, WORKDIR, 'stray'], ["'stray'", '--']),
     ([CONFIG, '--wrkdir=x'], ['wrkdir', 'workdir']),
     ([CONFIG, WORKDIR, '--num_processes=a'], ['num_processes=a', 'int']),
-    ([CONFIG, WORKDIR, '--coordinator_address=localhost:1'],
-     ['--coordinator_address', '--num_processes', '--process_id', 'localhost:1']),
+    (
+        [CONFIG, WORKDIR, '--coordinator_address=localhost:1'],
+        ['--coordinator_address', '--num_processes', '--process_id', 'localhost:1'],
+    ),
     (['--config=configs/digits.py:noise=2', WORKDIR], ['data.label_noise is 2.0', 'at most 1']),
-    (['--config=configs/digits.py:method=sma', WORKDIR], ['sam.method is \'sma\'', 'sgd, sam']),
-    ([CONFIG, WORKDIR, '--config.optimizer.learnig_rate=3'],
-     ['key optimizer.learnig_rate (did you mean optimizer.learning_rate?).']),
+    (['--config=configs/digits.py:method=sma', WORKDIR], ["sam.method is 'sma'", 'sgd, sam']),
+    (
+        [CONFIG, WORKDIR, '--config.optimizer.learnig_rate=3'],
+        ['key optimizer.learnig_rate (did you mean optimizer.learning_rate?).'],
+    ),
     ([CONFIG, WORKDIR, '--config.batchsize=3'], ['key batchsize (did you mean batch_size?).']),
-    ([CONFIG, WORKDIR, '--config.optimzer.learning_rate=1'],
-     ['key optimzer.learning_rate (did you mean optimizer.learning_rate?).']),
+    (
+        [CONFIG, WORKDIR, '--config.optimzer.learning_rate=1'],
+        ['key optimzer.learning_rate (did you mean optimizer.learning_rate?).'],
+    ),
     ([CONFIG, WORKDIR, '--config.sam.rho.x=1'], ['key sam.rho.x (did you mean sam.rho?).']),
-    (['--config=configs/digits.py:foo=1', WORKDIR],
-     ["'foo'; the arguments are model, method, noise, rho, seed, smoke."]),
+    (
+        ['--config=configs/digits.py:foo=1', WORKDIR],
+        ["'foo'; the arguments are model, method, noise, rho, seed, smoke."],
+    ),
     (['--config=configs/digits.py:noise=abc', WORKDIR], ["noise is 'abc'", 'of type float.']),
-    (['--config=configs/cifar.py:dataset=mnist', WORKDIR],
-     ["dataset is 'mnist'", 'cifar10, cifar100.']),
+    (
+        ['--config=configs/cifar.py:dataset=mnist', WORKDIR],
+        ["dataset is 'mnist'", 'cifar10, cifar100.'],
+    ),
     (['--config=configs/none.py', WORKDIR], ['configs/none.py', 'No such file']),
     (['--config=tests/golden/recipe.py', WORKDIR], ['tests/golden/recipe.py', 'get_config']),
     (['--config', 'configs/digits.py:foo=1', WORKDIR], ["'foo'; the arguments are"]),
@@ -424,11 +520,17 @@ COMMANDS = [
 def answers(tmp_path_factory):
     """The exit status and the standard error of each of COMMANDS."""
     place = tmp_path_factory.mktemp('commands')
-    commands = [[a.replace('WORKDIR', str(place / f'run{i}')) for a in argv]
-                for i, (argv, _) in enumerate(COMMANDS)]
+    commands = [
+        [a.replace('WORKDIR', str(place / f'run{i}')) for a in argv]
+        for i, (argv, _) in enumerate(COMMANDS)
+    ]
     subprocess.run(
         [sys.executable, '-c', DRIVER.format(compiled=COMPILED), json.dumps(commands), str(place)],
-        cwd=ROOT, check=True, timeout=300, env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )
     return json.loads((place / 'results').read_text())
 
 
@@ -444,16 +546,41 @@ def test_commands(i, answers):
     _assert_one_line(*answers[i], COMMANDS[i][1])
 
 
-@pytest.mark.parametrize('argument,words', [
-    ('--config.sam.roh=1', ['Unknown config key sam.roh (did you mean sam.rho?).']),
-    ('--config.sam.rho=-0.5', ['sam.rho is -0.5; it must be at least 0.'])])
+@pytest.mark.parametrize(
+    'argument,words',
+    [
+        ('--config.sam.roh=1', ['Unknown config key sam.roh (did you mean sam.rho?).']),
+        ('--config.sam.rho=-0.5', ['sam.rho is -0.5; it must be at least 0.']),
+    ],
+)
 def test_a_real_command(argument, words, tmp_path):
     result = subprocess.run(
         [sys.executable, '-m', 'sam_jax.main', CONFIG, f'--workdir={tmp_path}/run', argument],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    )
     _assert_one_line(result.returncode, result.stderr, words)
     assert not result.stdout
+
+
+@pytest.mark.parametrize('module', ['main', 'cli.sweep', 'cli.preview'])
+def test_help_from_anywhere(module, tmp_path):
+    """As a script of pip's calls it, too: what the command is, and its flags."""
+    script = f'import sys; from sam_jax.{module} import run; sys.argv[0] = "sam-jax"; run()'
+    for start in (['-m', f'sam_jax.{module}'], ['-c', script]):
+        result = subprocess.run(
+            [sys.executable, *start, '--help'],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+        )
+        assert not result.stderr, result.stderr
+        assert '--config' in result.stdout and 'sam-jax-' in result.stdout
 
 
 # Configs.

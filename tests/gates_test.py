@@ -35,14 +35,16 @@ def test_windows_and_periods():
 
 def test_the_coin():
     """As often as its probability says, which may change; the key of the step decides."""
-    taken = np.array(_decisions(sharpness.rst(
-        RHO, probability=0.0, final_probability=1.0, total_steps=600), 600))
+    taken = np.array(
+        _decisions(sharpness.rst(RHO, probability=0.0, final_probability=1.0, total_steps=600), 600)
+    )
     expected = np.arange(600) / 600
     spread = np.sqrt(np.sum((expected * (1 - expected))[:300]))
     for half in (slice(None, 300), slice(300, None)):
         assert abs(taken[half].sum() - expected[half].sum()) < 4 * spread
-    assert taken.tolist() == _decisions(sharpness.rst(
-        2 * RHO, probability=0.0, final_probability=1.0, total_steps=600), 600)
+    assert taken.tolist() == _decisions(
+        sharpness.rst(2 * RHO, probability=0.0, final_probability=1.0, total_steps=600), 600
+    )
 
 
 def test_the_mean_of_the_coin(problem):
@@ -54,7 +56,8 @@ def test_the_mean_of_the_coin(problem):
     climbs = np.abs(values - g).max(axis=1) > 1e-9
     np.testing.assert_allclose(values[~climbs], np.tile(g, (sum(~climbs), 1)), rtol=1e-10)
     np.testing.assert_allclose(
-        values[climbs], np.tile(g + RHO * a @ g / norm(g), (sum(climbs), 1)), rtol=1e-10)
+        values[climbs], np.tile(g + RHO * a @ g / norm(g), (sum(climbs), 1)), rtol=1e-10
+    )
     assert 8 <= sum(climbs) <= 30
 
 
@@ -66,12 +69,15 @@ def test_adaptive_gate(given):
     tx = sharpness.ae_sam(RHO, delta, l1, l2, total)
     rng = np.random.default_rng(0)
     state, mean, variance, decisions = tx.init(params), None, 0.0, []
-    step = jax.jit(lambda point, state, length: drive(
-        tx, loss, point, state, **({'gate_norm': length} if given else {}))[1])
+    step = jax.jit(
+        lambda point, state, length: drive(
+            tx, loss, point, state, **({'gate_norm': length} if given else {})
+        )[1]
+    )
     for t in range(total):
         point = jax.tree.map(lambda x: x * rng.uniform(0.5, 2.0), params)
         length = rng.uniform(1.0, 3.0) if given else norm(a @ flat(point))
-        square = length ** 2
+        square = length**2
         mean = square if mean is None else delta * mean + (1 - delta) * square
         variance = 0.0 if t == 0 else delta * variance + (1 - delta) * (square - mean) ** 2
         c = t / total * l1 + (1 - t / total) * l2

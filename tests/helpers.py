@@ -46,14 +46,18 @@ def assert_trees_equal(a, b):
 
 
 def assert_trees_close(a, b, rtol=1e-5, atol=0.0):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
-                 jax.device_get(a), jax.device_get(b))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol),
+        jax.device_get(a),
+        jax.device_get(b),
+    )
 
 
 def relative_distance(a, b):
     """||a - b|| / ||b|| over all leaves together."""
-    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))])
-            for t in (a, b))
+    a, b = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))]) for t in (a, b)
+    )
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
@@ -86,8 +90,13 @@ def lean_environment(folder, **environment):
     stub = folder / 'stubs' / 'clu.py'
     stub.parent.mkdir(exist_ok=True)
     stub.write_text("raise ImportError('left out in this test')")
-    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK_TO_COMPILE, **environment,
-            'PYTHONPATH': str(stub.parent)}
+    return {
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': QUICK_TO_COMPILE,
+        **environment,
+        'PYTHONPATH': str(stub.parent),
+    }
 
 
 def training_process(*flags):
@@ -119,16 +128,33 @@ def _free_port():
 def run_processes(flags, workdir, num_processes=2, devices_each=2, config='configs/digits.py'):
     """Runs sam_jax.main in several real processes over gloo; returns their outputs."""
     environment = {
-        **os.environ, 'JAX_ENABLE_X64': '1', 'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices_each}'}
+        **os.environ,
+        'JAX_ENABLE_X64': '1',
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices_each}',
+    }
     address = f'localhost:{_free_port()}'
     processes = [
         subprocess.Popen(
-            [sys.executable, '-m', 'sam_jax.main', f'--config={config}',
-             f'--workdir={workdir}', f'--coordinator_address={address}',
-             f'--num_processes={num_processes}', f'--process_id={i}', *flags],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for i in range(num_processes)]
+            [
+                sys.executable,
+                '-m',
+                'sam_jax.main',
+                f'--config={config}',
+                f'--workdir={workdir}',
+                f'--coordinator_address={address}',
+                f'--num_processes={num_processes}',
+                f'--process_id={i}',
+                *flags,
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(num_processes)
+    ]
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * num_processes, outputs
     return outputs

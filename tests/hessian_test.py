@@ -12,8 +12,9 @@ from jax.flatten_util import ravel_pytree
 from sam_jax.analysis import hessian
 
 
-def dense(model, variables, weight_decay=0.0, smoothing=0.0, gauss_newton=False,
-          decays=lambda w: 1):
+def dense(
+    model, variables, weight_decay=0.0, smoothing=0.0, gauss_newton=False, decays=lambda w: 1
+):
     """The loss as a function of flat params and its dense matrix, written out."""
     flat, unravel = ravel_pytree(variables['params'])
     images, labels = examples()
@@ -22,12 +23,13 @@ def dense(model, variables, weight_decay=0.0, smoothing=0.0, gauss_newton=False,
         return model.apply({'params': unravel(w), 'batch_stats': variables['batch_stats']}, images)
 
     target = (1 - smoothing) * np.eye(10)[labels] + smoothing / 10
-    decayed = ravel_pytree(jax.tree.map(
-        lambda w: jnp.full_like(w, decays(w)), variables['params']))[0]
+    decayed = ravel_pytree(
+        jax.tree.map(lambda w: jnp.full_like(w, decays(w)), variables['params'])
+    )[0]
 
     def loss(w):
         cross = -jnp.mean(jnp.sum(target * jax.nn.log_softmax(logits(w)), axis=-1))
-        return cross + 0.5 * weight_decay * jnp.sum(decayed * w ** 2)
+        return cross + 0.5 * weight_decay * jnp.sum(decayed * w**2)
 
     if not gauss_newton:
         return loss, flat, np.asarray(jax.hessian(loss)(flat))
@@ -42,18 +44,30 @@ def flat_of(the_objective, params, kind='hessian_product'):
     return hessian.flat(getattr(the_objective, kind), params, the_objective.layout)
 
 
-@pytest.mark.parametrize(['devices', 'options'], [
-    (1, {}), (4, {'weight_decay': 0.1}), (2, {'weight_decay': 0.1, 'decay_norm_and_bias': False}),
-    (4, {'label_smoothing': 0.2})], ids=str)
+@pytest.mark.parametrize(
+    ['devices', 'options'],
+    [
+        (1, {}),
+        (4, {'weight_decay': 0.1}),
+        (2, {'weight_decay': 0.1, 'decay_norm_and_bias': False}),
+        (4, {'label_smoothing': 0.2}),
+    ],
+    ids=str,
+)
 def test_loss_gradient_and_product_are_those_of_the_dense_hessian(x64, devices, options):
     model, variables = network(dtype='float64')
     measured, params = objective(devices=devices, model_and_variables=(model, variables), **options)
     loss, flat, matrix = dense(
-        model, variables, options.get('weight_decay', 0.0), options.get('label_smoothing', 0.0),
-        decays=lambda w: options.get('decay_norm_and_bias', True) or w.ndim > 1)
+        model,
+        variables,
+        options.get('weight_decay', 0.0),
+        options.get('label_smoothing', 0.0),
+        decays=lambda w: options.get('decay_norm_and_bias', True) or w.ndim > 1,
+    )
     np.testing.assert_allclose(measured.value(params)['loss'], loss(flat), rtol=1e-12)
-    assert relative_distance(measured.gradient(params),
-                             ravel_pytree(jax.grad(loss)(flat))[0]) < 1e-10
+    assert (
+        relative_distance(measured.gradient(params), ravel_pytree(jax.grad(loss)(flat))[0]) < 1e-10
+    )
     product = flat_of(measured, params)
     v = np.random.RandomState(0).randn(product.size)
     np.testing.assert_allclose(product.product(v), matrix @ v, rtol=0, atol=1e-9)
@@ -79,18 +93,22 @@ def test_softmax_regression_has_its_hessian_in_closed_form(x64):
     middle = p[:, :, None] * np.eye(10) - p[:, :, None] * p[:, None, :]
     matrix = np.einsum('na,ncd,nb->acbd', x, middle, x, optimize=True)
     matrix = matrix.reshape(640, 640) / len(x)
-    measured, params = objective(devices=2, model_and_variables=(
-        Linear(), {'params': {'Dense_0': {'kernel': w}}, 'batch_stats': {}}))
+    measured, params = objective(
+        devices=2,
+        model_and_variables=(Linear(), {'params': {'Dense_0': {'kernel': w}}, 'batch_stats': {}}),
+    )
     v = np.random.RandomState(1).randn(640)
     for kind in ('hessian_product', 'gauss_newton_product'):
         np.testing.assert_allclose(
-            flat_of(measured, params, kind).product(v), matrix @ v, rtol=0, atol=1e-11)
+            flat_of(measured, params, kind).product(v), matrix @ v, rtol=0, atol=1e-11
+        )
 
 
 def test_gauss_newton_product(x64):
     model, variables = network(dtype='float64')
     measured, params = objective(
-        devices=4, model_and_variables=(model, variables), weight_decay=0.1)
+        devices=4, model_and_variables=(model, variables), weight_decay=0.1
+    )
     matrix = dense(model, variables, 0.1, gauss_newton=True)[2]
     product = flat_of(measured, params, 'gauss_newton_product')
     v = np.random.RandomState(0).randn(product.size)
@@ -117,8 +135,12 @@ def test_one_device_and_four_find_the_same(x64):
     for devices in (1, 4):
         measured, params = objective(devices=devices)
         product = flat_of(measured, params)
-        found.append((hessian.top_eigenpairs(product.product, product.size, steps=20, tolerance=0),
-                      hessian.trace(measured.hessian_product, params, measured.layout, 3)))
+        found.append(
+            (
+                hessian.top_eigenpairs(product.product, product.size, steps=20, tolerance=0),
+                hessian.trace(measured.hessian_product, params, measured.layout, 3),
+            )
+        )
     np.testing.assert_allclose(found[0][0].values, found[1][0].values, rtol=1e-9)
     np.testing.assert_allclose(found[0][1].mean, found[1][1].mean, rtol=1e-9)
 
@@ -185,8 +207,7 @@ def test_wigner_semicircle():
     a = symmetric(800)
     found = hessian.density(lambda v: a @ v, 800, probes=8, steps=60)
     grid = np.linspace(-1.6, 1.6, 50)
-    np.testing.assert_allclose(
-        found.on(grid, 0.1), np.sqrt(4 - grid ** 2) / (2 * np.pi), atol=0.03)
+    np.testing.assert_allclose(found.on(grid, 0.1), np.sqrt(4 - grid**2) / (2 * np.pi), atol=0.03)
     np.testing.assert_allclose(found.weights.sum(axis=1), 1)
     for power, catalan in ((1, 0.0), (2, 1.0), (4, 2.0)):
         mean, error = found.moment(power)
@@ -197,7 +218,8 @@ def test_trace_of_a_diagonal_matrix_is_exact_and_of_a_network_within_its_error(x
     params = {'a': jnp.ones(3), 'b': jnp.ones((2, 2))}
     scales = {'a': jnp.arange(3.0), 'b': jnp.full((2, 2), 2.0)}
     diagonal = hessian.trace(
-        lambda p, v: jax.tree.map(jnp.multiply, scales, v), params, layout(1), probes=4)
+        lambda p, v: jax.tree.map(jnp.multiply, scales, v), params, layout(1), probes=4
+    )
     assert (diagonal.mean, diagonal.standard_error) == (11, 0)
     assert diagonal.layers == {'a': (3, 0), 'b': (8, 0)}
 
@@ -207,8 +229,14 @@ def test_trace_of_a_diagonal_matrix_is_exact_and_of_a_network_within_its_error(x
     found = hessian.trace(measured.hessian_product, params, measured.layout, probes=60)
     assert 0 < found.standard_error < 0.2 * abs(np.trace(matrix))
     assert abs(found.mean - np.trace(matrix)) < 4 * found.standard_error
-    names = ['BatchNorm_0/bias', 'BatchNorm_0/scale', 'Conv_0/bias', 'Conv_0/kernel',
-             'Dense_0/bias', 'Dense_0/kernel']
+    names = [
+        'BatchNorm_0/bias',
+        'BatchNorm_0/scale',
+        'Conv_0/bias',
+        'Conv_0/kernel',
+        'Dense_0/bias',
+        'Dense_0/kernel',
+    ]
     assert list(found.layers) == names
     ends = np.cumsum([0] + [x.size for x in jax.tree.leaves(variables['params'])])
     for (mean, error), start, end in zip(found.layers.values(), ends, ends[1:]):

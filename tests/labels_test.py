@@ -19,8 +19,9 @@ P_VALUE = 1e-3
 
 
 def _load(seed=0, **settings):
-    config = small_config(**{f'data__{name}': value for name, value in settings.items()},
-                          data__label_noise_seed=seed)
+    config = small_config(
+        **{f'data__{name}': value for name, value in settings.items()}, data__label_noise_seed=seed
+    )
     return data.load_dataset(config.data)
 
 
@@ -63,8 +64,9 @@ def test_noise_of_other_kinds(num_classes):
     """'other' is uniform over the others; 'pair' is the next class; the examples are the same."""
     n = 20_000
     true = np.arange(n, dtype=np.int32) % num_classes
-    other, pair = (labels.noise(n, 0.3, num_classes, 5, kind)(np.arange(n), true)
-                   for kind in ('other', 'pair'))
+    other, pair = (
+        labels.noise(n, 0.3, num_classes, 5, kind)(np.arange(n), true) for kind in ('other', 'pair')
+    )
     hit = other != true
     assert hit.sum() == round(0.3 * n)
     np.testing.assert_array_equal(hit, pair != true)
@@ -81,13 +83,13 @@ def test_noise_depends_on_the_seed_alone():
     np.testing.assert_array_equal(noisy[0], again)
     assert np.mean(noisy[0] != noisy[1]) > 0.3
     # Not on the labels there are: the same places get the same draws.
-    draws, others = (labels.noise(1297, 0.4, 10, seed)(np.arange(1297), np.full(1297, -1))
-                     for seed in (0, 1))
+    draws, others = (
+        labels.noise(1297, 0.4, 10, seed)(np.arange(1297), np.full(1297, -1)) for seed in (0, 1)
+    )
     np.testing.assert_array_equal(noisy[0], np.where(draws < 0, _load().train.labels, draws))
     # Nor on which are asked for together, as streams ask for one at a time.
     some = np.flatnonzero(draws >= 0)[[300, 4, 100]]
-    np.testing.assert_array_equal(
-        labels.noise(1297, 0.4, 10, 0)(some, np.full(3, -1)), draws[some])
+    np.testing.assert_array_equal(labels.noise(1297, 0.4, 10, 0)(some, np.full(3, -1)), draws[some])
     # Both which examples are drawn and what they get change with the seed.
     assert np.mean((draws < 0) != (others < 0)) > 0.3
     both = (draws >= 0) & (others >= 0)
@@ -145,8 +147,12 @@ def test_labels_from_a_file(tmp_path):
         feed = dataset.train_feed(0, 3, layout)
         np.testing.assert_array_equal(feed['label'], dataset.train.labels[feed['index']])
         keys = jax.random.split(jax.random.key(0), (1, 32))
-        batch = dataset.train_batch(dataset.device_arrays(dataset.train),
-                                    jax.tree.map(lambda x: x[0], feed), keys, keys[0, 0])
+        batch = dataset.train_batch(
+            dataset.device_arrays(dataset.train),
+            jax.tree.map(lambda x: x[0], feed),
+            keys,
+            keys[0, 0],
+        )
         np.testing.assert_array_equal(batch['label'], feed['label'][0])
 
 
@@ -154,8 +160,9 @@ def test_files_that_do_not_fit(tmp_path):
     uniform = np.full((1297, 10), 0.1, np.float32)
     wrong = {
         'there is no such file': str(tmp_path / 'absent.npz'),
-        'predictions for 1296 examples of digits in 10 classes':
-            _write(tmp_path / 'a.npz', uniform[1:]),
+        'predictions for 1296 examples of digits in 10 classes': _write(
+            tmp_path / 'a.npz', uniform[1:]
+        ),
         '1297 examples of digits in 9 classes': _write(tmp_path / 'b.npz', uniform[:, 1:]),
         'examples of cifar10': _write(tmp_path / 'c.npz', uniform, 'cifar10'),
         'not finite': _write(tmp_path / 'd.npz', uniform * np.nan),
@@ -175,31 +182,47 @@ def test_files_that_do_not_fit(tmp_path):
 def test_bootstrap(tmp_path):
     """A run's predictions are those of its model, in the order of the training set; from the
     command line, and used by a run that trains on them."""
-    config = small_config(data__label_noise=0.4, data__validation=True, ema__decay=0.5,
-                          total_epochs=1)
+    config = small_config(
+        data__label_noise=0.4, data__validation=True, ema__decay=0.5, total_epochs=1
+    )
     state = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
     out = tmp_path / 'labels.npz'
     result = subprocess.run(
         [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}/run', f'--out={out}'],
-        cwd=ROOT, capture_output=True, text=True, timeout=300)
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0 and '1168 predictions of step' in result.stderr, result.stderr
     dataset = data.load_dataset(config.data)
     images = (dataset.train.images / 255.0 - dataset.mean) / dataset.std
     logits = Experiment.from_config(config, jax.devices()[:1]).model.apply(
-        jax.device_get(state.ema), images.astype(np.float32), train=False)
+        jax.device_get(state.ema), images.astype(np.float32), train=False
+    )
     with np.load(out) as file:
         np.testing.assert_allclose(
-            file['probabilities'], jax.nn.softmax(logits), rtol=1e-3, atol=1e-5)
+            file['probabilities'], jax.nn.softmax(logits), rtol=1e-3, atol=1e-5
+        )
         np.testing.assert_array_equal(file['labels'], dataset.train.labels)
         assert file['step'] == int(state.step)
         predicted = file['probabilities'].argmax(1)
-    config = small_config(data__labels_from=str(out), data__validation=True, total_epochs=1,
-                          data__soft_labels=True, eval__train_set=True)
+    config = small_config(
+        data__labels_from=str(out),
+        data__validation=True,
+        total_epochs=1,
+        data__soft_labels=True,
+        eval__train_set=True,
+    )
     train.train_and_evaluate(config, str(tmp_path / 'second'), jax.devices()[:1])
     wrong = np.mean(predicted != _load(validation=True).train.labels)
     metrics = (tmp_path / 'second' / 'metrics.jsonl').read_text()
     assert 0 < wrong < 1 and 'train_noisy_set/error_rate' in metrics
     refused = subprocess.run(
-        [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}'], cwd=ROOT,
-        capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert refused.returncode == 2 and 'must be the folder of a run' in refused.stderr

@@ -16,8 +16,9 @@ def test_filters_of_a_random_direction_have_the_norms_of_the_filters():
     for layer in ('Conv_0', 'Dense_0'):
         kernel, direction = np.asarray(params[layer]['kernel']), d[layer]['kernel']
         for i in range(kernel.shape[-1]):
-            np.testing.assert_allclose(np.linalg.norm(direction[..., i]),
-                                       np.linalg.norm(kernel[..., i]), rtol=1e-5)
+            np.testing.assert_allclose(
+                np.linalg.norm(direction[..., i]), np.linalg.norm(kernel[..., i]), rtol=1e-5
+            )
         assert not d[layer]['bias'].any()
     assert not d['BatchNorm_0']['scale'].any() and not d['BatchNorm_0']['bias'].any()
     assert_trees_equal(d, landscape.random_direction(params, seed=3))
@@ -43,11 +44,13 @@ def test_places_have_the_loss_of_the_objective_there(x64, weight_decay):
     assert ticks.tolist() == [-0.5, 0, 0.5] and places.tolist()[5] == [0, 0.5]
     found = landscape.make_surface(measured, params, directions)(places)
     assert {name: x[4] for name, x in found.items()} == pytest.approx(
-        measured.value(params), rel=1e-12)
+        measured.value(params), rel=1e-12
+    )
     for place, loss, error_rate in zip(places, found['loss'], found['error_rate']):
         there = jax.tree.map(lambda w, x, y, p=place: w + p[0] * x + p[1] * y, params, *directions)
         assert {'loss': loss, 'error_rate': error_rate} == pytest.approx(
-            measured.value(measured.layout.replicate(there)), rel=1e-10)
+            measured.value(measured.layout.replicate(there)), rel=1e-10
+        )
 
 
 def test_one_device_and_four_find_the_same_bit_for_bit():
@@ -55,8 +58,9 @@ def test_one_device_and_four_find_the_same_bit_for_bit():
     for devices in (1, 4):
         measured, params = objective(devices=devices, model_and_variables=network())
         directions = [landscape.random_direction(params, 0)]
-        surfaces.append(landscape.make_surface(measured, params, directions)(
-            landscape.grid(1.0, 7, 1)[1]))
+        surfaces.append(
+            landscape.make_surface(measured, params, directions)(landscape.grid(1.0, 7, 1)[1])
+        )
     assert_trees_equal(*surfaces)
 
 

@@ -17,14 +17,18 @@ from configs import common
 from sam_jax import losses, metrics, optimizers, rngs, schedules
 
 LOSSES, OPTIM, SCHEDULES = map(helpers.golden, ('losses', 'optim', 'schedules'))
-LOGITS = {'logits': LOSSES['logits'], 'tied': LOSSES['tied_logits'],
-          'huge': 1e4 * LOSSES['logits']}
+LOGITS = {'logits': LOSSES['logits'], 'tied': LOSSES['tied_logits'], 'huge': 1e4 * LOSSES['logits']}
 LABELS = {'onehot': LOSSES['labels'], 'soft': LOSSES['soft_labels']}
-MASKS = {'none': np.ones(16, np.float32), 'ones': LOSSES['mask_ones'],
-         'third': LOSSES['mask_third'], 'zero': LOSSES['mask_zero']}
+MASKS = {
+    'none': np.ones(16, np.float32),
+    'ones': LOSSES['mask_ones'],
+    'third': LOSSES['mask_third'],
+    'zero': LOSSES['mask_zero'],
+}
 
 on_golden_batches = pytest.mark.parametrize(
-    'labels, logits, mask', list(itertools.product(LABELS, LOGITS, MASKS)))
+    'labels, logits, mask', list(itertools.product(LABELS, LOGITS, MASKS))
+)
 
 
 def masked_mean(values, mask):
@@ -41,7 +45,9 @@ def test_cross_entropy_is_the_original_s(labels, logits, mask, smoothing):
     values = losses.cross_entropy(LOGITS[logits], LABELS[labels], smoothing)
     np.testing.assert_allclose(
         masked_mean(values, MASKS[mask]),
-        LOSSES[f'cross_entropy_ls{smoothing}/{labels}/{logits}/{mask}'], rtol=2e-6)
+        LOSSES[f'cross_entropy_ls{smoothing}/{labels}/{logits}/{mask}'],
+        rtol=2e-6,
+    )
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -55,7 +61,8 @@ def test_cross_entropy_by_definition(smoothing, x64):
         np.testing.assert_allclose(values, expected, rtol=1e-12)
         assert values.dtype == np.float64
     helpers.assert_trees_equal(
-        values, losses.cross_entropy(jnp.asarray(logits), onehot.argmax(axis=1), smoothing))
+        values, losses.cross_entropy(jnp.asarray(logits), onehot.argmax(axis=1), smoothing)
+    )
 
 
 def test_cross_entropy_of_bfloat16_logits_is_float32():
@@ -63,7 +70,8 @@ def test_cross_entropy_of_bfloat16_logits_is_float32():
     values = losses.cross_entropy(half, LABELS['onehot'])
     assert values.dtype == np.float32
     helpers.assert_trees_equal(
-        values, losses.cross_entropy(half.astype(jnp.float32), LABELS['onehot']))
+        values, losses.cross_entropy(half.astype(jnp.float32), LABELS['onehot'])
+    )
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
@@ -80,13 +88,20 @@ def test_non_finite_logits_are_seen(value):
 
 def test_l2_penalty():
     rng = np.random.RandomState(0)
-    params = {'conv': {'kernel': rng.randn(3, 3, 2, 2), 'bias': rng.randn(2)},
-              'bn': {'scale': rng.randn(2)}, 'head': rng.randn(2, 5), 'temperature': rng.randn()}
-    kernels = sum(np.sum(w ** 2) for w in (params['conv']['kernel'], params['head']))
-    everything = sum(np.sum(w ** 2) for w in jax.tree.leaves(params))
+    params = {
+        'conv': {'kernel': rng.randn(3, 3, 2, 2), 'bias': rng.randn(2)},
+        'bn': {'scale': rng.randn(2)},
+        'head': rng.randn(2, 5),
+        'temperature': rng.randn(),
+    }
+    kernels = sum(np.sum(w**2) for w in (params['conv']['kernel'], params['head']))
+    everything = sum(np.sum(w**2) for w in jax.tree.leaves(params))
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
-    for wanted, options in [(everything, {}), (everything, {'decay_norm_and_bias': True}),
-                            (kernels, {'decay_norm_and_bias': False})]:
+    for wanted, options in [
+        (everything, {}),
+        (everything, {'decay_norm_and_bias': True}),
+        (kernels, {'decay_norm_and_bias': False}),
+    ]:
         penalty = functools.partial(losses.l2_penalty, weight_decay=0.3, **options)
         np.testing.assert_allclose(penalty(params), 0.15 * wanted, rtol=1e-6)
         for w, g in zip(*map(jax.tree.leaves, (params, jax.grad(penalty)(params))), strict=True):
@@ -103,7 +118,8 @@ def test_l2_penalty():
 def test_top1_error_is_the_original_s(labels, logits, mask):
     values = metrics.top1_error(LOGITS[logits], LABELS[labels])
     np.testing.assert_allclose(
-        masked_mean(values, MASKS[mask]), LOSSES[f'error_rate/{labels}/{logits}/{mask}'], rtol=1e-6)
+        masked_mean(values, MASKS[mask]), LOSSES[f'error_rate/{labels}/{logits}/{mask}'], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 5, 10])
@@ -113,27 +129,33 @@ def test_topk_error_by_definition(logits, k):
     logits, truth = LOGITS[logits], LABELS['soft'].argmax(axis=1)
     expected = [
         float(sum(row[c] >= row[t] for c in range(10) if c != t) >= k)
-        for row, t in zip(logits, truth, strict=True)]
+        for row, t in zip(logits, truth, strict=True)
+    ]
     for labels in (truth, LABELS['soft'], np.eye(10, dtype=np.float32)[truth]):
         assert metrics.topk_error(logits, labels, k).tolist() == expected
     mask = MASKS['third']
     np.testing.assert_allclose(
         masked_mean(metrics.topk_error(logits, truth, k), mask),
-        np.mean(np.array(expected)[mask == 1]), rtol=1e-6)
+        np.mean(np.array(expected)[mask == 1]),
+        rtol=1e-6,
+    )
 
 
-@pytest.mark.parametrize('row, label, top1, top2', [
-    ([3, 2, 1, 0], 0, 0, 0),
-    ([3, 2, 1, 0], 1, 1, 0),
-    ([3, 2, 1, 0], 2, 1, 1),
-    ([3, 3, 1, 0], 0, 0, 0),  # top-1: the first of equals is the guess
-    ([3, 3, 1, 0], 1, 1, 0),
-    ([3, 3, 3, 0], 0, 0, 1),  # top-k: equals count against the model
-    ([0, 0, 0, 0], 3, 1, 1),
-    ([3, 2, 1, np.nan], 0, 1, 0),  # one NaN takes one of the two guesses
-    ([np.nan, 2, 1, 0], 0, 1, 1),
-    ([np.nan] * 4, 0, 1, 1),
-])
+@pytest.mark.parametrize(
+    'row, label, top1, top2',
+    [
+        ([3, 2, 1, 0], 0, 0, 0),
+        ([3, 2, 1, 0], 1, 1, 0),
+        ([3, 2, 1, 0], 2, 1, 1),
+        ([3, 3, 1, 0], 0, 0, 0),  # top-1: the first of equals is the guess
+        ([3, 3, 1, 0], 1, 1, 0),
+        ([3, 3, 3, 0], 0, 0, 1),  # top-k: equals count against the model
+        ([0, 0, 0, 0], 3, 1, 1),
+        ([3, 2, 1, np.nan], 0, 1, 0),  # one NaN takes one of the two guesses
+        ([np.nan, 2, 1, 0], 0, 1, 1),
+        ([np.nan] * 4, 0, 1, 1),
+    ],
+)
 def test_ties_and_nan(row, label, top1, top2):
     logits, label = jnp.asarray([row], jnp.float32), jnp.asarray([label])
     assert metrics.top1_error(logits, label).tolist() == [top1]
@@ -144,7 +166,8 @@ def test_integer_labels_equal_one_hot_labels():
     for labels in LABELS.values():
         for error in (metrics.top1_error, metrics.topk_error):
             helpers.assert_trees_equal(
-                error(LOGITS['logits'], labels), error(LOGITS['logits'], labels.argmax(axis=1)))
+                error(LOGITS['logits'], labels), error(LOGITS['logits'], labels.argmax(axis=1))
+            )
 
 
 def test_masked_sums_ignore_what_is_masked():
@@ -174,15 +197,19 @@ def test_schedule_is_the_original_s(name, i):
     np.testing.assert_allclose([schedule(int(s)) for s in steps], expected, rtol=2e-5, atol=1e-7)
     jitted = jax.jit(lambda step, base: schedules.create(name, base, total)(step))
     np.testing.assert_allclose(
-        [jitted(s, base) for s in steps], expected, rtol=2e-5, atol=1e-7 * base)
+        [jitted(s, base) for s in steps], expected, rtol=2e-5, atol=1e-7 * base
+    )
 
 
-@pytest.mark.parametrize('name, middle, end', [
-    ('constant', 1.0, 1.0), ('cosine', 0.5, 0.0), ('exponential', 0.012 ** 0.5, 0.012)])
+@pytest.mark.parametrize(
+    'name, middle, end',
+    [('constant', 1.0, 1.0), ('cosine', 0.5, 0.0), ('exponential', 0.012**0.5, 0.012)],
+)
 def test_schedule_values(name, middle, end):
     schedule = schedules.create(name, 0.3, 100)
     np.testing.assert_allclose(
-        [schedule(s) for s in (0, 50, 100)], np.multiply(0.3, [1, middle, end]), atol=1e-7)
+        [schedule(s) for s in (0, 50, 100)], np.multiply(0.3, [1, middle, end]), atol=1e-7
+    )
     if name == 'cosine':  # the original goes up again
         np.testing.assert_allclose(schedule(150), 0, atol=1e-7)
 
@@ -190,8 +217,10 @@ def test_schedule_values(name, middle, end):
 @pytest.mark.parametrize('name', schedules.SCHEDULES)
 def test_warm_up_is_linear_and_multiplies(name):
     steps = np.arange(0, 101)
-    plain, warm = (np.array([schedules.create(name, 0.3, 100, warmup_steps=w)(s) for s in steps])
-                   for w in (0, 8))
+    plain, warm = (
+        np.array([schedules.create(name, 0.3, 100, warmup_steps=w)(s) for s in steps])
+        for w in (0, 8)
+    )
     np.testing.assert_allclose(warm, plain * np.minimum(steps / 8, 1), rtol=1e-6)
     np.testing.assert_allclose([warm[0], plain[0]], [0, 0.3], rtol=1e-6)
 
@@ -218,8 +247,15 @@ def descend(grads, learning_rate, w=None, **settings):
 def test_rmsprop_is_the_original_s(run):
     lr, momentum, decay, epsilon = OPTIM[f'rmsprop/{run}/args_lr_beta_beta2_eps'].tolist()
     trajectory = descend(
-        OPTIM['grads'], lr, name='rmsprop', momentum=momentum, decay=decay, epsilon=epsilon,
-        nesterov=False, clip_norm=0.0)
+        OPTIM['grads'],
+        lr,
+        name='rmsprop',
+        momentum=momentum,
+        decay=decay,
+        epsilon=epsilon,
+        nesterov=False,
+        clip_norm=0.0,
+    )
     np.testing.assert_allclose(trajectory, OPTIM[f'rmsprop/{run}/w'], rtol=2e-5, atol=1e-6)
 
 
@@ -275,12 +311,13 @@ def test_moving_average_is_the_original_s(run):
 def test_moving_average_at_the_edge_of_its_warm_up():
     """The original is NaN ten steps before (delta -10), where ours is finite; equal elsewhere."""
     for delta in (-11, -10, -9, -1, 0, 1):
-        average, = moving_average(OPTIM['w0'], OPTIM['grads'][:1], [1560 + delta], 0.9999, 1560)
+        (average,) = moving_average(OPTIM['w0'], OPTIM['grads'][:1], [1560 + delta], 0.9999, 1560)
         expected = OPTIM['grads'][0] if delta == -10 else OPTIM[f'ema_edge/delta{delta}']
         np.testing.assert_allclose(average, expected, rtol=1e-6)
     steps = OPTIM['ema_seq/steps']
     averages = moving_average(
-        OPTIM['w0'], [OPTIM['grads'][s % 10] for s in steps], steps, 0.9999, 1560)
+        OPTIM['w0'], [OPTIM['grads'][s % 10] for s in steps], steps, 0.9999, 1560
+    )
     np.testing.assert_allclose(averages, OPTIM['ema_seq/values'], rtol=1e-5)
 
 
@@ -299,8 +336,12 @@ def test_no_two_purposes_seeds_or_ids_share_a_key():
     names = purposes()
     assert {'init', 'augment', 'dropout', 'shake', 'order'} <= set(names)
     ids = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
-    keys = {tuple(jax.random.key_data(rngs.key(seed, name, *i)).tolist())
-            for seed in (0, 1, 2) for name in names for i in ids}
+    keys = {
+        tuple(jax.random.key_data(rngs.key(seed, name, *i)).tolist())
+        for seed in (0, 1, 2)
+        for name in names
+        for i in ids
+    }
     assert len(keys) == 3 * len(names) * len(ids)
 
 
@@ -308,12 +349,18 @@ def test_key_of_traced_ids():
     """Inside a compiled step as outside of it."""
     helpers.assert_trees_equal(
         jax.jit(lambda seed, i: jax.random.key_data(rngs.key(seed, 'augment', i)))(5, 7),
-        jax.random.key_data(rngs.key(5, 'augment', 7)))
+        jax.random.key_data(rngs.key(5, 'augment', 7)),
+    )
 
 
 def test_permutation_is_one_and_depends_on_everything():
-    calls = [(0, 'order', 1), (1, 'order', 1), (0, 'noisy_examples', 1), (0, 'order', 2),
-             (0, 'order', 1, 1)]
+    calls = [
+        (0, 'order', 1),
+        (1, 'order', 1),
+        (0, 'noisy_examples', 1),
+        (0, 'order', 2),
+        (0, 'order', 1, 1),
+    ]
     drawn = [rngs.permutation(seed, name, 997, *ids) for seed, name, *ids in calls]
     for permutation in drawn:
         assert sorted(permutation) == list(range(997))
@@ -334,14 +381,17 @@ def test_integers_are_uniform_and_depend_on_everything():
 
 def test_pinned_values():
     """A change here changes every run: its data order, its noisy labels, its initial weights."""
-    assert [x.tolist() for x in (
-        rngs.permutation(0, 'order', 10, 0),
-        rngs.permutation(3, 'order', 10, 2),
-        rngs.integers(0, 'noisy_labels', 10, 10),
-        jax.random.key_data(rngs.key(0, 'init')),
-        jax.random.key_data(rngs.key(3, 'augment', 4, 5)),
-        jax.random.randint(rngs.key(0, 'dropout', 1), (5,), 0, 100),
-    )] == [
+    assert [
+        x.tolist()
+        for x in (
+            rngs.permutation(0, 'order', 10, 0),
+            rngs.permutation(3, 'order', 10, 2),
+            rngs.integers(0, 'noisy_labels', 10, 10),
+            jax.random.key_data(rngs.key(0, 'init')),
+            jax.random.key_data(rngs.key(3, 'augment', 4, 5)),
+            jax.random.randint(rngs.key(0, 'dropout', 1), (5,), 0, 100),
+        )
+    ] == [
         [0, 8, 1, 2, 3, 5, 6, 7, 4, 9],
         [0, 2, 3, 5, 9, 1, 7, 6, 8, 4],
         [4, 2, 1, 4, 1, 4, 2, 8, 7, 0],

@@ -17,23 +17,53 @@ KEY = jax.random.key(7)
 
 # Every method with its defaults, and what its other settings make of it.
 ROWS = [(name, {}) for name in sharpness.METHODS] + [
-    ('sam', {'p': np.inf}), ('sam', {'p': 3.0}), ('asam', {'adapt': 'all', 'eta': 0.0}),
-    ('sam_on', {'p': np.inf}), ('sparse_sam', {'period': 1, 'sparsity': 0.8}),
-    ('wsam', {'decoupled': False}), ('gradient_constrained', {'low': 0.0, 'per_leaf': False}),
-    ('looksam', {'k': 2, 'per_leaf': True}), ('rst', {'alpha': 1.5}),
-    ('late_phase_sam', {'start': 0.5, 'total_steps': 4}), ('ae_looksam', {'total_steps': 6}),
-    ('trace_sam', {'n': 3}), ('det_sam', {'n': 2}), ('frob_sam', {'n': 4}),
-    ('extrapolated', {'by': 'noise'}), ('extrapolated', {'by': 'gradient'}),
-    ('esam', {'beta': 1.0, 'gamma': 1.0})]
+    ('sam', {'p': np.inf}),
+    ('sam', {'p': 3.0}),
+    ('asam', {'adapt': 'all', 'eta': 0.0}),
+    ('sam_on', {'p': np.inf}),
+    ('sparse_sam', {'period': 1, 'sparsity': 0.8}),
+    ('wsam', {'decoupled': False}),
+    ('gradient_constrained', {'low': 0.0, 'per_leaf': False}),
+    ('looksam', {'k': 2, 'per_leaf': True}),
+    ('rst', {'alpha': 1.5}),
+    ('late_phase_sam', {'start': 0.5, 'total_steps': 4}),
+    ('ae_looksam', {'total_steps': 6}),
+    ('trace_sam', {'n': 3}),
+    ('det_sam', {'n': 2}),
+    ('frob_sam', {'n': 4}),
+    ('extrapolated', {'by': 'noise'}),
+    ('extrapolated', {'by': 'gradient'}),
+    ('esam', {'beta': 1.0, 'gamma': 1.0}),
+]
 
 # Those that go on where the gradient is zero.
 RESTLESS = {'random_sam', 'trace_sam', 'det_sam', 'frob_sam', 'bsam', 'extrapolated noise'}
 # Those of which perturbation_norm is the radius from the first step on.
 ON_THE_SPHERE = {
-    'sam', 'asam', 'fisher_sam', 'layerwise_sam', 'sam_on', 'random_sam', 'multistep_sam',
-    'second_order_sam', 'vasso', 'friendly_sam', 'gsam', 'wsam', 'gnp', 'gradient_constrained',
-    'cr_sam', 'stable_sam', 'looksam', 'look_layersam', 'periodic_sam', 'ae_sam', 'ae_looksam',
-    'momentum_sam', 'functional_sam'}
+    'sam',
+    'asam',
+    'fisher_sam',
+    'layerwise_sam',
+    'sam_on',
+    'random_sam',
+    'multistep_sam',
+    'second_order_sam',
+    'vasso',
+    'friendly_sam',
+    'gsam',
+    'wsam',
+    'gnp',
+    'gradient_constrained',
+    'cr_sam',
+    'stable_sam',
+    'looksam',
+    'look_layersam',
+    'periodic_sam',
+    'ae_sam',
+    'ae_looksam',
+    'momentum_sam',
+    'functional_sam',
+}
 NO_RADIUS = {'sgd', 'saf', 'mesa'}
 NOT_FIRST_ORDER = {'det_sam', 'frob_sam', 'bsam', 'sampa', 'looksam', 'look_layersam', 'ae_looksam'}
 
@@ -54,9 +84,9 @@ class Row:
         def step(rho, params, state, t):
             tx = self(rho=rho)
             updates, state = drive(
-                tx, self.loss, params, state, t, note=lambda: self.calls.append(1))
-            correction = sharpness.add_correction(
-                jax.tree.map(jnp.zeros_like, params), state, 1.0)
+                tx, self.loss, params, state, t, note=lambda: self.calls.append(1)
+            )
+            correction = sharpness.add_correction(jax.tree.map(jnp.zeros_like, params), state, 1.0)
             return updates, state, correction
 
         self.step = step
@@ -143,9 +173,13 @@ def test_rho_scales_what_it_adds(method):
         pytest.skip('see the closed forms')
 
     def added(rho):
-        return np.sum([
-            flat(updates) - flat(correction) - flat(jax.grad(method.loss)(params))
-            for params, updates, _, correction in method.trajectory(rho, method.params, 8)], axis=0)
+        return np.sum(
+            [
+                flat(updates) - flat(correction) - flat(jax.grad(method.loss)(params))
+                for params, updates, _, correction in method.trajectory(rho, method.params, 8)
+            ],
+            axis=0,
+        )
 
     one, two = added(2e-3), added(4e-3)
     np.testing.assert_allclose(np.linalg.norm(two) / np.linalg.norm(one), 2, atol=0.1)
@@ -167,8 +201,13 @@ def test_bfloat16_params(method):
     expected, _ = drive(tx, loss, wide)
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     # An exponent of differences of losses over rho^2 is no matter for bfloat16.
-    assert method.name == 'det_sam' or helpers.relative_distance(
-        jax.tree.map(lambda x: x.astype(jnp.float32), updates), expected) < 0.02
+    assert (
+        method.name == 'det_sam'
+        or helpers.relative_distance(
+            jax.tree.map(lambda x: x.astype(jnp.float32), updates), expected
+        )
+        < 0.02
+    )
     if method.name not in NO_RADIUS | {'late_phase_sam', 'rst'}:
         assert jnp.dtype(jnp.float32) in seen
     kept = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -181,7 +220,8 @@ def test_the_report_is_of_both_passes(method):
 
     def evaluate(tree, **which):
         return sharpness.Evaluation(
-            jax.grad(loss)(tree), loss(tree), 2 * loss(tree), {'thrice': 3 * loss(tree)})
+            jax.grad(loss)(tree), loss(tree), 2 * loss(tree), {'thrice': 3 * loss(tree)}
+        )
 
     (updates, seen), _ = drive(tx, loss, params, evaluate=evaluate, with_report=True)
     helpers.assert_trees_close(updates, drive(tx, loss, params)[0], rtol=1e-6)
@@ -205,9 +245,16 @@ def test_a_link_is_given_gradients_or_a_loss(method):
         def in_a_chain(state, t):
             key, gate_key = (jax.random.fold_in(jax.random.key(i), t) for i in (7, 8))
             updates, state = optax.chain(tx, optax.scale(1.0)).update(
-                jax.grad(loss)(params), (state, optax.EmptyState()), params,
-                grad_fn=jax.grad(loss), key=key, gate_key=gate_key, momentum=params,
-                learning_rate=0.1, value=loss(params))
+                jax.grad(loss)(params),
+                (state, optax.EmptyState()),
+                params,
+                grad_fn=jax.grad(loss),
+                key=key,
+                gate_key=gate_key,
+                momentum=params,
+                learning_rate=0.1,
+                value=loss(params),
+            )
             return state[0], updates
 
         def step(states, t):
@@ -232,25 +279,56 @@ def test_bad_rho(method, rho):
 
 
 BAD = [
-    ('sam', {'p': 1.0}), ('asam', {'eta': -0.1}), ('asam', {'adapt': 'none'}),
-    ('fisher_sam', {'eta': np.nan}), ('sam_on', {'p': 0.5}), ('sparse_sam', {'sparsity': 1.0}),
-    ('sparse_sam', {'period': 0}), ('vasso', {'theta': 0.0}), ('friendly_sam', {'lam': 1.0}),
-    ('friendly_sam', {'sigma': np.inf}), ('gsam', {'alpha': np.nan}), ('wsam', {'gamma': 1.0}),
-    ('gnp', {'alpha': np.inf}), ('gradient_constrained', {'up': np.nan}),
-    ('gradient_constrained', {'low': 0.9}), ('multistep_sam', {'step_size': np.inf}),
-    ('cr_sam', {'beta': np.nan}), ('looksam', {'k': 0}), ('looksam', {'alpha': np.nan}),
-    ('look_layersam', {'k': 0}), ('periodic_sam', {'k': -1}), ('late_phase_sam', {'start': 1.1}),
-    ('late_phase_sam', {'start': 0.5, 'end': 0.5}), ('rst', {'probability': 1.1}),
-    ('rst', {'final_probability': -0.1}), ('rst', {'alpha': np.nan}), ('ae_sam', {'delta': 1.0}),
-    ('ae_sam', {'lambda1': np.nan}), ('ae_looksam', {'alpha': np.inf}), ('trace_sam', {'n': 0}),
-    ('trace_sam', {'lam': np.nan}), ('det_sam', {'h': 0.0}), ('det_sam', {'n': 0}),
-    ('frob_sam', {'n': 1}), ('frob_sam', {'lam': np.nan}), ('extrapolated', {'by': 'future'}),
-    ('sampa', {'lam': 1.1}), ('bsam', {'beta1': 1.0}), ('bsam', {'damping': -1.0}),
-    ('bsam', {'init_precision': 0.0}), ('bsam', {'data_factor': 0.0}), ('saf', {'tau': 0.0}),
+    ('sam', {'p': 1.0}),
+    ('asam', {'eta': -0.1}),
+    ('asam', {'adapt': 'none'}),
+    ('fisher_sam', {'eta': np.nan}),
+    ('sam_on', {'p': 0.5}),
+    ('sparse_sam', {'sparsity': 1.0}),
+    ('sparse_sam', {'period': 0}),
+    ('vasso', {'theta': 0.0}),
+    ('friendly_sam', {'lam': 1.0}),
+    ('friendly_sam', {'sigma': np.inf}),
+    ('gsam', {'alpha': np.nan}),
+    ('wsam', {'gamma': 1.0}),
+    ('gnp', {'alpha': np.inf}),
+    ('gradient_constrained', {'up': np.nan}),
+    ('gradient_constrained', {'low': 0.9}),
+    ('multistep_sam', {'step_size': np.inf}),
+    ('cr_sam', {'beta': np.nan}),
+    ('looksam', {'k': 0}),
+    ('looksam', {'alpha': np.nan}),
+    ('look_layersam', {'k': 0}),
+    ('periodic_sam', {'k': -1}),
+    ('late_phase_sam', {'start': 1.1}),
+    ('late_phase_sam', {'start': 0.5, 'end': 0.5}),
+    ('rst', {'probability': 1.1}),
+    ('rst', {'final_probability': -0.1}),
+    ('rst', {'alpha': np.nan}),
+    ('ae_sam', {'delta': 1.0}),
+    ('ae_sam', {'lambda1': np.nan}),
+    ('ae_looksam', {'alpha': np.inf}),
+    ('trace_sam', {'n': 0}),
+    ('trace_sam', {'lam': np.nan}),
+    ('det_sam', {'h': 0.0}),
+    ('det_sam', {'n': 0}),
+    ('frob_sam', {'n': 1}),
+    ('frob_sam', {'lam': np.nan}),
+    ('extrapolated', {'by': 'future'}),
+    ('sampa', {'lam': 1.1}),
+    ('bsam', {'beta1': 1.0}),
+    ('bsam', {'damping': -1.0}),
+    ('bsam', {'init_precision': 0.0}),
+    ('bsam', {'data_factor': 0.0}),
+    ('saf', {'tau': 0.0}),
     ('saf', {'epochs_ago': 0}),
-    ('saf', {'lam': -1.0}), ('le_sam', {'sigma': 0.0}), ('wsam', {'max_norm': -1.0}),
-    ('mesa', {'start_epoch': -1}), ('esam', {'beta': 0.0}),
-    ('esam', {'gamma': 1.1})]
+    ('saf', {'lam': -1.0}),
+    ('le_sam', {'sigma': 0.0}),
+    ('wsam', {'max_norm': -1.0}),
+    ('mesa', {'start_epoch': -1}),
+    ('esam', {'beta': 0.0}),
+    ('esam', {'gamma': 1.1}),
+]
 
 
 @pytest.mark.parametrize('name,settings', BAD, ids=str)
@@ -263,17 +341,29 @@ def test_bad_settings(name, settings):
 def test_create_takes_what_the_method_takes():
     params, grad_fn, _ = quadratic()
     made = sharpness.create('sam', rho=RHO, p=3.0, alpha=0.2, k=5)
-    helpers.assert_trees_equal(*(update(tx, grad_fn, params)[0]
-                                 for tx in (made, sharpness.sam(RHO, p=3.0))))
+    helpers.assert_trees_equal(
+        *(update(tx, grad_fn, params)[0] for tx in (made, sharpness.sam(RHO, p=3.0)))
+    )
     base, _ = update(sharpness.create('sgd', rho=RHO, p=2.0), grad_fn, params)
     helpers.assert_trees_equal(base, grad_fn(params))
 
 
-@pytest.mark.parametrize('method_name,words', [
-    ('random_sam', 'needs a key'), ('esam', 'needs a key'), ('rst', 'gate_key'),
-    ('trace_sam', 'needs a key'), ('momentum_sam', 'momentum'), ('sampa', 'learning rate'),
-    ('bsam', 'bSAM needs a key'), ('extrapolated noise', 'needs a key'),
-    ('saf', 'losses.trajectory'), ('mesa', 'added_loss=True'), ('functional_sam', 'cotangents_of')])
+@pytest.mark.parametrize(
+    'method_name,words',
+    [
+        ('random_sam', 'needs a key'),
+        ('esam', 'needs a key'),
+        ('rst', 'gate_key'),
+        ('trace_sam', 'needs a key'),
+        ('momentum_sam', 'momentum'),
+        ('sampa', 'learning rate'),
+        ('bsam', 'bSAM needs a key'),
+        ('extrapolated noise', 'needs a key'),
+        ('saf', 'losses.trajectory'),
+        ('mesa', 'added_loss=True'),
+        ('functional_sam', 'cotangents_of'),
+    ],
+)
 def test_what_is_missing_is_named(method_name, words):
     params, loss, _ = layers()
     name, *by = method_name.split()
@@ -282,15 +372,27 @@ def test_what_is_missing_is_named(method_name, words):
         tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss))
 
 
-@pytest.mark.parametrize('name,words', [
-    ('esam', 'most_risen'), ('sampa', 'previous'), ('trace_sam', 'from_loss_fn'),
-    ('functional_sam', 'sharpness.Loss')])
+@pytest.mark.parametrize(
+    'name,words',
+    [
+        ('esam', 'most_risen'),
+        ('sampa', 'previous'),
+        ('trace_sam', 'from_loss_fn'),
+        ('functional_sam', 'sharpness.Loss'),
+    ],
+)
 def test_what_a_gradient_function_cannot_tell(name, words):
     params, loss, _ = layers()
     tx = make(name, rho=RHO)
     with pytest.raises(TypeError, match=words):
-        tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=jax.grad(loss),
-                  key=KEY, learning_rate=0.1)
+        tx.update(
+            jax.grad(loss)(params),
+            tx.init(params),
+            params,
+            grad_fn=jax.grad(loss),
+            key=KEY,
+            learning_rate=0.1,
+        )
 
 
 # What a plain chain is given: grad_fn, and the few things that are there anyway.
@@ -299,8 +401,14 @@ def _in_a_plain_chain(name, params, loss_fn, steps=5, settings=(), **extra):
     state, result = tx.init(params), []
     for t in range(steps):
         key = jax.random.fold_in(KEY, t)
-        given = {'key': key, 'gate_key': key, 'learning_rate': 0.1,
-                 'momentum': optax.tree.get(state, 'trace'), 'value': loss_fn(params), **extra}
+        given = {
+            'key': key,
+            'gate_key': key,
+            'learning_rate': 0.1,
+            'momentum': optax.tree.get(state, 'trace'),
+            'value': loss_fn(params),
+            **extra,
+        }
         updates, state = tx.update(jax.grad(loss_fn)(params), state, params, **given)
         params = optax.apply_updates(params, updates)
         result.append(flat(params))
@@ -324,9 +432,15 @@ def test_no_method_is_silently_sgd(name):
     assert np.abs(ours - sgd).max() > 1e-4
 
 
-@pytest.mark.parametrize('name,missing', [
-    ('late_phase_sam', 'total_steps'), ('ae_sam', 'total_steps'), ('ae_looksam', 'total_steps'),
-    ('bsam', 'num_examples')])
+@pytest.mark.parametrize(
+    'name,missing',
+    [
+        ('late_phase_sam', 'total_steps'),
+        ('ae_sam', 'total_steps'),
+        ('ae_looksam', 'total_steps'),
+        ('bsam', 'num_examples'),
+    ],
+)
 def test_what_only_the_caller_knows_has_no_default(name, missing):
     with pytest.raises(ValueError, match=f'{missing} is not given'):
         sharpness.create(name, rho=RHO)
@@ -336,8 +450,12 @@ def test_what_only_the_caller_knows_has_no_default(name, missing):
 ASKED = {
     **dict.fromkeys(['sgd', 'momentum_sam', 'extrapolated', 'saf', 'mesa'], [False]),
     **dict.fromkeys(['trace_sam', 'det_sam', 'sampa'], [False, False]),
-    'frob_sam': [False] * 3, 'cr_sam': [True, False, False], 'multistep_sam': [True, True, False],
-    'second_order_sam': [True, False, True], 'late_phase_sam': [False]}
+    'frob_sam': [False] * 3,
+    'cr_sam': [True, False, False],
+    'multistep_sam': [True, True, False],
+    'second_order_sam': [True, False, True],
+    'late_phase_sam': [False],
+}
 
 
 @pytest.mark.parametrize('name', sharpness.METHODS)
@@ -351,8 +469,12 @@ def test_what_is_climbed_is_asked_for_as_such(name):
         return sharpness.Evaluation(jax.grad(loss)(tree), loss(tree))
 
     with jax.disable_jit():
-        drive(make(name, rho=RHO, probability=1.0, final_probability=1.0), loss, params,
-              evaluate=evaluate)
+        drive(
+            make(name, rho=RHO, probability=1.0, final_probability=1.0),
+            loss,
+            params,
+            evaluate=evaluate,
+        )
     assert asked == ASKED.get(name, [True, False])
 
 
@@ -374,13 +496,12 @@ def test_random_sam(p):
         return jnp.linalg.solve(a, ravel(updates)) - w
 
     several = np.stack([eps(jax.random.key(i)) for i in range(400)])
-    np.testing.assert_allclose(
-        np.linalg.norm(several, ord=p, axis=1), RHO, rtol=2e-4)
+    np.testing.assert_allclose(np.linalg.norm(several, ord=p, axis=1), RHO, rtol=2e-4)
     np.testing.assert_array_equal(eps(KEY), eps(KEY, -3.0))
     values = len(np.unique(several[:, 0].round(5)))
     assert values == 2 if p == np.inf else values > 350
     # Of a uniform direction each entry has variance rho^2 / dimension; 400 draws.
-    spread = RHO * (1 if p == np.inf else w.size ** -0.5)
+    spread = RHO * (1 if p == np.inf else w.size**-0.5)
     assert (np.abs(several.mean(axis=0)) < 4.5 * spread / 20).all()
     np.testing.assert_allclose(several.std(axis=0), spread, rtol=0.2)
 
@@ -415,8 +536,12 @@ def test_multistep_sam(p, steps, step_size):
 @pytest.mark.parametrize('p', [2.0, np.inf])
 def test_one_step_is_sam(p):
     params, grad_fn, _ = quadratic()
-    helpers.assert_trees_equal(*(update(tx, grad_fn, params)[0] for tx in (
-        sharpness.multistep_sam(RHO, 1, p=p), sharpness.sam(RHO, p))))
+    helpers.assert_trees_equal(
+        *(
+            update(tx, grad_fn, params)[0]
+            for tx in (sharpness.multistep_sam(RHO, 1, p=p), sharpness.sam(RHO, p))
+        )
+    )
 
 
 def test_steps_on_an_eigenvector_end_on_the_sphere():
@@ -429,7 +554,8 @@ def test_steps_on_an_eigenvector_end_on_the_sphere():
     for steps in (1, 2, 5):
         updates, _ = update(sharpness.multistep_sam(RHO, steps), grad_fn, w)
         np.testing.assert_allclose(
-            flat(updates), values[-1] * (2.0 + RHO) * vectors[:, -1], rtol=1e-4, atol=1e-5)
+            flat(updates), values[-1] * (2.0 + RHO) * vectors[:, -1], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_steps_find_a_higher_loss():
@@ -444,8 +570,10 @@ def test_steps_find_a_higher_loss():
     assert reached[0] < reached[1] < reached[2]
 
 
-@pytest.mark.parametrize('settings,words', [
-    ({'p': 3.0}, 'need 2 or inf'), ({'steps': 0}, 'at least 1'), ({'step_size': 0.0}, 'greater')])
+@pytest.mark.parametrize(
+    'settings,words',
+    [({'p': 3.0}, 'need 2 or inf'), ({'steps': 0}, 'at least 1'), ({'step_size': 0.0}, 'greater')],
+)
 def test_bad_steps(settings, words):
     with pytest.raises(ValueError, match=words):
         sharpness.multistep_sam(RHO, **settings)
@@ -457,7 +585,7 @@ def test_bad_steps(settings, words):
 def _loss(w):
     """Neither quadratic nor symmetric."""
     x = jnp.linspace(-1.0, 2.0, w.size)
-    return jnp.sum(jnp.cos(w * x)) + jnp.sum(w ** 4) / 10 + jnp.prod(w[:4] + 0.5) + w @ x
+    return jnp.sum(jnp.cos(w * x)) + jnp.sum(w**4) / 10 + jnp.prod(w[:4] + 0.5) + w @ x
 
 
 @pytest.mark.parametrize('p', [2.0, 3.0, 1.5])
@@ -481,6 +609,7 @@ def test_second_order_sam_is_the_gradient_of_the_perturbed_loss(p, x64):
 @pytest.mark.parametrize('p', [2.0, 3.0, 1.5])
 def test_second_order_sam_where_a_gradient_is_zero(p):
     """An entry of which the loss knows nothing, as of a unit that is dead."""
+
     def grad_fn(w):
         return jax.grad(lambda w: _loss(w[:6]))(w)
 

@@ -37,8 +37,12 @@ def init(model):
 def apply(model, variables, x, train=False, dropout_key=None):
     """Returns logits and, in training, the new statistics."""
     logits, changed = model.apply(
-        variables, x, train=train, mutable=['batch_stats'],
-        rngs=None if dropout_key is None else {'dropout': dropout_key})
+        variables,
+        x,
+        train=train,
+        mutable=['batch_stats'],
+        rngs=None if dropout_key is None else {'dropout': dropout_key},
+    )
     return logits, changed.get('batch_stats')
 
 
@@ -55,7 +59,9 @@ def test_every_shape_is_the_original_s(name, file):
     variables = shapes(model)
     assert {n: x.shape for n, x in to_reference(model, variables).items()} == golden_shapes(file)
     assert (count(variables['params']), count(variables['batch_stats'])) == (
-        file['param_count'], file['state_count'])
+        file['param_count'],
+        file['state_count'],
+    )
 
 
 def test_reference_names_go_there_and_back():
@@ -75,8 +81,9 @@ def test_initial_values_are_distributed_as_the_original_s():
     """Mean, deviation and largest entry of each tensor agree, to what two samples may differ."""
     model = models.create_model('wrn16_1', 10)
     ours = to_reference(model, jax.device_get({'params': init(model)['params']}))
-    for name, mean, std, absmax in zip(*(
-            MINI[k] for k in ('param_names', 'init_mean', 'init_std', 'init_absmax')), strict=True):
+    for name, mean, std, absmax in zip(
+        *(MINI[k] for k in ('param_names', 'init_mean', 'init_std', 'init_absmax')), strict=True
+    ):
         x = np.asarray(ours[name])
         if std == 0:
             assert (x == mean).all(), name  # scales 1, biases 0
@@ -177,15 +184,17 @@ def test_batch_norm_statistics_move_by_a_tenth():
     for name, value in [('mean', inner.mean(axis=0)), ('var', inner.var(axis=0))]:
         np.testing.assert_allclose(
             new['group0_block0_bn1'][name],
-            0.9 * old['group0_block0_bn1'][name] + 0.1 * value, rtol=1e-4, atol=1e-6)
+            0.9 * old['group0_block0_bn1'][name] + 0.1 * value,
+            rtol=1e-4,
+            atol=1e-6,
+        )
     helpers.assert_trees_equal(apply(model, variables, x)[1], old)
 
 
 # Types, dropout, errors
 
 
-@pytest.mark.parametrize('size, train', [
-    (32, True), (8, False), (32, False)])
+@pytest.mark.parametrize('size, train', [(32, True), (8, False), (32, False)])
 def test_bfloat16_computes_in_half_and_keeps_params_and_statistics(size, train):
     x = images(1, (4, size, size, 3))
     results = []
@@ -201,12 +210,14 @@ def test_bfloat16_computes_in_half_and_keeps_params_and_statistics(size, train):
 
 def test_dropout_is_for_training_and_keyed():
     plain, model = (
-        models.create_model('wrn10_1', 10, dropout_rate=r, batch_norm=False) for r in (0.0, 0.5))
+        models.create_model('wrn10_1', 10, dropout_rate=r, batch_norm=False) for r in (0.0, 0.5)
+    )
     variables, x = recipe_variables(model), images(1, (4, 8, 8, 3))
     helpers.assert_trees_equal(apply(model, variables, x), apply(plain, variables, x))
     train = functools.partial(apply, x=x, variables=variables, train=True)
     clean, dropped, other = (
-        train(m, dropout_key=k)[0] for m, k in [(plain, None), (model, KEYS[0]), (model, KEYS[1])])
+        train(m, dropout_key=k)[0] for m, k in [(plain, None), (model, KEYS[0]), (model, KEYS[1])]
+    )
     helpers.assert_trees_equal(train(plain, dropout_key=KEYS[0])[0], clean)
     helpers.assert_trees_equal(train(model, dropout_key=KEYS[0])[0], dropped)
     assert helpers.relative_distance(dropped, clean) > 0.01

@@ -28,8 +28,13 @@ def _probes(tx, loss, params, n, draws, key=7):
     @jax.vmap
     def one(key):
         updates, _ = tx.update(
-            grads, tx.init(params), params, value=loss(params),
-            loss=sharpness.from_loss_fn(loss), key=key)
+            grads,
+            tx.init(params),
+            params,
+            value=loss(params),
+            loss=sharpness.from_loss_fn(loss),
+            key=key,
+        )
         return ravel(updates)
 
     values = np.asarray(one(jax.random.split(jax.random.key(key), draws)))
@@ -55,21 +60,31 @@ def test_trace(problem, n):
 def test_det(problem, n):
     """Against the gradient of L + lam rho^2 phi(mean psi((L(w + rho z_i) - L(w)) / rho^2))."""
     params, loss, *_ = problem
-    z = [jax.tree.map(lambda x: x, universal.cube(0.05)(
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), i), params))
-         for i in range(n)]
+    z = [
+        jax.tree.map(
+            lambda x: x,
+            universal.cube(0.05)(
+                jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), i), params
+            ),
+        )
+        for i in range(n)
+    ]
     assert np.abs([flat(x) for x in z]).max() <= 0.05
 
     def objective(tree):
-        d = jnp.stack([(loss(jax.tree.map(lambda w, x: w + RHO * x, tree, probe)) - loss(tree))
-                       / RHO ** 2 for probe in z])
-        return loss(tree) + 0.7 * RHO ** 2 * jnp.mean(jnp.exp(-d / 2)) ** -2
+        d = jnp.stack(
+            [
+                (loss(jax.tree.map(lambda w, x: w + RHO * x, tree, probe)) - loss(tree)) / RHO**2
+                for probe in z
+            ]
+        )
+        return loss(tree) + 0.7 * RHO**2 * jnp.mean(jnp.exp(-d / 2)) ** -2
 
     updates, _ = drive(sharpness.det_sam(RHO, 0.7, 0.05, n), loss, params)
     helpers.assert_trees_close(updates, jax.grad(objective)(params), rtol=1e-9)
     if n == 1:
         moved = jax.tree.map(lambda w, x: w + RHO * x, params, z[0])
-        d = (loss(moved) - loss(params)) / RHO ** 2
+        d = (loss(moved) - loss(params)) / RHO**2
         g, g_1 = (flat(jax.grad(loss)(tree)) for tree in (params, moved))
         np.testing.assert_allclose(flat(updates), g + 0.7 * np.exp(d) * (g_1 - g), rtol=1e-9)
 
@@ -90,7 +105,7 @@ def test_frob(problem, n):
 
     def objective(tree):
         values = jnp.stack([loss(unravel(ravel(tree) + RHO * x)) for x in z])
-        return loss(tree) + 0.4 / (2 * RHO ** 2) * jnp.var(values, ddof=1)
+        return loss(tree) + 0.4 / (2 * RHO**2) * jnp.var(values, ddof=1)
 
     updates, _ = drive(sharpness.frob_sam(RHO, 0.4, n), loss, params)
     helpers.assert_trees_close(updates, jax.grad(objective)(params), rtol=1e-8)
@@ -100,9 +115,10 @@ def test_what_the_probes_see_on_average(problem):
     """Trace: the gradient of a quadratic. Frob: Aw + lam A^2 w, for any rho and n."""
     params, loss, a, w, g = problem
     for tx, expected in (
-            (sharpness.trace_sam(0.2, 0.5, 2), g),
-            (sharpness.frob_sam(0.1, 0.3, 2), g + 0.3 * a @ g),
-            (sharpness.frob_sam(0.3, 0.3, 4), g + 0.3 * a @ g)):
+        (sharpness.trace_sam(0.2, 0.5, 2), g),
+        (sharpness.frob_sam(0.1, 0.3, 2), g + 0.3 * a @ g),
+        (sharpness.frob_sam(0.3, 0.3, 4), g + 0.3 * a @ g),
+    ):
         mean, error = _probes(tx, loss, params, 2, 20000)
         assert (np.abs(mean - expected) < 5 * error).all()
         assert (error < 0.1).all()
@@ -186,8 +202,16 @@ def test_sampa_takes_the_perturbed_gradient_on_the_previous_batch(problem):
             return sharpness.Evaluation(previous_gradient(tree))
         return sharpness.Evaluation(jax.tree.map(lambda x: c * x, memory))
 
-    outcomes = [tx.update(None, state, params, learning_rate=0.1, loss=sharpness.Loss(
-        functools.partial(evaluate, c)))[0] for c in (1.0, 5.0)]
+    outcomes = [
+        tx.update(
+            None,
+            state,
+            params,
+            learning_rate=0.1,
+            loss=sharpness.Loss(functools.partial(evaluate, c)),
+        )[0]
+        for c in (1.0, 5.0)
+    ]
     np.testing.assert_array_equal(*places)
     np.testing.assert_allclose(places[0], w + RHO / np.sqrt(len(w)), rtol=1e-10)
     for c, updates in zip((1.0, 5.0), outcomes):
@@ -218,8 +242,9 @@ def test_bsam_draws_with_the_posterior_s_deviation(problem):
     params, *_ = problem
     n, s = 400, 0.25
     precision = jax.tree.map(lambda x: jnp.full_like(x, s), params)
-    draws = np.stack([flat(two_at_once.drawn(jax.random.key(i), params, precision, n))
-                      for i in range(300)])
+    draws = np.stack(
+        [flat(two_at_once.drawn(jax.random.key(i), params, precision, n)) for i in range(300)]
+    )
     np.testing.assert_allclose(draws.mean(axis=0), flat(params), atol=0.03)
     np.testing.assert_allclose(draws.std(axis=0), 1 / np.sqrt(n * s), rtol=0.2)
 
@@ -241,14 +266,19 @@ def test_esam_climbs_with_some_leaves(problem):
         updates, state = drive(sharpness.esam(RHO, beta, 1.0), loss, params, t=t)
         eps = np.linalg.solve(a, flat(updates)) - w
         keep = np.zeros(len(w), bool)
-        for layer, leaf in (('dense', 'kernel'), ('dense', 'bias'), ('norm', 'scale'),
-                            ('norm', 'bias')):
+        for layer, leaf in (
+            ('dense', 'kernel'),
+            ('dense', 'bias'),
+            ('norm', 'scale'),
+            ('norm', 'bias'),
+        ):
             part = under(params, layer) & under(params, leaf)
             keep[part] = np.abs(eps[part]).max() > 1e-6
         seen.add(tuple(keep))
         assert keep.any(), 'a step that climbs nowhere would pay for nothing'
         np.testing.assert_allclose(
-            eps, RHO / beta * keep * g / norm(keep * g), rtol=1e-6, atol=1e-9)
+            eps, RHO / beta * keep * g / norm(keep * g), rtol=1e-6, atol=1e-9
+        )
         np.testing.assert_allclose(state.perturbation_norm, RHO / beta, rtol=1e-9)
     assert len(seen) > 4
 
@@ -273,6 +303,7 @@ def test_esam_asks_for_its_share_of_the_examples(problem):
 
 def test_trajectory_loss():
     from sam_jax import losses
+
     rng = np.random.default_rng(0)
     z, y = jnp.asarray(rng.normal(size=(2, 5, 4)))
     tau = 3.0
@@ -280,14 +311,15 @@ def test_trajectory_loss():
     def soft(x):
         return jax.nn.softmax(x / tau)
 
-    expected = tau ** 2 * jnp.sum(soft(y) * (jnp.log(soft(y)) - jnp.log(soft(z))), axis=-1)
+    expected = tau**2 * jnp.sum(soft(y) * (jnp.log(soft(y)) - jnp.log(soft(z))), axis=-1)
     np.testing.assert_allclose(losses.trajectory(z, y, tau), expected, rtol=1e-9)
     by_logits = jax.grad(lambda z: jnp.mean(losses.trajectory(z, y, tau)))(z)
     np.testing.assert_allclose(by_logits, tau / 5 * (soft(z) - soft(y)), rtol=1e-9)
     np.testing.assert_allclose(losses.trajectory(y, y, tau), 0, atol=1e-12)
     centred = (z - y) - jnp.mean(z - y, axis=-1, keepdims=True)
     np.testing.assert_allclose(
-        losses.trajectory(z, y, 1e4), jnp.sum(centred ** 2, axis=-1) / 8, rtol=1e-3)
+        losses.trajectory(z, y, 1e4), jnp.sum(centred**2, axis=-1) / 8, rtol=1e-3
+    )
 
 
 def test_methods_with_a_loss_say_so():
@@ -298,6 +330,7 @@ def test_methods_with_a_loss_say_so():
 
 def test_methods_are_links_of_a_chain(problem):
     import optax
+
     params, loss, *_ = problem
     for name in ('sam', 'gsam', 'rst', 'frob_sam', 'esam'):
         tx = optax.chain(sharpness.create(name, rho=RHO), optax.scale(-2.0))

@@ -36,22 +36,24 @@ def test_windows_are_tensorflow_s():
     for i in range(600):
         height, width = (int(n) for n in random.randint(1, 600, 2))
         width = width // 20 + 1 if i % 5 == 0 else width
-        seed = random.randint(-2 ** 31, 2 ** 31, 2, dtype=np.int64).astype(np.int32)
+        seed = random.randint(-(2**31), 2**31, 2, dtype=np.int64).astype(np.int32)
         theirs = decode.random_window(
-            tf.constant([height, width, 3]), 64, tf.constant(seed)).numpy()
-        ours = pillow.random_window(height, width, seed, decode.AREA, decode.ASPECT,
-                                    decode.COVERED)
+            tf.constant([height, width, 3]), 64, tf.constant(seed)
+        ).numpy()
+        ours = pillow.random_window(height, width, seed, decode.AREA, decode.ASPECT, decode.COVERED)
         vain += ours is None
         assert tuple(theirs) == (ours or decode._center(height, width, 64)), (height, width, seed)
     assert 10 < vain < 200
 
 
-@pytest.mark.parametrize('height,width,size', [
-    (375, 500, 224), (1, 1, 8), (3, 200, 64), (224, 224, 224), (37, 53, 128)])
+@pytest.mark.parametrize(
+    'height,width,size', [(375, 500, 224), (1, 1, 8), (3, 200, 64), (224, 224, 224), (37, 53, 128)]
+)
 def test_resizing_is_tensorflow_s(height, width, size):
     pixels = np.random.RandomState(1).randint(0, 256, (height, width, 3)).astype(np.uint8)
     theirs = tf.raw_ops.ResizeBicubic(
-        images=pixels[None], size=(size, size), align_corners=False, half_pixel_centers=False)[0]
+        images=pixels[None], size=(size, size), align_corners=False, half_pixel_centers=False
+    )[0]
     theirs = tf.cast(tf.clip_by_value(theirs + 0.5, 0.0, 255.0), tf.uint8).numpy()
     np.testing.assert_array_equal(pillow.resize(pixels, size), theirs)
 
@@ -59,21 +61,29 @@ def test_resizing_is_tensorflow_s(height, width, size):
 def _both(monkeypatch, crop):
     results = []
     for has in (True, False):
-        monkeypatch.setattr(decode, '_has_tensorflow', lambda has=has: has)
+        monkeypatch.setattr(decode, 'has_tensorflow', lambda has=has: has)
         results.append(crop())
     return results
 
 
 # Of a BMP file with a palette TensorFlow takes the numbers of the colours for shades of gray.
-@pytest.mark.parametrize('kind,mode', [
-    (kind, mode) for kind in ('PNG', 'BMP', 'GIF') for mode in ('RGB', 'L', 'P')
-    if (kind, mode) != ('BMP', 'P')])
+@pytest.mark.parametrize(
+    'kind,mode',
+    [
+        (kind, mode)
+        for kind in ('PNG', 'BMP', 'GIF')
+        for mode in ('RGB', 'L', 'P')
+        if (kind, mode) != ('BMP', 'P')
+    ],
+)
 def test_files_without_loss_give_the_same_pixels(kind, mode, monkeypatch):
     image = Image.fromarray(_photo(150, 201)).convert(mode)
     file = io.BytesIO()
     image.save(file, kind)
-    for crop in (lambda: decode.center_crop(file.getvalue(), 64),
-                 lambda: decode.random_crop(file.getvalue(), 64, np.array([3, 4], np.int32))):
+    for crop in (
+        lambda: decode.center_crop(file.getvalue(), 64),
+        lambda: decode.random_crop(file.getvalue(), 64, np.array([3, 4], np.int32)),
+    ):
         np.testing.assert_array_equal(*_both(monkeypatch, crop))
 
 
@@ -81,7 +91,8 @@ def test_files_without_loss_give_the_same_pixels(kind, mode, monkeypatch):
 def test_jpeg_files_differ_by_a_few_levels(subsampling, monkeypatch):
     encoded = _encoded(_photo(375, 500), 'JPEG', quality=90, subsampling=subsampling)
     with_it, without = _both(
-        monkeypatch, lambda: decode.random_crop(encoded, 224, np.array([3, 4], np.int32)))
+        monkeypatch, lambda: decode.random_crop(encoded, 224, np.array([3, 4], np.int32))
+    )
     difference = np.abs(with_it.astype(int) - without)
     assert difference.max() <= 16 and difference.mean() < 2
     # The whole difference is that of the transforms.
@@ -92,7 +103,7 @@ def test_jpeg_files_differ_by_a_few_levels(subsampling, monkeypatch):
 @pytest.mark.parametrize('damaged', [b'', b'no image', b'\xff\xd8\xff\xe0 cut'])
 def test_what_is_no_image_is_a_value_error(damaged, monkeypatch):
     for has in (True, False):
-        monkeypatch.setattr(decode, '_has_tensorflow', lambda has=has: has)
+        monkeypatch.setattr(decode, 'has_tensorflow', lambda has=has: has)
         with pytest.raises(ValueError):
             decode.center_crop(damaged, 8)
 
@@ -124,26 +135,42 @@ def test_a_batch_is_the_same_with_and_without_tensorflow(folder, monkeypatch):
     assert with_it['pixels'].std() > 10
 
 
-RUN = '''
+RUN = """
 import sys
 for name in ('tensorflow', 'tensorflow_datasets', 'clu', 'tensorboard', 'keras'):
     sys.modules[name] = None  # importing it is an ImportError
 from sam_jax import main
 main.run()
-'''
+"""
 
 
 def test_a_run_on_a_folder_without_tensorflow(folder, tmp_path):
-    flags = ['--config=imagenet:model=resnet10', f'--workdir={tmp_path}/run',
-             '--config.data.name=folder', f'--config.data.dir={folder}',
-             '--config.data.image_size=32', '--config.batch_size=8',
-             '--config.replica_batch_size=8', '--config.eval.batch_size=8',
-             '--config.total_epochs=1', '--config.eval.top5=False',
-             '--config.optimizer.warmup_epochs=0']
+    flags = [
+        '--config=imagenet:model=resnet10',
+        f'--workdir={tmp_path}/run',
+        '--config.data.name=folder',
+        f'--config.data.dir={folder}',
+        '--config.data.image_size=32',
+        '--config.batch_size=8',
+        '--config.replica_batch_size=8',
+        '--config.eval.batch_size=8',
+        '--config.total_epochs=1',
+        '--config.eval.top5=False',
+        '--config.optimizer.warmup_epochs=0',
+    ]
     ended = subprocess.run(
-        [sys.executable, '-c', RUN, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-             'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+        [sys.executable, '-c', RUN, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': '',
+            'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        },
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count('Pillow decodes the images') == 1
     assert (tmp_path / 'run' / 'result.json').is_file()

@@ -63,14 +63,17 @@ def test_checkpoint_of_the_original_s_trainer():
         params = raw['optimizer']['target']['params']
         np.testing.assert_array_equal(
             variables['params']['group1_block0_conv1']['kernel'],
-            params['WideResnetGroup_1']['WideResnetBlock_0']['conv1']['kernel'])
-        np.testing.assert_array_equal(variables['params']['head']['bias'],
-                                      params['Dense_3']['bias'])
+            params['WideResnetGroup_1']['WideResnetBlock_0']['conv1']['kernel'],
+        )
         np.testing.assert_array_equal(
-            variables['batch_stats']['bn_final']['var'],
-            raw['model_state']['/pre-pool-bn']['var'])
+            variables['params']['head']['bias'], params['Dense_3']['bias']
+        )
+        np.testing.assert_array_equal(
+            variables['batch_stats']['bn_final']['var'], raw['model_state']['/pre-pool-bn']['var']
+        )
         assert jax.tree.structure(variables) == jax.tree.structure(
-            shapes(models.create_model('wrn16_1', 10)))
+            shapes(models.create_model('wrn16_1', 10))
+        )
 
 
 def test_checkpoint_that_the_original_s_fine_tuning_reads(b0, tmp_path):
@@ -86,16 +89,23 @@ def test_checkpoint_that_the_original_s_fine_tuning_reads(b0, tmp_path):
     assert relative_distance(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize('name', [
-    'wrn10_1', 'shake_shake_8_2x4d', 'pyramidnet11', 'pyramidnet20_shakedrop', 'resnet50',
-    'efficientnet-tiny'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'wrn10_1',
+        'shake_shake_8_2x4d',
+        'pyramidnet11',
+        'pyramidnet20_shakedrop',
+        'resnet50',
+        'efficientnet-tiny',
+    ],
+)
 def test_names_are_different_and_lead_back(name):
     model = models.create_model(name, 10)
     variables = jax.tree.map(np.asarray, recipe_variables(model))
     arrays = to_reference(model, variables)
     assert len(arrays) == len(jax.tree.leaves(variables))
-    assert_trees_equal(
-        pretrained.load_reference_checkpoint(arrays, name, 10), variables)
+    assert_trees_equal(pretrained.load_reference_checkpoint(arrays, name, 10), variables)
 
 
 # Keras and timm
@@ -130,12 +140,17 @@ def test_b4_is_keras_s():
     theirs = keras_model('B4', model, variables)
     theirs.layers[-1].activation = None
     x = images(3, (1, 380, 380, 3))
-    assert relative_distance(
-        jax.jit(model.apply)(variables, x), np.asarray(theirs(255 * x, training=False))) < 1e-4
+    assert (
+        relative_distance(
+            jax.jit(model.apply)(variables, x), np.asarray(theirs(255 * x, training=False))
+        )
+        < 1e-4
+    )
 
 
 def test_files_of_keras_3_and_2(b0, keras_b0, tmp_path):
     import h5py
+
     keras_b0.save_weights(tmp_path / 'three.weights.h5')
     with h5py.File(tmp_path / 'two.h5', 'w') as f:  # as keras.applications publishes them
         for layer in keras_b0.layers:
@@ -145,39 +160,58 @@ def test_files_of_keras_3_and_2(b0, keras_b0, tmp_path):
                     name = name.replace('/kernel', '/depthwise_kernel')
                 f[f'{layer.name}/{name}:0'] = np.asarray(weight)
     for name in ('three.weights.h5', 'two.h5'):
-        assert_trees_equal(pretrained.load_reference_checkpoint(
-            tmp_path / name, 'efficientnet-b0', 1000), b0)
+        assert_trees_equal(
+            pretrained.load_reference_checkpoint(tmp_path / name, 'efficientnet-b0', 1000), b0
+        )
 
 
 TIMM_SHAPES = {  # of timm's tf_efficientnet_b0, one of each kind
-    'conv_stem.weight': (32, 3, 3, 3), 'bn1.weight': (32,), 'bn1.running_mean': (32,),
-    'blocks.0.0.conv_dw.weight': (32, 1, 3, 3), 'blocks.0.0.bn1.bias': (32,),
-    'blocks.0.0.se.conv_reduce.weight': (8, 32, 1, 1), 'blocks.0.0.se.conv_reduce.bias': (8,),
-    'blocks.0.0.se.conv_expand.weight': (32, 8, 1, 1), 'blocks.0.0.conv_pw.weight': (16, 32, 1, 1),
-    'blocks.0.0.bn2.running_var': (16,), 'blocks.1.1.conv_pw.weight': (144, 24, 1, 1),
-    'blocks.1.1.bn1.weight': (144,), 'blocks.1.1.conv_dw.weight': (144, 1, 3, 3),
-    'blocks.1.1.bn2.weight': (144,), 'blocks.1.1.se.conv_expand.bias': (144,),
-    'blocks.1.1.conv_pwl.weight': (24, 144, 1, 1), 'blocks.1.1.bn3.running_mean': (24,),
-    'blocks.6.0.conv_pwl.weight': (320, 1152, 1, 1), 'conv_head.weight': (1280, 320, 1, 1),
-    'bn2.running_var': (1280,), 'classifier.weight': (1000, 1280), 'classifier.bias': (1000,)}
+    'conv_stem.weight': (32, 3, 3, 3),
+    'bn1.weight': (32,),
+    'bn1.running_mean': (32,),
+    'blocks.0.0.conv_dw.weight': (32, 1, 3, 3),
+    'blocks.0.0.bn1.bias': (32,),
+    'blocks.0.0.se.conv_reduce.weight': (8, 32, 1, 1),
+    'blocks.0.0.se.conv_reduce.bias': (8,),
+    'blocks.0.0.se.conv_expand.weight': (32, 8, 1, 1),
+    'blocks.0.0.conv_pw.weight': (16, 32, 1, 1),
+    'blocks.0.0.bn2.running_var': (16,),
+    'blocks.1.1.conv_pw.weight': (144, 24, 1, 1),
+    'blocks.1.1.bn1.weight': (144,),
+    'blocks.1.1.conv_dw.weight': (144, 1, 3, 3),
+    'blocks.1.1.bn2.weight': (144,),
+    'blocks.1.1.se.conv_expand.bias': (144,),
+    'blocks.1.1.conv_pwl.weight': (24, 144, 1, 1),
+    'blocks.1.1.bn3.running_mean': (24,),
+    'blocks.6.0.conv_pwl.weight': (320, 1152, 1, 1),
+    'conv_head.weight': (1280, 320, 1, 1),
+    'bn2.running_var': (1280,),
+    'classifier.weight': (1000, 1280),
+    'classifier.bias': (1000,),
+}
 
 
 def test_files_of_timm(b0, tmp_path):
     from safetensors.numpy import save_file
-    arrays = {n: np.ascontiguousarray(x)
-              for n, x in foreign(formats.TIMM, MODEL, b0).items()}
+
+    arrays = {n: np.ascontiguousarray(x) for n, x in foreign(formats.TIMM, MODEL, b0).items()}
     assert {n: arrays[n].shape for n in TIMM_SHAPES} == TIMM_SHAPES
     assert len(arrays) == 213 + 98
     # A convolution of theirs, by its definition: out channel o reads in channel i at (y, x).
     np.testing.assert_array_equal(
-        arrays['conv_stem.weight'][5, 2, 1, 0], b0['params']['conv_stem']['kernel'][1, 0, 2, 5])
-    counters = {n.replace('running_mean', 'num_batches_tracked'): np.array(7)
-                for n in arrays if n.endswith('running_mean')}
+        arrays['conv_stem.weight'][5, 2, 1, 0], b0['params']['conv_stem']['kernel'][1, 0, 2, 5]
+    )
+    counters = {
+        n.replace('running_mean', 'num_batches_tracked'): np.array(7)
+        for n in arrays
+        if n.endswith('running_mean')
+    }
     save_file({**arrays, **counters}, tmp_path / 'model.safetensors')
     np.savez(tmp_path / 'model.npz', **arrays)
     for name in ('model.safetensors', 'model.npz'):
-        assert_trees_equal(pretrained.load_reference_checkpoint(
-            tmp_path / name, 'efficientnet-b0', 1000), b0)
+        assert_trees_equal(
+            pretrained.load_reference_checkpoint(tmp_path / name, 'efficientnet-b0', 1000), b0
+        )
 
 
 # What differs
@@ -187,7 +221,8 @@ def test_head_is_kept_or_made_anew(b0):
     arrays = to_reference(MODEL, b0)
     same, other, again = (
         pretrained.load_reference_checkpoint(arrays, 'efficientnet-b0', *args)
-        for args in [(1000,), (10, 0), (10, 1)])
+        for args in [(1000,), (10, 0), (10, 1)]
+    )
     assert_trees_equal(same['params']['head'], b0['params']['head'])
     assert other['params']['head']['kernel'].shape == (1280, 10)
     assert (other['params']['head']['kernel'] != again['params']['head']['kernel']).any()
@@ -197,18 +232,21 @@ def test_head_is_kept_or_made_anew(b0):
         assert_trees_equal(variables, b0)
 
 
-@pytest.mark.parametrize('source, name, message', [
-    (TRAINED, 'wrn16_2', r'Dense_3/kernel has shape \(64, 10\), the model \(128, 10\)'),
-    (TRAINED, 'wrn22_1', r'lack WideResnetGroup_0/WideResnetBlock_2/.*\(16,\)'),
-    (TRAINED, 'wrn10_1', r'the model has no WideResnetGroup_0/WideResnetBlock_1/'),
-    (TRAINED, 'efficientnet-tiny', "not those of EfficientNet.*'Dense_3/bias'"),
-    (TRAINED, 'resnet20', 'not those of CifarResNet'),
-    (GOLDEN / 'losses.npz', 'wrn16_1', 'not those of WideResNet'),
-    (GOLDEN / 'recipe.py', 'wrn16_1', 'recipe.py cannot be read as msgpack'),
-    (GOLDEN / 'nothing', 'wrn16_1', 'nothing: no such file or folder'),
-    (GOLDEN, 'wrn16_1', 'holds no checkpoint_N'),
-    ({}, 'wrn16_1', r'the first is .\(nothing\)'),
-])
+@pytest.mark.parametrize(
+    'source, name, message',
+    [
+        (TRAINED, 'wrn16_2', r'Dense_3/kernel has shape \(64, 10\), the model \(128, 10\)'),
+        (TRAINED, 'wrn22_1', r'lack WideResnetGroup_0/WideResnetBlock_2/.*\(16,\)'),
+        (TRAINED, 'wrn10_1', r'the model has no WideResnetGroup_0/WideResnetBlock_1/'),
+        (TRAINED, 'efficientnet-tiny', "not those of EfficientNet.*'Dense_3/bias'"),
+        (TRAINED, 'resnet20', 'not those of CifarResNet'),
+        (GOLDEN / 'losses.npz', 'wrn16_1', 'not those of WideResNet'),
+        (GOLDEN / 'recipe.py', 'wrn16_1', 'recipe.py cannot be read as msgpack'),
+        (GOLDEN / 'nothing', 'wrn16_1', 'nothing: no such file or folder'),
+        (GOLDEN, 'wrn16_1', 'holds no checkpoint_N'),
+        ({}, 'wrn16_1', r'the first is .\(nothing\)'),
+    ],
+)
 def test_what_does_not_fit_is_named(source, name, message):
     with pytest.raises(UserError, match=message):
         pretrained.load_reference_checkpoint(source, name, 10)
@@ -228,14 +266,18 @@ def test_damaged_files_are_named(suffix, tmp_path):
 def test_run_starts_from_a_file(tmp_path):
     """With learning rate 0 it ends with the file's params; on resume the file is not needed."""
     model = models.create_model('wrn10_1', 10)
-    start = jax.tree.map(np.array, jax.jit(model.init)(
-        jax.random.key(5), jnp.zeros((1, 8, 8, 1))))
+    start = jax.tree.map(np.array, jax.jit(model.init)(jax.random.key(5), jnp.zeros((1, 8, 8, 1))))
     start['params']['head']['bias'] += 1
     path = tmp_path / 'start.npz'
     np.savez(path, **to_reference(model, start))
     config = small_config(
-        total_epochs=1, model__init_from=str(path), optimizer__learning_rate=0.0, ema__decay=0.9,
-        model__frozen_batch_norm=True, checkpoint__every_epochs=1)
+        total_epochs=1,
+        model__init_from=str(path),
+        optimizer__learning_rate=0.0,
+        ema__decay=0.9,
+        model__frozen_batch_norm=True,
+        checkpoint__every_epochs=1,
+    )
     state = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:1])
     assert_trees_equal({'params': state.params, 'batch_stats': state.batch_stats}, start)
     assert relative_distance(state.ema['params'], start['params']) < 1e-6

@@ -9,25 +9,38 @@ import pytest
 from helpers import ROOT, small_config
 from PIL import Image
 
-from sam_jax import data, replicas, train_step
+from sam_jax import data, replicas, train_state, train_step
 from sam_jax.data import pictures
 from sam_jax.replicas import AXIS
 
 
-@pytest.mark.parametrize('options', [{}, {'mixup_alpha': 1.0},
-                                     {'cutmix_alpha': 1.0, 'mix_per_image': True}])
+@pytest.mark.parametrize(
+    'options', [{}, {'mixup_alpha': 1.0}, {'cutmix_alpha': 1.0, 'mix_per_image': True}]
+)
 def test_training_images_are_those_of_the_step(options):
-    config = small_config(seed=4, data__augment='cutout', data__padding=2, data__cutout_size=4,
-                          **{f'data__{k}': v for k, v in options.items()})
+    config = small_config(
+        seed=4,
+        data__augment='cutout',
+        data__padding=2,
+        data__cutout_size=4,
+        **{f'data__{k}': v for k, v in options.items()},
+    )
     dataset = data.load_dataset(config.data)
     layout, _ = replicas.make_layout(64, 16, 1, devices=jax.devices()[:2])
     shown = pictures.training_images(dataset, 4, 7, layout, 10)
     batch = jax.pmap(
-        lambda *args: train_step.keyed_replicas(
-            *args, layout=layout, batch_fn=dataset.train_batch)['image'],
-        axis_name=AXIS, in_axes=(None, 0, None, None), devices=layout.devices)(
-            np.int32(7), dataset.train_feed(4, 7, layout), dataset.device_arrays(dataset.train),
-            train_step.HParams.from_config(config))
+        lambda *args: train_step.keyed_replicas(*args, layout=layout, batch_fn=dataset.train_batch)[
+            'image'
+        ],
+        axis_name=AXIS,
+        in_axes=(None, 0, None, None),
+        devices=layout.devices,
+    )(
+        np.int32(7),
+        dataset.train_feed(4, 7, layout),
+        dataset.device_arrays(dataset.train),
+        train_state.HParams.from_config(config),
+    )
     images = np.asarray(batch).reshape(64, 8, 8, 1)[:10]
     np.testing.assert_allclose(shown, dataset.to_pixels(images), atol=1e-6)
 
@@ -41,8 +54,13 @@ def test_grid():
 
 
 def _preview(*flags):
-    return subprocess.run([sys.executable, '-m', 'sam_jax.cli.preview', *flags], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, '-m', 'sam_jax.cli.preview', *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_command(tmp_path):
@@ -67,10 +85,12 @@ def test_command(tmp_path):
 
 
 def test_command_refuses(tmp_path):
-    for flags, words in [(['--out=grid.txt'], "--out is 'grid.txt'"),
-                         ([f'--out={tmp_path}/no/where.png'], 'cannot be written'),
-                         (['--config.data.augment=none', '--config.data.mix_per_image=true'],
-                          'data.mix_per_image')]:
+    for flags, words in [
+        (['--out=grid.txt'], "--out is 'grid.txt'"),
+        ([f'--out={tmp_path}/no/where.png'], 'cannot be written'),
+        (['--config.data.augment=none', '--config.data.mix_per_image=true'], 'data.mix_per_image'),
+    ]:
         result = _preview('--config=configs/digits.py', *flags)
-        assert result.returncode == 2 and words in result.stderr and (
-            'Traceback' not in result.stderr), result.stderr
+        assert (
+            result.returncode == 2 and words in result.stderr and ('Traceback' not in result.stderr)
+        ), result.stderr

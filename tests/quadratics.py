@@ -51,6 +51,7 @@ def update(tx, grad_fn, params, state=None, **extra_args):
 
 def take_steps(tx, grad_fn, params, steps):
     """Params after every step, flat."""
+
     @jax.jit
     def step(params, state):
         updates, state = update(tx, grad_fn, params, state)
@@ -69,8 +70,10 @@ def layers(dtype=np.float32, seed=0, minimum=0.0):
     L(w) = (w - minimum)' A (w - minimum) / 2. Returns params, the loss function and A.
     """
     rng = np.random.RandomState(seed)
-    params = {'dense': {'kernel': rng.randn(3, 2), 'bias': rng.randn(2)},
-              'norm': {'bias': rng.randn(1), 'scale': rng.randn(2) + 1}}
+    params = {
+        'dense': {'kernel': rng.randn(3, 2), 'bias': rng.randn(2)},
+        'norm': {'bias': rng.randn(1), 'scale': rng.randn(2) + 1},
+    }
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     n = ravel(params).size
     a = rng.randn(n, n)
@@ -86,12 +89,23 @@ def layers(dtype=np.float32, seed=0, minimum=0.0):
 def under(tree, name):
     """Which entries of flat(tree) lie under a path that contains the name."""
     marks = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.full(np.shape(x), name in jax.tree_util.keystr(path)), tree)
+        lambda path, x: np.full(np.shape(x), name in jax.tree_util.keystr(path)), tree
+    )
     return flat(marks).astype(bool)
 
 
-def drive(tx, loss, params, state=None, t=0, momentum=None, learning_rate=0.1, note=None,
-          evaluate=None, **extra_args):
+def drive(
+    tx,
+    loss,
+    params,
+    state=None,
+    t=0,
+    momentum=None,
+    learning_rate=0.1,
+    note=None,
+    evaluate=None,
+    **extra_args,
+):
     """One update of any method, given all that a training loop gives; jax.grad of `loss`.
 
     Args:
@@ -110,10 +124,23 @@ def drive(tx, loss, params, state=None, t=0, momentum=None, learning_rate=0.1, n
         return sharpness.Evaluation(grads, loss(tree))
 
     key = jax.random.fold_in(jax.random.key(7), t)
-    return tx.update(None, state, params, **{**dict(
-        loss=sharpness.Loss(evaluate or of_loss), key=key, learning_rate=learning_rate,
-        momentum=params if momentum is None else momentum, added_loss=True, corrected=True,
-        gate_key=jax.random.fold_in(jax.random.key(8), t)), **extra_args})
+    return tx.update(
+        None,
+        state,
+        params,
+        **{
+            **dict(
+                loss=sharpness.Loss(evaluate or of_loss),
+                key=key,
+                learning_rate=learning_rate,
+                momentum=params if momentum is None else momentum,
+                added_loss=True,
+                corrected=True,
+                gate_key=jax.random.fold_in(jax.random.key(8), t),
+            ),
+            **extra_args,
+        },
+    )
 
 
 def nans(tree):

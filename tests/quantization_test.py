@@ -39,8 +39,8 @@ def test_values_lie_on_the_grid(bits, per_channel):
     scale = np.abs(w).max(axis=(0, 1, 2) if per_channel else None) / n
     levels = quantised / scale
     np.testing.assert_allclose(levels, levels.round(), atol=1e-5)
-    assert np.abs(levels.round()).max() == n and len(np.unique(levels.round())) <= 2 ** bits - 1
-    assert per_channel == (len(np.unique(quantised)) > 2 ** bits - 1)
+    assert np.abs(levels.round()).max() == n and len(np.unique(levels.round())) <= 2**bits - 1
+    assert per_channel == (len(np.unique(quantised)) > 2**bits - 1)
     assert (np.abs(quantised - w) <= scale * 0.50001).all()
     helpers.assert_trees_equal(fake_quantize(-w, bits, per_channel), -quantised)
     helpers.assert_trees_close(fake_quantize(quantised, bits, per_channel), quantised, rtol=1e-6)
@@ -50,7 +50,8 @@ def test_by_hand():
     w = jnp.array([[3.0, -0.4], [1.6, 0.3]])
     np.testing.assert_array_equal(fake_quantize(w, 3), [[3.0, 0.0], [2.0, 0.0]])
     np.testing.assert_allclose(
-        fake_quantize(w, 3, per_channel=True), [[3.0, -0.4], [2.0, 0.4 * 2 / 3]], rtol=1e-6)
+        fake_quantize(w, 3, per_channel=True), [[3.0, -0.4], [2.0, 0.4 * 2 / 3]], rtol=1e-6
+    )
     np.testing.assert_array_equal(fake_quantize(w, 2), [[3.0, 0.0], [3.0, 0.0]])
 
 
@@ -72,15 +73,19 @@ def test_gradients_go_straight_through():
 
 
 def test_only_kernels_are_quantised():
-    params = {'conv': {'kernel': _kernel()}, 'norm': {'scale': jnp.linspace(0.5, 2.0, 8)},
-              'head': {'kernel': _kernel()[0, 0], 'bias': jnp.linspace(-1.0, 1.0, 8)}}
+    params = {
+        'conv': {'kernel': _kernel()},
+        'norm': {'scale': jnp.linspace(0.5, 2.0, 8)},
+        'head': {'kernel': _kernel()[0, 0], 'bias': jnp.linspace(-1.0, 1.0, 8)},
+    }
     for per_channel in (False, True):
         quantised = quantize_kernels(params, 4, per_channel)
         assert quantised['norm']['scale'] is params['norm']['scale']
         assert quantised['head']['bias'] is params['head']['bias']
         for layer in ('conv', 'head'):
             helpers.assert_trees_equal(
-                quantised[layer]['kernel'], fake_quantize(params[layer]['kernel'], 4, per_channel))
+                quantised[layer]['kernel'], fake_quantize(params[layer]['kernel'], 4, per_channel)
+            )
 
 
 @pytest.mark.parametrize('bits', [1, 0, -3])
@@ -129,8 +134,9 @@ def test_rho_zero_is_plain_min_max():
     for method in (sharpness.sam(0.0), sharpness.erm()):
         ascent = optax.adam(LR_Y)
         descent = _descent(method, ascent)
-        step = jax.jit(lambda *now, descent=descent, ascent=ascent: min_max_step(
-            f, *now, descent, ascent))
+        step = jax.jit(
+            lambda *now, descent=descent, ascent=ascent: min_max_step(f, *now, descent, ascent)
+        )
         now = x, y, (descent.init(x), ascent.init(y))
         for _ in range(3):
             now = step(*now)
@@ -157,7 +163,7 @@ def test_student_is_perturbed_before_it_is_rounded():
 
     def f(w, y):
         quantised = fake_quantize(w, 3)
-        return quantised @ a @ quantised / 2 - y ** 2
+        return quantised @ a @ quantised / 2 - y**2
 
     moved = w + ball_step(a @ fake_quantize(w, 3), RHO)
     expected = w - LR_X * a @ fake_quantize(moved.astype(jnp.float32), 3)
@@ -170,8 +176,12 @@ def test_other_arguments_reach_the_methods():
     f, *_, x, y = _saddle()
     descent = _descent(sharpness.random_sam(RHO))
     states = descent.init(jnp.asarray(x)), ASCENT.init(jnp.asarray(y))
-    ends = [min_max_step(f, jnp.asarray(x), jnp.asarray(y), states, descent, ASCENT,
-                         key=jax.random.key(i))[0] for i in (0, 0, 1)]
+    ends = [
+        min_max_step(
+            f, jnp.asarray(x), jnp.asarray(y), states, descent, ASCENT, key=jax.random.key(i)
+        )[0]
+        for i in (0, 0, 1)
+    ]
     helpers.assert_trees_equal(*ends[:2])
     assert helpers.relative_distance(ends[2], ends[0]) > 1e-3
 
@@ -186,14 +196,21 @@ def test_example_brings_the_student_to_its_teacher():
     latents = jax.random.normal(jax.random.key(2), (64, quantize_digits.LATENTS))
     teacher = jax.jit(model.init)(jax.random.key(0), images)
     generator = quantize_digits.Generator(shape, (0.5,), (0.5,))
-    parts = dict(model=model, generator=generator, bits=2, ascent=optax.adam(1e-2),
-                 descent=_descent(sharpness.sam(0.05), optax.adam(1e-2)))
+    parts = dict(
+        model=model,
+        generator=generator,
+        bits=2,
+        ascent=optax.adam(1e-2),
+        descent=_descent(sharpness.sam(0.05), optax.adam(1e-2)),
+    )
 
     @jax.jit
     def measure(params, y):
         made = generator.apply({'params': y}, latents)
-        return [quantize_digits.divergence(model, teacher, quantize_kernels(params, 2), x)
-                for x in (images, made)], quantize_digits.mismatch(model, teacher, made)
+        return [
+            quantize_digits.divergence(model, teacher, quantize_kernels(params, 2), x)
+            for x in (images, made)
+        ], quantize_digits.mismatch(model, teacher, made)
 
     _, first = quantize_digits.train_student(teacher, 0, 0, **parts)
     x, last = quantize_digits.train_student(teacher, 0, 40, **parts)

@@ -13,14 +13,23 @@ from golden.recipe import images, one_hot, recipe
 
 from sam_jax.models.formats import REFERENCE
 
-__all__ = ['from_reference', 'golden_shapes', 'images', 'one_hot', 'recipe', 'recipe_variables',
-           'shapes', 'to_reference']
+__all__ = [
+    'from_reference',
+    'golden_shapes',
+    'images',
+    'one_hot',
+    'recipe',
+    'recipe_variables',
+    'shapes',
+    'to_reference',
+]
 
 
 def shapes(model, image_shape=(32, 32, 3)):
     """Variables as shapes and dtypes: nothing is computed."""
     return jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+    )
 
 
 def to_reference(model, variables):
@@ -28,8 +37,7 @@ def to_reference(model, variables):
     arrays = {}
     for path, x in flax.traverse_util.flatten_dict(variables, sep='/').items():
         # The layout is its own inverse.
-        arrays[REFERENCE.name(model, path)] = REFERENCE.layout(
-            path, x, x.ndim)
+        arrays[REFERENCE.name(model, path)] = REFERENCE.layout(path, x, x.ndim)
     return arrays
 
 
@@ -60,6 +68,10 @@ def recipe_variables(model):
 
 def golden_shapes(file):
     """{original name: shape} of a model_*.npz."""
-    return {name: ast.literal_eval(shape) for kind in ('param', 'state')
-            for name, shape in zip(file[f'{kind}_names'].tolist(),
-                                   file[f'{kind}_shapes'].tolist(), strict=True)}
+    return {
+        name: ast.literal_eval(shape)
+        for kind in ('param', 'state')
+        for name, shape in zip(
+            file[f'{kind}_names'].tolist(), file[f'{kind}_shapes'].tolist(), strict=True
+        )
+    }

@@ -13,8 +13,9 @@ from sam_jax.errors import UserError
 
 
 def _layout(batch_size, replica_batch_size, replicas_per_group, num_devices, loop='auto'):
-    return replicas.make_layout(batch_size, replica_batch_size, replicas_per_group, loop,
-                                jax.devices()[:num_devices])
+    return replicas.make_layout(
+        batch_size, replica_batch_size, replicas_per_group, loop, jax.devices()[:num_devices]
+    )
 
 
 def _pairs(*groups):
@@ -45,11 +46,15 @@ CUTS = [
 def test_cut(given, expected):
     layout, note = _layout(*given)
     assert note == ''
-    assert layout.devices == tuple(jax.devices()[:given[3]])
+    assert layout.devices == tuple(jax.devices()[: given[3]])
     assert layout.num_replicas == given[0] // given[1]
     assert (layout.replica_batch_size, layout.replicas_per_group) == given[1:3]
-    assert (layout.replicas_per_device, layout.groups_per_device, layout.devices_per_group,
-            layout.axis_index_groups) == expected
+    assert (
+        layout.replicas_per_device,
+        layout.groups_per_device,
+        layout.devices_per_group,
+        layout.axis_index_groups,
+    ) == expected
 
 
 def test_default_is_all_devices():
@@ -80,11 +85,27 @@ def test_every_layout_holds_every_replica_once_and_no_group_is_torn():
 REFUSED = [
     ((100, 32, 1, 1), ['batch_size is 100', 'multiple of replica_batch_size, 32']),
     ((16, 32, 1, 1), ['batch_size is 16', 'multiple of replica_batch_size, 32']),
-    ((256, 32, 3, 8), ['sam.replicas_per_group is 3', 'must divide the 8 replicas',
-                       'batch_size 256', 'replica_batch_size 32']),
+    (
+        (256, 32, 3, 8),
+        [
+            'sam.replicas_per_group is 3',
+            'must divide the 8 replicas',
+            'batch_size 256',
+            'replica_batch_size 32',
+        ],
+    ),
     ((256, 32, 16, 8), ['sam.replicas_per_group is 16', 'must divide the 8 replicas']),
-    ((256, 32, 1, 3), ['The 8 replicas', 'groups of 1', '3 devices', 'batch_size 256',
-                       'replica_batch_size 32', 'change']),
+    (
+        (256, 32, 1, 3),
+        [
+            'The 8 replicas',
+            'groups of 1',
+            '3 devices',
+            'batch_size 256',
+            'replica_batch_size 32',
+            'change',
+        ],
+    ),
     ((24, 2, 1, 8), ['The 12 replicas', '8 devices']),
     ((24, 2, 3, 6), ['The 12 replicas', 'groups of 3', '6 devices']),  # 2 a device: 3 tears one
     ((24, 2, 4, 4), ['The 12 replicas', 'groups of 4', '4 devices']),  # 3 a device
@@ -99,14 +120,25 @@ def test_refused(given, words):
     assert str(e.value).endswith('.') and '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('given,used', [
-    ((64, 64, 1, 8), 1), ((64, 32, 2, 8), 2), ((10, 2, 1, 8), 5), ((12, 2, 3, 8), 6),
-    ((14, 2, 7, 8), 7)])
+@pytest.mark.parametrize(
+    'given,used',
+    [
+        ((64, 64, 1, 8), 1),
+        ((64, 32, 2, 8), 2),
+        ((10, 2, 1, 8), 5),
+        ((12, 2, 3, 8), 6),
+        ((14, 2, 7, 8), 7),
+    ],
+)
 def test_fewer_replicas_than_devices(given, used):
     layout, note = _layout(*given)
     assert layout.devices == tuple(jax.devices()[:used])
-    for part in (f'batch_size {given[0]}', f'{given[0] // given[1]} replicas of {given[1]}',
-                 f'for {given[3]} devices', f'{used} of them are used'):
+    for part in (
+        f'batch_size {given[0]}',
+        f'{given[0] // given[1]} replicas of {given[1]}',
+        f'for {given[3]} devices',
+        f'{used} of them are used',
+    ):
         assert part in note
 
 
@@ -132,8 +164,10 @@ def test_local_positions():
 def test_replicate_and_shard_place_rows_in_order():
     layout, _ = replicas.make_layout(16, 2, 1, devices=jax.devices()[::-1])
     rows = np.arange(16).reshape(8, 2)
-    for x, expected in [(layout.shard({'a': rows})['a'], rows[:, None]),
-                        (layout.replicate({'a': rows})['a'], [rows] * 8)]:
+    for x, expected in [
+        (layout.shard({'a': rows})['a'], rows[:, None]),
+        (layout.replicate({'a': rows})['a'], [rows] * 8),
+    ]:
         data = {shard.device: np.asarray(shard.data) for shard in x.addressable_shards}
         for device, part in zip(layout.devices, expected):
             np.testing.assert_array_equal(data[device], part)
@@ -144,9 +178,12 @@ def test_replicate_and_shard_place_rows_in_order():
 
 def _tpu(x, y, z, cores=1):
     """Devices of a TPU in the order of JAX: by z, y, x, core."""
-    return [types.SimpleNamespace(
-        platform='tpu', process_index=0, id=i, coords=(p[2], p[1], p[0]), core_on_chip=p[3])
-        for i, p in enumerate(itertools.product(range(z), range(y), range(x), range(cores)))]
+    return [
+        types.SimpleNamespace(
+            platform='tpu', process_index=0, id=i, coords=(p[2], p[1], p[0]), core_on_chip=p[3]
+        )
+        for i, p in enumerate(itertools.product(range(z), range(y), range(x), range(cores)))
+    ]
 
 
 def _box(devices):
@@ -157,16 +194,25 @@ def _box(devices):
 
 # Mesh (x, y, z, cores), size of a group -> extents (core, x, y, z) of a group, its axes sorted.
 BOXES = [
-    ((4, 4, 1, 2), 2, (2, 1, 1, 1)), ((4, 4, 1, 2), 4, (2, 1, 1, 2)),
-    ((4, 4, 1, 2), 8, (2, 1, 2, 2)), ((4, 4, 1, 2), 16, (2, 1, 2, 4)),
+    ((4, 4, 1, 2), 2, (2, 1, 1, 1)),
+    ((4, 4, 1, 2), 4, (2, 1, 1, 2)),
+    ((4, 4, 1, 2), 8, (2, 1, 2, 2)),
+    ((4, 4, 1, 2), 16, (2, 1, 2, 4)),
     ((4, 4, 1, 2), 32, (2, 1, 4, 4)),
-    ((2, 2, 1, 1), 2, (1, 1, 1, 2)), ((2, 2, 1, 1), 4, (1, 1, 2, 2)),
-    ((4, 4, 4, 1), 2, (1, 1, 1, 2)), ((4, 4, 4, 1), 4, (1, 1, 2, 2)),
-    ((4, 4, 4, 1), 8, (1, 2, 2, 2)), ((4, 4, 4, 1), 16, (1, 2, 2, 4)),
-    ((4, 4, 4, 1), 32, (1, 2, 4, 4)), ((4, 4, 4, 1), 64, (1, 4, 4, 4)),
-    ((8, 8, 1, 1), 4, (1, 1, 2, 2)), ((8, 8, 1, 1), 16, (1, 1, 4, 4)),
-    ((8, 2, 1, 1), 4, (1, 1, 2, 2)), ((6, 4, 1, 1), 6, (1, 1, 2, 3)),
-    ((6, 4, 1, 1), 12, (1, 1, 3, 4)), ((6, 6, 1, 1), 9, (1, 1, 3, 3)),
+    ((2, 2, 1, 1), 2, (1, 1, 1, 2)),
+    ((2, 2, 1, 1), 4, (1, 1, 2, 2)),
+    ((4, 4, 4, 1), 2, (1, 1, 1, 2)),
+    ((4, 4, 4, 1), 4, (1, 1, 2, 2)),
+    ((4, 4, 4, 1), 8, (1, 2, 2, 2)),
+    ((4, 4, 4, 1), 16, (1, 2, 2, 4)),
+    ((4, 4, 4, 1), 32, (1, 2, 4, 4)),
+    ((4, 4, 4, 1), 64, (1, 4, 4, 4)),
+    ((8, 8, 1, 1), 4, (1, 1, 2, 2)),
+    ((8, 8, 1, 1), 16, (1, 1, 4, 4)),
+    ((8, 2, 1, 1), 4, (1, 1, 2, 2)),
+    ((6, 4, 1, 1), 6, (1, 1, 2, 3)),
+    ((6, 4, 1, 1), 12, (1, 1, 3, 4)),
+    ((6, 6, 1, 1), 9, (1, 1, 3, 3)),
 ]
 
 
@@ -177,7 +223,7 @@ def test_groups_are_compact_boxes(mesh, size, extents):
     ordered = replicas.neighbour_order(devices, size)
     assert sorted(d.id for d in ordered) == list(range(len(devices)))
     for start in range(0, len(ordered), size):
-        core, *sides = _box(ordered[start:start + size])
+        core, *sides = _box(ordered[start : start + size])
         assert (core, *sorted(sides)) == extents
     # The order is that of the places, not of the list that came in.
     again = replicas.neighbour_order(_tpu(*mesh)[::-1], size)
@@ -186,15 +232,20 @@ def test_groups_are_compact_boxes(mesh, size, extents):
 
 def test_the_mesh_may_start_anywhere():
     devices = _tpu(4, 4, 1, 2)
-    shifted = [types.SimpleNamespace(**{
-        **vars(d), 'coords': tuple(np.add(d.coords, (3, 5, 1)).tolist())}) for d in devices]
+    shifted = [
+        types.SimpleNamespace(**{**vars(d), 'coords': tuple(np.add(d.coords, (3, 5, 1)).tolist())})
+        for d in devices
+    ]
     assert [d.id for d in replicas.neighbour_order(shifted[::-1], 8)] == [
-        d.id for d in replicas.neighbour_order(devices, 8)]
+        d.id for d in replicas.neighbour_order(devices, 8)
+    ]
 
 
 def _without(devices, *names):
-    return [types.SimpleNamespace(**{k: v for k, v in vars(d).items() if k not in names})
-            for d in devices]
+    return [
+        types.SimpleNamespace(**{k: v for k, v in vars(d).items() if k not in names})
+        for d in devices
+    ]
 
 
 KEPT = {
@@ -223,9 +274,15 @@ def test_real_cpu_devices_keep_their_order():
     assert replicas.neighbour_order(jax.devices()[::-1], 4) == jax.devices()[::-1]
 
 
-@pytest.mark.parametrize('mesh,num_replicas,group,extents', [
-    ((4, 4, 1, 2), 32, 8, (2, 1, 2, 2)), ((4, 4, 1, 2), 64, 8, (2, 1, 1, 2)),
-    ((4, 4, 4, 1), 512, 64, (1, 2, 2, 2)), ((4, 4, 4, 1), 64, 4, (1, 1, 2, 2))])
+@pytest.mark.parametrize(
+    'mesh,num_replicas,group,extents',
+    [
+        ((4, 4, 1, 2), 32, 8, (2, 1, 2, 2)),
+        ((4, 4, 1, 2), 64, 8, (2, 1, 1, 2)),
+        ((4, 4, 4, 1), 512, 64, (1, 2, 2, 2)),
+        ((4, 4, 4, 1), 64, 4, (1, 1, 2, 2)),
+    ],
+)
 def test_layout_groups_neighbours(mesh, num_replicas, group, extents):
     devices = _tpu(*mesh)
     random.Random(2).shuffle(devices)

@@ -26,12 +26,19 @@ def test_mean_and_interval():
     assert math.isclose(mean, 7 / 3)
     assert math.isclose(half, 4.302653 * math.sqrt(7 / 3 / 3), rel_tol=1e-6)
     assert results.mean_and_interval([5.0])[0] == 5 and math.isnan(
-        results.mean_and_interval([5.0])[1])
+        results.mean_and_interval([5.0])[1]
+    )
 
 
-@pytest.mark.parametrize('pair,digits,text', [
-    ((1 / 3, 0.128), 2, '0.33 ± 0.13'), ((12.0, 1.26), 1, '12.0 ± 1.3'),
-    ((5.0, math.nan), 2, '5.00'), (None, 2, '')])
+@pytest.mark.parametrize(
+    'pair,digits,text',
+    [
+        ((1 / 3, 0.128), 2, '0.33 ± 0.13'),
+        ((12.0, 1.26), 1, '12.0 ± 1.3'),
+        ((5.0, math.nan), 2, '5.00'),
+        (None, 2, ''),
+    ],
+)
 def test_interval(pair, digits, text):
     assert results.interval(pair, digits) == text
 
@@ -48,9 +55,25 @@ def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
     assert not notes
     errors = sorted([100 * v for v in g.values('test/error_rate')] for g in groups)
     assert errors == [pytest.approx(x) for x in ([1, 2, 3], [7], [8], [9, 11])]
-    first, = (g for g in groups if len(g.finished) == 3)
+    (first,) = (g for g in groups if len(g.finished) == 3)
     mean, half = first.percent('test/error_rate')
     assert math.isclose(mean, 2) and math.isclose(half, 4.302653 / math.sqrt(3), rel_tol=1e-6)
+
+
+def test_places_are_told_relative_to_the_folder_of_all_runs(tmp_path):
+    for seed in (0, 1):
+        write_run(
+            tmp_path / 'new' / f'b{seed}',
+            digits_config(model__init_from=str(tmp_path / 'old' / f'{seed}')),
+            error=1,
+            seed=seed,
+        )
+    write_run(tmp_path / 'other' / 'c', digits_config())
+    records = results.find([str(tmp_path / 'new'), str(tmp_path / 'other')])
+    assert [r.name for r in records] == ['new/b0', 'new/b1', 'other/c']
+    assert results.group(records)[1] == ['One mean is over runs with a file each: old/0, old/1.']
+    assert [r.name for r in results.find([str(tmp_path / 'new')])] == ['b0', 'b1']
+    assert [r.name for r in results.find([str(tmp_path / 'other' / 'c')])] == ['c']
 
 
 def test_the_same_run_twice_counts_once(tmp_path):
@@ -66,8 +89,11 @@ def test_the_same_run_twice_counts_once(tmp_path):
 
 def test_folders_of_images_are_data_sets(tmp_path):
     for name, error in (('birds', 1), ('planes', 2)):
-        write_run(tmp_path / name, digits_config(
-            data__name='folder', data__dir=f'/some/{name}/'), error=error)
+        write_run(
+            tmp_path / name,
+            digits_config(data__name='folder', data__dir=f'/some/{name}/'),
+            error=error,
+        )
     assert [g.settings['data.dir'] for g in _groups(tmp_path)[0]] == ['birds', 'planes']
 
 
@@ -75,8 +101,9 @@ def test_folders_of_images_are_data_sets(tmp_path):
 def test_runs_with_files(key, tmp_path):
     """A file a seed is one experiment; several files a seed are several."""
     for seed in (0, 1):
-        write_run(tmp_path / 'one' / str(seed), digits_config(**{key: f'{seed}.npz'}), error=1,
-                  seed=seed)
+        write_run(
+            tmp_path / 'one' / str(seed), digits_config(**{key: f'{seed}.npz'}), error=1, seed=seed
+        )
     (group,), notes = _groups(tmp_path / 'one')
     assert len(group.finished) == 2 and 'a file each: 0.npz, 1.npz' in notes[0]
     write_run(tmp_path / 'two', digits_config(**{key: 'other.npz'}), error=9, seed=1)
@@ -91,8 +118,10 @@ def test_best_rho_is_of_the_validation_split_and_has_no_diverged_run(tmp_path):
         write_run(tmp_path / f'final-{rho}', digits_config(f'rho={rho}'), error=10 * rho)
     write_run(tmp_path / 'other', digits_config('rho=0.2,noise=0.4'), error=1)
     best = results.best(_groups(tmp_path)[0])
-    assert [(g.settings['sam.rho'], g.settings['data.validation'], g.settings['data.label_noise'])
-            for g in best] == [(0.2, True, 0), (0.2, False, 0)]
+    assert [
+        (g.settings['sam.rho'], g.settings['data.validation'], g.settings['data.label_noise'])
+        for g in best
+    ] == [(0.2, True, 0), (0.2, False, 0)]
 
 
 def test_no_best_rho_by_test_error(tmp_path):
@@ -104,13 +133,14 @@ def test_no_best_rho_by_test_error(tmp_path):
 
 
 def _reductions(folder):
-    return [(s.baseline.settings['sam.method'], s.method.settings['sam.rho'], s.reduction)
-            for s in results.switches(_groups(folder)[0])]
+    return [
+        (s.baseline.settings['sam.method'], s.method.settings['sam.rho'], s.reduction)
+        for s in results.switches(_groups(folder)[0])
+    ]
 
 
 def test_switches(tmp_path):
-    """The baseline is the better one of one and two lengths; rho is that of the validation split.
-    """
+    """The baseline is the better one of one and two lengths; rho that of the validation split."""
     write_tried(tmp_path / 'tried')
     for rho in TRIED:
         write_run(tmp_path / f'final-{rho}', digits_config(f'rho={rho}'), error=10 * rho)
@@ -129,27 +159,33 @@ def test_rho_0_is_a_baseline_and_one_rho_needs_no_choice(tmp_path):
     assert _reductions(tmp_path) == [('sam', 0.5, pytest.approx(-20))]
 
 
-@pytest.mark.parametrize('config,metric,expected', [
-    (cifar.get_config('dataset=cifar100,augment=cutout'), 'test', ['14.9 ± 0.2']),
-    (cifar.get_config('rho=0.05'), 'test', ['2.7 ± 0.1', '2.7']),  # Tables 1 and 9
-    (cifar.get_config('rho=0.06'), 'test', []),
-    (cifar.get_config('method=sgd,rho=0.7,doubled=true'), 'test', ['3.5 ± 0.1']),
-    (cifar.get_config('method=sgd,smoke'), 'test', []),
-    (svhn.get_config('augment=autoaugment_only_cutout'), 'test', ['0.99 ± 0.01']),
-    (label_noise.get_config('noise=0.8'), 'test', ['22.1']),
-    (ablations.get_config('figure=steps,steps=3'), 'test', ['2.73 ± 0.04']),
-    (label_noise.get_config('noise=0.8,method=sgd,mixup=16'), 'test', ['29.8']),
-    (label_noise.get_config('labels_from=x,noise=0.8,rho=0.2,validation=true'), 'validation',
-     # The settings do not tell the noise of the first run.
-     [f'{x} validation' for x in (5.3, 7.4, 23.3, 77.1)]),
-    (imagenet.get_config(), 'test', ['22.5 ± 0.1', '6.28 ± 0.08 top-5'])])
+@pytest.mark.parametrize(
+    'config,metric,expected',
+    [
+        (cifar.get_config('dataset=cifar100,augment=cutout'), 'test', ['14.9 ± 0.2']),
+        (cifar.get_config('rho=0.05'), 'test', ['2.7 ± 0.1', '2.7']),  # Tables 1 and 9
+        (cifar.get_config('rho=0.06'), 'test', []),
+        (cifar.get_config('method=sgd,rho=0.7,doubled=true'), 'test', ['3.5 ± 0.1']),
+        (cifar.get_config('method=sgd,smoke'), 'test', []),
+        (svhn.get_config('augment=autoaugment_only_cutout'), 'test', ['0.99 ± 0.01']),
+        (label_noise.get_config('noise=0.8'), 'test', ['22.1']),
+        (ablations.get_config('figure=steps,steps=3'), 'test', ['2.73 ± 0.04']),
+        (label_noise.get_config('noise=0.8,method=sgd,mixup=16'), 'test', ['29.8']),
+        (
+            label_noise.get_config('labels_from=x,noise=0.8,rho=0.2,validation=true'),
+            'validation',
+            # The settings do not tell the noise of the first run.
+            [f'{x} validation' for x in (5.3, 7.4, 23.3, 77.1)],
+        ),
+        (imagenet.get_config(), 'test', ['22.5 ± 0.1', '6.28 ± 0.08 top-5']),
+    ],
+)
 def test_runs_know_their_row_of_the_paper(config, metric, expected, tmp_path):
     write_run(tmp_path / 'run', config, error=3)
-    group, = _groups(tmp_path)[0]
+    (group,) = _groups(tmp_path)[0]
     rows = results.of_paper(group, PAPER)
     assert [str(row).partition(' (')[0] for row in rows] == expected
-    assert {row.metric for row in rows} <= {
-        f'{metric}/error_rate', 'test/top5_error_rate'}
+    assert {row.metric for row in rows} <= {f'{metric}/error_rate', 'test/top5_error_rate'}
 
 
 def test_numbers_of_the_paper():
@@ -158,28 +194,39 @@ def test_numbers_of_the_paper():
     model = ''
     for line in cifar.__doc__.splitlines():
         if match := re.match(
-                r' {4}([a-z._]\S*(?:, \d+)?)? +(basic|cutout|autoaugment) +(\d.*)', line):
+            r' {4}([a-z._]\S*(?:, \d+)?)? +(basic|cutout|autoaugment) +(\d.*)', line
+        ):
             model = match[1] or model
             numbers[model, match[2]] = re.findall(r'\d+\.\d', match[3])
     assert len(numbers) == 15
-    models = {'wrn28_10, 200': 'wrn28_10', 'wrn28_10, 1800': 'wrn28_10,epochs=1800',
-              '..._shakedrop': 'pyramidnet272_shakedrop'}
+    models = {
+        'wrn28_10, 200': 'wrn28_10',
+        'wrn28_10, 1800': 'wrn28_10,epochs=1800',
+        '..._shakedrop': 'pyramidnet272_shakedrop',
+    }
     table = {row.command: row for row in PAPER if row.table == 'Table 1'}
     assert len(table) == 15 * 2 * 3
     for (model, augment), values in numbers.items():
         for dataset, (sam, sam_half, sgd, sgd_half) in zip(
-                ('cifar10', 'cifar100'), (values[:4], values[4:])):
-            command = (f'configs/cifar.py:model={models.get(model, model)},dataset={dataset},'
-                       f'augment={augment}')
+            ('cifar10', 'cifar100'), (values[:4], values[4:])
+        ):
+            command = (
+                f'configs/cifar.py:model={models.get(model, model)},dataset={dataset},'
+                f'augment={augment}'
+            )
             for suffix, mean, half in (
-                    ('', sam, sam_half), (',method=sgd', sgd, sgd_half),
-                    (',method=sgd,doubled=true', sgd, sgd_half)):
+                ('', sam, sam_half),
+                (',method=sgd', sgd, sgd_half),
+                (',method=sgd,doubled=true', sgd, sgd_half),
+            ):
                 row = table[command + suffix]
                 assert (row.percent, row.interval.strip('<')) == (float(mean), half), command
 
     noisy = {row.command.partition(':')[2]: row.percent for row in PAPER if row.table == 'Table 4'}
-    reductions = [100 * (1 - noisy[f'noise={n}'] / noisy[f'noise={n},method=sgd,mixup=8'])
-                  for n in (0.2, 0.4, 0.6, 0.8)]
+    reductions = [
+        100 * (1 - noisy[f'noise={n}'] / noisy[f'noise={n},method=sgd,mixup=8'])
+        for n in (0.2, 0.4, 0.6, 0.8)
+    ]
     assert [round(r, 1) for r in reductions] == [30.0, 34.0, 41.4, 25.8]
 
 
@@ -197,7 +244,7 @@ def test_the_report(tmp_path):
     text = (out / 'report.md').read_text()
     assert '# 8 finished runs, 6 settings' in text and text.startswith(done.stdout[:100])
     assert '2 of 2' not in text and '| 1 of 2 |' in text
-    line, = (x for x in text.splitlines() if '| best |' in x)
+    (line,) = (x for x in text.splitlines() if '| best |' in x)
     assert '| 0.2 | 2 | 2.00 ± 0.00 | 2.50 ± 6.35 |' in line and '| 80 | 0.01 |' in line
     assert '2.7 ± 0.1 (Table 1); 2.7 (Table 9)' in text and '| 50.0 |' in text
     assert '0.5-1 is not finished.' in text and 'differ in device_kind: cpu, gpu' in text
@@ -207,7 +254,11 @@ def test_the_report(tmp_path):
     with open(out / 'runs.csv') as file:
         assert len(list(csv.DictReader(file))) == 9
     page = (out / 'report.html').read_text()
-    assert page.count('<img') == 3 == page.count('src="data:image/svg+xml;base64,')
+    alts = re.findall('<img alt="([^"]*)" src="data:image/svg[+]xml;base64,', page)
+    assert page.count('<img') == len(alts) == 1 + 1 + 2 * 3
+    assert alts[:2] == ['Error against rho', 'Error reduction by switching to SAM']
+    assert all(alt.startswith('Training loss and test error: ') for alt in alts[2:])
+    assert str(tmp_path) not in text + page + (out / 'runs.csv').read_text()
     assert page.count('<tr>') == text.count('\n| ') and 'http' not in page
     assert {p.name for p in out.glob('*.png')} == {'rho.png', 'switches.png', 'training.png'}
     # A report in the folder of its runs is none of them, and is made anew.
@@ -226,7 +277,11 @@ def test_the_report_of_two_methods_says_their_rho(tmp_path):
 def test_panels_name_the_setting(tmp_path):
     for noise in (0.0, 0.4):
         write_run(tmp_path / str(noise), digits_config(f'noise={noise}'), error=2)
-    assert list(report.by_panel(_groups(tmp_path)[0])) == ['label noise 0', 'label noise 0.4']
+    groups, _ = _groups(tmp_path)
+    assert list(report.by_panel(groups)) == ['label noise 0', 'label noise 0.4']
+    assert report.label(groups[1], ['data.label_noise', 'sam.method', 'sam.rho']) == (
+        'label noise 0.4, sam, rho 0.5'
+    )
 
 
 def test_bad_input_of_the_report(tmp_path):
@@ -235,9 +290,12 @@ def test_bad_input_of_the_report(tmp_path):
     write_run(tmp_path / 'damaged' / 'run', digits_config(), error=1)
     (tmp_path / 'damaged' / 'run' / 'result.json').write_text('{"step": ')
     for arguments, words in (
-            ([], 'No folder is given'), ([tmp_path / 'none'], 'is no folder'),
-            ([tmp_path / 'empty'], 'holds no run'), ([tmp_path / 'unfinished'], 'is finished'),
-            ([tmp_path / 'damaged'], 'result.json is damaged')):
+        ([], 'No folder is given'),
+        ([tmp_path / 'none'], 'is no folder'),
+        ([tmp_path / 'empty'], 'holds no run'),
+        ([tmp_path / 'unfinished'], 'is finished'),
+        ([tmp_path / 'damaged'], 'result.json is damaged'),
+    ):
         done = run_report(*arguments)
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count('\n') == 1

@@ -39,8 +39,10 @@ def test_lines(tmp_path):
     _written(path, [1, 2])
     lines = _lines(path)
     assert [line.pop('time') > 1e9 for line in lines] == [True, True]
-    assert lines == [{'step': 1, 'train/loss': 0.5, 'epoch': 1.0},
-                     {'step': 2, 'train/loss': 1.0, 'epoch': 1.0}]
+    assert lines == [
+        {'step': 1, 'train/loss': 0.5, 'epoch': 1.0},
+        {'step': 2, 'train/loss': 1.0, 'epoch': 1.0},
+    ]
 
 
 def test_each_line_is_on_disk_at_once(tmp_path):
@@ -50,9 +52,17 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     file.close()
 
 
-@pytest.mark.parametrize('value,written', [
-    (float('nan'), 'nan'), (float('inf'), 'inf'), (float('-inf'), '-inf'), (0.1, 0.1), (3, 3),
-    (np.float64('nan'), 'nan')])
+@pytest.mark.parametrize(
+    'value,written',
+    [
+        (float('nan'), 'nan'),
+        (float('inf'), 'inf'),
+        (float('-inf'), '-inf'),
+        (0.1, 0.1),
+        (3, 3),
+        (np.float64('nan'), 'nan'),
+    ],
+)
 def test_non_finite_values_are_strings(tmp_path, value, written):
     file = run_log.MetricsFile(str(tmp_path / 'm'), 0)
     file.write(1, {'a': value})
@@ -154,12 +164,64 @@ def test_tensorboard_images(events):
 def test_tensorboard_hparams(events):
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    (value,) = (value for tag, values in events[1].items() for _, value in values
-                if 'session_start' in tag)
+    (value,) = (
+        value for tag, values in events[1].items() for _, value in values if 'session_start' in tag
+    )
     content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-    hparams = {name: getattr(x, x.WhichOneof('kind'))
-               for name, x in content.session_start_info.hparams.items()}
+    hparams = {
+        name: getattr(x, x.WhichOneof('kind'))
+        for name, x in content.session_start_info.hparams.items()
+    }
     assert hparams == HPARAMS
+
+
+def test_tensorboard_shows_all_runs_of_a_sweep_with_their_errors(tmp_path):
+    """What its HParams tab asks its own reader of the files: a row a run, a column a metric."""
+    from tensorboard import context
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    errors = {'rho=0.05': 0.25, 'rho=0.1': 0.125}
+    for name, error in errors.items():
+        writer = run_log.RunWriter(str(tmp_path / name), True)
+        writer.start({**HPARAMS, 'sam.rho': float(name[4:])}, {'train_images': IMAGES})
+        for step, value in ((1, 0.5), (2, error)):
+            writer.scalars(step, {'test/error_rate': value, 'validation/error_rate': value})
+        writer.close()
+
+    files = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    files.Reload()
+    provider = data_provider.MultiplexerDataProvider(files, str(tmp_path))
+    reader = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    request = context.RequestContext()
+    tab = reader.experiment_from_metadata(
+        request, '', True, reader.hparams_metadata(request, ''), []
+    )
+    assert 'sam.rho' in {column.name for column in tab.hparam_infos}
+    columns = {column.name.tag for column in tab.metric_infos}
+    assert {'test/error_rate', 'validation/error_rate'} <= columns
+    shown = list_session_groups.Handler(
+        request,
+        reader,
+        '',
+        api_pb2.ListSessionGroupsRequest(
+            allowed_statuses=[api_pb2.STATUS_UNKNOWN],
+            start_index=0,
+            slice_size=10,
+            col_params=[api_pb2.ColParams(metric=metric.name) for metric in tab.metric_infos],
+        ),
+    ).run()
+    assert {
+        session.name: {
+            value.name.tag: value.value
+            for value in session.metric_values
+            if value.name.tag == 'test/error_rate'
+        }
+        for group in shown.session_groups
+        for session in group.sessions
+    } == {name: {'test/error_rate': error} for name, error in errors.items()}
+    assert {group.hparams['sam.rho'].number_value for group in shown.session_groups} == {0.05, 0.1}
 
 
 def test_without_tensorflow_one_line_says_so(tmp_path, monkeypatch, caplog):
@@ -297,8 +359,11 @@ def test_a_bar_on_a_terminal(monkeypatch, caplog):
     assert ' 10/100 ' in terminal.text  # where the run goes on
     for step, loss in [(20, '0.0200'), (60, '0.0600'), (100, '0.1000')]:
         # 20%|##   | 20/100 [00:00<00:04, 20.00step/s, loss ..., error ..., ... images/s]
-        assert re.search(rf'{step}%\|[^|]*\| {step}/100 \[\d\d:\d\d<[\d:?]+,[^\r\n]*'
-                         rf'loss {loss}, error 25\.00 %, \d+ images/s', terminal.text)
+        assert re.search(
+            rf'{step}%\|[^|]*\| {step}/100 \[\d\d:\d\d<[\d:?]+,[^\r\n]*'
+            rf'loss {loss}, error 25\.00 %, \d+ images/s',
+            terminal.text,
+        )
 
 
 def test_a_last_line_that_only_lacks_its_end(tmp_path):

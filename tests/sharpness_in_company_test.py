@@ -11,16 +11,7 @@ import optax.contrib
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from quadratics import (
-    RHO,
-    SIZES,
-    ball_step,
-    flat,
-    quadratic,
-    ravel,
-    take_steps,
-    update,
-)
+from quadratics import RHO, SIZES, ball_step, flat, quadratic, ravel, take_steps, update
 
 from sam_jax import sharpness
 
@@ -32,7 +23,8 @@ def test_chain_with_clipping_and_momentum_by_hand(x64):
     params, grad_fn, a = quadratic(np.float64)
     lr, momentum, clip = 0.1, 0.9, 3.0
     tx = optax.chain(
-        sharpness.sam(RHO), optax.clip_by_global_norm(clip), optax.sgd(lr, momentum, nesterov=True))
+        sharpness.sam(RHO), optax.clip_by_global_norm(clip), optax.sgd(lr, momentum, nesterov=True)
+    )
     w, trace, expected, norms = flat(params), 0.0, [], []
     for _ in range(8):
         g = a @ (w + ball_step(a @ w, RHO))
@@ -50,16 +42,23 @@ def test_equals_optax_contrib_sam(momentum, x64):
     params, grad_fn, _ = quadratic(np.float64)
     descent = functools.partial(optax.sgd, 0.05, momentum)
     theirs = optax.contrib.sam(
-        descent(), optax.chain(optax.contrib.normalize(), optax.sgd(RHO)),
-        sync_period=2, opaque_mode=True)
+        descent(),
+        optax.chain(optax.contrib.normalize(), optax.sgd(RHO)),
+        sync_period=2,
+        opaque_mode=True,
+    )
 
     def opaque_update(grads, state, params, *, grad_fn):
         return theirs.update(grads, state, params, grad_fn=lambda w, i: grad_fn(w))
 
     np.testing.assert_allclose(
         take_steps(optax.chain(sharpness.sam(RHO), descent()), grad_fn, params, 20),
-        take_steps(optax.GradientTransformationExtraArgs(theirs.init, opaque_update),
-                   grad_fn, params, 20), rtol=1e-10, atol=1e-12)
+        take_steps(
+            optax.GradientTransformationExtraArgs(theirs.init, opaque_update), grad_fn, params, 20
+        ),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def batches(n, dtype=np.float64):
@@ -86,7 +85,8 @@ def test_in_front_of_multi_steps_each_micro_batch_ascends_alone(x64):
     w, unravel = ravel_pytree(params)
     assert np.abs(mean_of_ascents(grad, w, n) - ascent_of_mean(grad, w, n)).max() > 0.01
     tx = optax.chain(
-        sharpness.sam(RHO), optax.MultiSteps(optax.sgd(lr), n).gradient_transformation())
+        sharpness.sam(RHO), optax.MultiSteps(optax.sgd(lr), n).gradient_transformation()
+    )
 
     @jax.jit
     def micro_step(params, state, k):
@@ -101,8 +101,10 @@ def test_in_front_of_multi_steps_each_micro_batch_ascends_alone(x64):
         np.testing.assert_allclose(flat(params), w, rtol=2e-6)  # MultiSteps is float32
 
 
-@pytest.mark.parametrize('mask, keep', [
-    ({'a': True, 'b': [False, {'c': True}]}, [1, 0, 1]), ({'a': False, 'b': True}, [0, 1, 1])])
+@pytest.mark.parametrize(
+    'mask, keep',
+    [({'a': True, 'b': [False, {'c': True}]}, [1, 0, 1]), ({'a': False, 'b': True}, [0, 1, 1])],
+)
 def test_inside_optax_masked(mask, keep, x64):
     """The part ascends alone; the other params keep their clean gradient."""
     params, grad_fn, a = quadratic(np.float64)
@@ -111,8 +113,11 @@ def test_inside_optax_masked(mask, keep, x64):
     eps[keep] = ball_step((a @ w)[keep], RHO)
     tx = optax.masked(sharpness.sam(RHO), mask)
     state = tx.init(params)
-    updates, _ = jax.jit(lambda params: tx.update(
-        grad_fn(params), state, params, grad_fn=sharpness.fill_masked(grad_fn, params)))(params)
+    updates, _ = jax.jit(
+        lambda params: tx.update(
+            grad_fn(params), state, params, grad_fn=sharpness.fill_masked(grad_fn, params)
+        )
+    )(params)
     np.testing.assert_allclose(flat(updates), np.where(keep, a @ (w + eps), a @ w), rtol=1e-12)
     with pytest.raises(TypeError, match=r'optax\.masked .* grad_fn=sharpness\.fill_masked\('):
         tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
@@ -128,8 +133,10 @@ def test_under_pmap_each_device_ascends_alone(devices):
 
     def run(*links):
         tx = optax.chain(*links)
-        per_device = jax.pmap(axis_name='batch', fun=lambda k: ravel(update(
-            tx, lambda tree: unravel(grad(ravel(tree), k)), params)[0]))
+        per_device = jax.pmap(
+            axis_name='batch',
+            fun=lambda k: ravel(update(tx, lambda tree: unravel(grad(ravel(tree), k)), params)[0]),
+        )
         return np.asarray(per_device(jnp.arange(devices)))
 
     expected = mean_of_ascents(grad, w, devices)
@@ -137,7 +144,8 @@ def test_under_pmap_each_device_ascends_alone(devices):
     assert (np.abs(wrong - expected).max(axis=1) > 0.1).all()
     assert np.abs(ascent_of_mean(grad, w, devices) - expected).max() > 0.01
     np.testing.assert_allclose(
-        run(sharpness.sam(RHO), mean), np.tile(expected, (devices, 1)), rtol=1e-4, atol=1e-4)
+        run(sharpness.sam(RHO), mean), np.tile(expected, (devices, 1)), rtol=1e-4, atol=1e-4
+    )
 
 
 X = np.random.RandomState(2).randn(8, 3)
@@ -190,5 +198,4 @@ def test_any_framework_takes_the_step_of_the_formula(net, x64):
         w = w - 0.1 * grad(w + ball_step(grad(w), RHO))
         expected.append(w)
     tx = optax.chain(sharpness.sam(RHO), optax.sgd(0.1))
-    np.testing.assert_allclose(
-        take_steps(tx, jax.grad(loss), params, 3), expected, rtol=1e-9)
+    np.testing.assert_allclose(take_steps(tx, jax.grad(loss), params, 3), expected, rtol=1e-9)

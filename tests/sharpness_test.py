@@ -10,17 +10,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from quadratics import (
-    PS,
-    RHO,
-    SIZES,
-    ball_step,
-    flat,
-    nans,
-    quadratic,
-    ravel,
-    update,
-)
+from quadratics import PS, RHO, SIZES, ball_step, flat, nans, quadratic, ravel, update
 
 from sam_jax import sharpness
 
@@ -53,9 +43,13 @@ def test_step_is_the_maximiser_in_the_ball(p, x64):
     np.testing.assert_allclose(g @ eps, RHO * np.linalg.norm(g, 1 / (1 - 1 / p)), rtol=1e-12)
 
 
-@pytest.mark.parametrize('p, scale', [
-    *itertools.product([1.003, 1.05, 1.5, 3.0, 7.0, 200.0, np.inf], [1e-30, 1e-12, 1e12, 1e30]),
-    *itertools.product([2.0], [1e-36, 1e-20, 1e19, 1e37])])
+@pytest.mark.parametrize(
+    'p, scale',
+    [
+        *itertools.product([1.003, 1.05, 1.5, 3.0, 7.0, 200.0, np.inf], [1e-30, 1e-12, 1e12, 1e30]),
+        *itertools.product([2.0], [1e-36, 1e-20, 1e19, 1e37]),
+    ],
+)
 def test_step_does_not_depend_on_the_scale_of_the_gradient(p, scale):
     """In float32 |g|^(q-1) leaves the float range long before g does (q = 21 for p = 1.05)."""
     tree, *_ = quadratic()
@@ -65,7 +59,9 @@ def test_step_does_not_depend_on_the_scale_of_the_gradient(p, scale):
     np.testing.assert_allclose(flat(eps), ball_step(flat(tree), RHO, p), rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(
         sharpness.trees.lp_norm(scaled, p) / np.float32(scale),
-        np.linalg.norm(flat(tree).astype(float), p), rtol=1e-5)
+        np.linalg.norm(flat(tree).astype(float), p),
+        rtol=1e-5,
+    )
 
 
 # The laws
@@ -104,11 +100,13 @@ def test_zero_gradient_gives_zero_perturbation(p):
 
     stack = functools.partial(jax.tree.map, lambda *x: jnp.stack(x))
     rows, _ = jax.vmap(lambda g: tx.update(g, tx.init(params), params, grad_fn=grad_fn))(
-        stack(zero, grad_fn(params)))
+        stack(zero, grad_fn(params))
+    )
     helpers.assert_trees_equal(jax.tree.map(lambda x: x[0], rows), zero)
     w = flat(params)
     np.testing.assert_allclose(
-        flat(jax.tree.map(lambda x: x[1], rows)), a @ (w + ball_step(a @ w, RHO, p)), rtol=1e-4)
+        flat(jax.tree.map(lambda x: x[1], rows)), a @ (w + ball_step(a @ w, RHO, p)), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize('p', PS)
@@ -176,8 +174,7 @@ def test_gate_decides_which_steps_pay():
         if count % 2:
             helpers.assert_trees_equal(updates, grads)
         else:
-            np.testing.assert_allclose(
-                flat(updates), a @ (w + ball_step(a @ w, RHO)), rtol=1e-5)
+            np.testing.assert_allclose(flat(updates), a @ (w + ball_step(a @ w, RHO)), rtol=1e-5)
         np.testing.assert_allclose(state.perturbation_norm, RHO * (count % 2 == 0), rtol=1e-6)
         assert (state.count, state.evaluations) == (count + 1, count // 2 + 1)
 
@@ -192,7 +189,8 @@ def test_shut_gate_leaks_no_nan():
     helpers.assert_trees_equal(updates, grads)
     counts = jnp.arange(2, dtype=jnp.int32)
     updates, _ = jax.vmap(
-        lambda c: tx.update(grads, state._replace(count=c), params, grad_fn=nans))(counts)
+        lambda c: tx.update(grads, state._replace(count=c), params, grad_fn=nans)
+    )(counts)
     helpers.assert_trees_equal(jax.tree.map(lambda x: x[1], updates), grads)
     assert np.isnan(flat(jax.tree.map(lambda x: x[0], updates))).all()
 
@@ -227,7 +225,8 @@ def test_sweep_over_rho_compiles_once(p):
     swept = jax.jit(lambda rho: update(sharpness.sam(rho, p), grad_fn, params)[0])
     for rho in (0.0, 0.05, 0.7):
         np.testing.assert_allclose(
-            flat(swept(rho)), a @ (w + ball_step(a @ w, rho, p)), rtol=1e-5, atol=1e-5)
+            flat(swept(rho)), a @ (w + ball_step(a @ w, rho, p)), rtol=1e-5, atol=1e-5
+        )
     assert swept._cache_size() == 1
 
 
@@ -282,19 +281,22 @@ def test_mask_of_nothing_gives_the_base_gradient():
 # The contract: errors, extra arguments, aux, states
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ({'rho': -0.1}, 'rho is -0.1'),
-    ({'rho': -1}, 'rho is -1'),
-    ({'rho': np.nan}, 'rho is nan'),
-    ({'rho': np.float32(-1)}, 'rho is -1'),
-    ({'rho': jnp.float32(-1)}, 'rho is -1'),
-    ({'rho': np.inf}, 'rho is inf'),
-    ({'rho': 0.1, 'p': 1.0}, 'p is 1.0'),
-    ({'rho': 0.1, 'p': 1}, 'p is 1;'),
-    ({'rho': 0.1, 'p': 0.5}, 'p is 0.5'),
-    ({'rho': 0.1, 'p': -2.0}, 'p is -2.0'),
-    ({'rho': 0.1, 'p': np.nan}, 'p is nan'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'rho': -0.1}, 'rho is -0.1'),
+        ({'rho': -1}, 'rho is -1'),
+        ({'rho': np.nan}, 'rho is nan'),
+        ({'rho': np.float32(-1)}, 'rho is -1'),
+        ({'rho': jnp.float32(-1)}, 'rho is -1'),
+        ({'rho': np.inf}, 'rho is inf'),
+        ({'rho': 0.1, 'p': 1.0}, 'p is 1.0'),
+        ({'rho': 0.1, 'p': 1}, 'p is 1;'),
+        ({'rho': 0.1, 'p': 0.5}, 'p is 0.5'),
+        ({'rho': 0.1, 'p': -2.0}, 'p is -2.0'),
+        ({'rho': 0.1, 'p': np.nan}, 'p is nan'),
+    ],
+)
 def test_impossible_ball(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         sharpness.sam(**arguments)
@@ -313,6 +315,7 @@ def test_missing_arguments(tx):
 
 def test_extra_arguments_reach_the_ascent():
     """An ascent may ask for more; one that does not is not disturbed by it."""
+
     def ascend(grads, state, params, *, factor, **extra_args):
         assert extra_args.keys() == {'grad_fn', 'count'}
         return jax.tree.map(lambda g: factor * g, grads), state
@@ -320,12 +323,15 @@ def test_extra_arguments_reach_the_ascent():
     params, grad_fn, a = quadratic()
     w = flat(params)
     ascent = optax.GradientTransformationExtraArgs(lambda params: (), ascend)
-    updates, state = update(
-        sharpness.sharpness_aware(ascent), grad_fn, params, factor=0.5)
+    updates, state = update(sharpness.sharpness_aware(ascent), grad_fn, params, factor=0.5)
     np.testing.assert_allclose(flat(updates), a @ (w + 0.5 * a @ w), rtol=1e-5)
     np.testing.assert_allclose(state.perturbation_norm, 0.5 * np.linalg.norm(a @ w), rtol=1e-5)
-    helpers.assert_trees_equal(*(update(sharpness.sam(RHO), grad_fn, params, **extra)[0]
-                                 for extra in ({}, {'factor': 0.5})))
+    helpers.assert_trees_equal(
+        *(
+            update(sharpness.sam(RHO), grad_fn, params, **extra)[0]
+            for extra in ({}, {'factor': 0.5})
+        )
+    )
 
 
 def test_report_of_the_perturbed_pass():
@@ -336,19 +342,26 @@ def test_report_of_the_perturbed_pass():
     def loss_at(w):
         return w @ a @ w / 2
 
-    loss = sharpness.Loss(lambda tree, **which: sharpness.Evaluation(
-        grad_fn(tree), loss_at(ravel(tree)), 2 * loss_at(ravel(tree))))
+    loss = sharpness.Loss(
+        lambda tree, **which: sharpness.Evaluation(
+            grad_fn(tree), loss_at(ravel(tree)), 2 * loss_at(ravel(tree))
+        )
+    )
     moved = w + ball_step(a @ w, RHO)
     opened, shut = (a @ moved, loss_at(moved)), (a @ w, loss_at(w))
     assert opened[1] > 1.05 * shut[1]
-    for gate, expected in [(sharpness.gate.always(), [opened, opened]),
-                           (sharpness.gate.never(), [shut, shut]), (every_other(), [opened, shut])]:
+    for gate, expected in [
+        (sharpness.gate.always(), [opened, opened]),
+        (sharpness.gate.never(), [shut, shut]),
+        (every_other(), [opened, shut]),
+    ]:
         tx = gated_sam(gate)
         state = tx.init(params)
         for expected_updates, value in expected:
-            (updates, seen), state = tx.update(
-                None, state, params, loss=loss, with_report=True)
+            (updates, seen), state = tx.update(None, state, params, loss=loss, with_report=True)
             np.testing.assert_allclose(flat(updates), expected_updates, rtol=1e-5)
             np.testing.assert_allclose(
                 [seen.clean.value, seen.perturbed.value, seen.perturbed.reported],
-                [shut[1], value, 2 * value], rtol=1e-5)
+                [shut[1], value, 2 * value],
+                rtol=1e-5,
+            )

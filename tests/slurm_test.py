@@ -17,11 +17,24 @@ NAMES = ['learning_rate=0.1', 'learning_rate=1e30']
 
 def _start(workdir, *flags):
     command = [
-        sys.executable, '-m', 'sam_jax.cli.sweep', f'--config={ROOT}/configs/digits.py',
-        f'--workdir={workdir}', '--sweep=optimizer.learning_rate=0.1,1e30', '--engine=slurm',
-        '--slurm=cpus_per_task=1', '--slurm=timeout_min=30', '--config.total_epochs=60', *flags]
-    return subprocess.Popen(command, env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
-                            stderr=subprocess.PIPE, text=True)
+        sys.executable,
+        '-m',
+        'sam_jax.cli.sweep',
+        f'--config={ROOT}/configs/digits.py',
+        f'--workdir={workdir}',
+        '--sweep=optimizer.learning_rate=0.1,1e30',
+        '--engine=slurm',
+        '--slurm=cpus_per_task=1',
+        '--slurm=timeout_min=30',
+        '--config.total_epochs=60',
+        *flags,
+    ]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _read(path):
@@ -50,8 +63,9 @@ def test_a_job_array_is_preempted_requeued_left_alone_and_found_again(tmp_path):
     assert 'Resuming at step' in _read(log) and 'Finished.' in _read(log)
 
 
-@pytest.mark.parametrize('flag,words', [
-    ('--slurm=color=red', 'color'), ('--slurm=slurm_partition=none', 'none')])
+@pytest.mark.parametrize(
+    'flag,words', [('--slurm=color=red', 'color'), ('--slurm=slurm_partition=none', 'none')]
+)
 def test_what_slurm_does_not_know(flag, words, tmp_path):
     process = _start(tmp_path, flag)
     output = process.communicate(timeout=60)[1]
@@ -62,12 +76,23 @@ def test_what_slurm_does_not_know(flag, words, tmp_path):
 def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
     """launch_slurm.sh, with two tasks on the one node in place of two nodes."""
     done = subprocess.run(
-        [str(ROOT / 'scripts' / 'launch_slurm.sh'), '--nodes=1', '--gpus_per_node=0',
-         '--cpus_per_task=1', '--time=30', '--sbatch=--ntasks-per-node=2',
-         f'{ROOT}/configs/digits.py', f'--workdir={tmp_path}', '--config.replica_batch_size=32',
-         '--config.total_epochs=30'],
-        env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
-        timeout=120)
+        [
+            str(ROOT / 'scripts' / 'launch_slurm.sh'),
+            '--nodes=1',
+            '--gpus_per_node=0',
+            '--cpus_per_task=1',
+            '--time=30',
+            '--sbatch=--ntasks-per-node=2',
+            f'{ROOT}/configs/digits.py',
+            f'--workdir={tmp_path}',
+            '--config.replica_batch_size=32',
+            '--config.total_epochs=30',
+        ],
+        env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[-1]
     log = tmp_path / 'log.txt'

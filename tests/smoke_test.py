@@ -63,9 +63,13 @@ class _FakeStream:
         self._num_train, self._num_classes = num_train, num_classes
 
     def open(self, data_dir):
-        train, test = ([(_jpeg(image), i % self._num_classes, f'example {i}')
-                        for i, image in enumerate(_images(n, (80, 100, 3)))]
-                       for n in (self._num_train, 3))
+        train, test = (
+            [
+                (_jpeg(image), i % self._num_classes, f'example {i}')
+                for i, image in enumerate(_images(n, (80, 100, 3)))
+            ]
+            for n in (self._num_train, 3)
+        )
         return train, test, self._num_classes
 
 
@@ -78,16 +82,22 @@ def _fake(monkeypatch, name, num_train):
     source = sources.SOURCES[name]
 
     def read(data_dir):
-        return tuple(Split(_images(n, SHAPES.get(name, (32, 32, 3))),
-                           np.arange(n, dtype=np.int32) % source.num_classes)
-                     for n in (num_train, 3))
+        return tuple(
+            Split(
+                _images(n, SHAPES.get(name, (32, 32, 3))),
+                np.arange(n, dtype=np.int32) % source.num_classes,
+            )
+            for n in (num_train, 3)
+        )
 
-    monkeypatch.setitem(sources.SOURCES, name, dataclasses.replace(
-        source, read=read, validation_size=0))
+    monkeypatch.setitem(
+        sources.SOURCES, name, dataclasses.replace(source, read=read, validation_size=0)
+    )
 
 
-@pytest.mark.parametrize('stem,argument', [
-    *ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_ROWS)])
+@pytest.mark.parametrize(
+    'stem,argument', [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_ROWS)]
+)
 def test_two_steps(stem, argument, tmp_path, monkeypatch):
     config = _get(stem, f'{argument},smoke')
     config.log_every_steps = 1
@@ -108,5 +118,13 @@ def test_smoke_changes_sizes_only(stem, argument):
     changed = {key for key in full if full[key] != tiny[key]}
     assert full.keys() == tiny.keys()
     assert changed <= {
-        'model.name', 'model.alpha', 'batch_size', 'replica_batch_size', 'eval.batch_size',
-        'sam.replicas_per_group', 'data.image_size', 'total_epochs', 'checkpoint.keep_epochs'}
+        'model.name',
+        'model.alpha',
+        'batch_size',
+        'replica_batch_size',
+        'eval.batch_size',
+        'sam.replicas_per_group',
+        'data.image_size',
+        'total_epochs',
+        'checkpoint.keep_epochs',
+    }

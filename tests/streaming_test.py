@@ -37,22 +37,28 @@ def folder(tmp_path_factory):
     for split, n in (('train', NUM_TRAIN), ('test', NUM_TEST)):
         for i in range(n):
             ending = 'png' if i == 4 else 'jpg'
-            _write_image(root / split / f'class{i % 3}' / f'{i:03d}.{ending}', _color(i, split),
-                         (24, 36 + i))
+            _write_image(
+                root / split / f'class{i % 3}' / f'{i:03d}.{ending}', _color(i, split), (24, 36 + i)
+            )
     return root
 
 
 def _load(folder, **settings):
-    settings = {'name': 'folder', 'image_size': SIZE, 'augment': 'imagenet', 'threads': 2,
-                **settings}
-    config = small_config(**{f'data__{k}': v for k, v in settings.items()},
-                          data__dir=str(folder))
+    settings = {
+        'name': 'folder',
+        'image_size': SIZE,
+        'augment': 'imagenet',
+        'threads': 2,
+        **settings,
+    }
+    config = small_config(**{f'data__{k}': v for k, v in settings.items()}, data__dir=str(folder))
     return data.load_dataset(config.data)
 
 
 def _layout(num_devices=2, batch_size=8, replica_batch_size=2):
-    return replicas.make_layout(batch_size, replica_batch_size, 1,
-                                devices=jax.devices()[:num_devices])[0]
+    return replicas.make_layout(
+        batch_size, replica_batch_size, 1, devices=jax.devices()[:num_devices]
+    )[0]
 
 
 def _numbers(pixels, split='train'):
@@ -90,8 +96,12 @@ def test_window_is_the_original_s(window):
 def _windows(shape, seeds):
     import tensorflow as tf
 
-    return np.array([decode.random_window(tf.constant([*shape, 3]), 224, tf.constant([seed, 7]))
-                     for seed in seeds])
+    return np.array(
+        [
+            decode.random_window(tf.constant([*shape, 3]), 224, tf.constant([seed, 7]))
+            for seed in seeds
+        ]
+    )
 
 
 def test_random_windows():
@@ -117,6 +127,7 @@ def test_an_image_without_a_window_gets_the_central_one():
 
 def _png(image):
     import io
+
     file = io.BytesIO()
     Image.fromarray(image).save(file, 'png')
     return file.getvalue()
@@ -139,8 +150,7 @@ def test_the_global_batch_does_not_depend_on_devices(folder, augment):
     for feed in feeds:
         assert feed['pixels'].dtype == np.uint8
         for name, shape in (('pixels', (8, SIZE, SIZE, 3)), ('label', (8,))):
-            np.testing.assert_array_equal(
-                feed[name].reshape(shape), feeds[0][name].reshape(shape))
+            np.testing.assert_array_equal(feed[name].reshape(shape), feeds[0][name].reshape(shape))
     numbers = _numbers(feeds[0]['pixels'])
     np.testing.assert_array_equal(numbers % 3, feeds[0]['label'].ravel())
     assert feeds[2]['pixels'].shape == (4, 1, 2, SIZE, SIZE, 3)
@@ -150,8 +160,10 @@ def test_an_epoch_is_a_permutation_and_any_step_can_be_the_first(folder):
     dataset, layout = _load(folder), _layout()
     steps = NUM_TRAIN // 8
     feeds = list(dataset.train_feeds(3, 0, 2 * steps, layout))
-    epochs = [np.concatenate([_numbers(f['pixels']) for f in feeds[e * steps:(e + 1) * steps]])
-              for e in (0, 1)]
+    epochs = [
+        np.concatenate([_numbers(f['pixels']) for f in feeds[e * steps : (e + 1) * steps]])
+        for e in (0, 1)
+    ]
     assert all(len(set(e)) == 8 * steps for e in epochs) and list(epochs[0]) != list(epochs[1])
     for feed, late in zip(feeds[4:], dataset.train_feeds(3, 4, 2 * steps, layout), strict=True):
         jax.tree.map(np.testing.assert_array_equal, feed, late)
@@ -205,10 +217,12 @@ def test_each_process_reads_its_share_alone(folder, num_processes):
         mine = _of_process(layout, list(range(process * n, (process + 1) * n)))
         source = _Counting(dataset.train.source)
         counted = dataclasses.replace(
-            dataset, train=dataclasses.replace(dataset.train, source=source))
+            dataset, train=dataclasses.replace(dataset.train, source=source)
+        )
         part = counted.train_feed(1, 5, mine)
-        jax.tree.map(lambda x, y, i=mine.local_positions: np.testing.assert_array_equal(x, y[i]),
-                     part, whole)
+        jax.tree.map(
+            lambda x, y, i=mine.local_positions: np.testing.assert_array_equal(x, y[i]), part, whole
+        )
         # In the middle of the second epoch: nothing before it is read.
         assert len(source.read) == 8 // num_processes
         read += source.read
@@ -234,8 +248,10 @@ def test_validation_and_noise(folder):
     assert (len(dataset.train), len(dataset.evals['validation'])) == (27, 3)
     parts = [dataset.train, dataset.evals['validation']]
     assert len({part[i][2] for part in parts for i in range(len(part))}) == NUM_TRAIN
-    given, true = (np.array([split[i][1] for i in range(27)])
-                   for split in (dataset.train, dataset.evals['train_true_labels']))
+    given, true = (
+        np.array([split[i][1] for i in range(27)])
+        for split in (dataset.train, dataset.evals['train_true_labels'])
+    )
     assert (given != true).sum() == round(0.5 * 27)
     for i in range(27):
         assert f'class{true[i]}' in dataset.train[i][2]
@@ -248,10 +264,18 @@ def test_validation_and_noise(folder):
 
 
 def _config(folder, **overrides):
-    return small_config(**{
-        'data__name': 'folder', 'data__dir': str(folder), 'data__image_size': SIZE,
-        'data__augment': 'imagenet', 'batch_size': 8, 'replica_batch_size': 4,
-        'eval__batch_size': 8, **overrides})
+    return small_config(
+        **{
+            'data__name': 'folder',
+            'data__dir': str(folder),
+            'data__image_size': SIZE,
+            'data__augment': 'imagenet',
+            'batch_size': 8,
+            'replica_batch_size': 4,
+            'eval__batch_size': 8,
+            **overrides,
+        }
+    )
 
 
 def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
@@ -272,8 +296,9 @@ def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
             train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
     resumed = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
     assert int(resumed.step) == 6
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params),
-                 jax.device_get(resumed.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(whole.params), jax.device_get(resumed.params)
+    )
     lines = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
     assert 'test/error_rate' in lines
 
@@ -282,19 +307,31 @@ def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_stream_the_same(folder, tmp_path):
     """2 processes x 2 devices against one with 4; pairs to be mixed lie on both processes."""
-    settings = dict(replica_batch_size=2, data__mixup_alpha=1.0, data__threads=2,
-                    eval__train_set=True, log_every_steps=1, model__dtype='float64',
-                    analysis__every_epochs=1, analysis__examples=20)
+    settings = dict(
+        replica_batch_size=2,
+        data__mixup_alpha=1.0,
+        data__threads=2,
+        eval__train_set=True,
+        log_every_steps=1,
+        model__dtype='float64',
+        analysis__every_epochs=1,
+        analysis__examples=20,
+    )
     config = _config(folder, **settings)
-    flags = [f'--config.{key}={value}' for key, value in settings.flatten(config).items()
-             if key.startswith(('data.', 'eval.', 'analysis.')) and value != ''
-             or key in ('batch_size', 'replica_batch_size', 'log_every_steps', 'model.dtype',
-                        'total_epochs')]
+    flags = [
+        f'--config.{key}={value}'
+        for key, value in settings.flatten(config).items()
+        if key.startswith(('data.', 'eval.', 'analysis.'))
+        and value != ''
+        or key
+        in ('batch_size', 'replica_batch_size', 'log_every_steps', 'model.dtype', 'total_epochs')
+    ]
     for num_processes, name in ((1, 'one'), (2, 'two')):
         run_processes(flags, tmp_path / name, num_processes, 4 // num_processes)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
-        for name in ('one', 'two'))
+        for name in ('one', 'two')
+    )
     assert len(one) == len(two) > 6 and 'analysis/gap' in one[-1]
     for a, b in zip(one, two):
         for key in a:
@@ -333,17 +370,19 @@ def test_folders_that_are_none(tmp_path):
 def damaged(folder, tmp_path):
     """The same folder with a training and a test image cut short and one that is no image."""
     import shutil
+
     root = tmp_path / 'damaged'
     shutil.copytree(folder, root)
     for name in ('train/class0/003.jpg', 'test/class1/001.jpg'):
         content = (root / name).read_bytes()
-        (root / name).write_bytes(content[:len(content) // 2])
+        (root / name).write_bytes(content[: len(content) // 2])
     (root / 'train/class2/005.jpg').write_bytes(b'no image at all')
     return root
 
 
 def test_a_file_that_has_gone(folder, tmp_path):
     import shutil
+
     shutil.copytree(folder, tmp_path / 'copy')
     dataset = _load(tmp_path / 'copy')
     (tmp_path / 'copy/train/class0/000.jpg').unlink()
@@ -389,8 +428,12 @@ def test_damaged_images_are_passed_over_and_counted(damaged, folder, caplog):
 
 def test_a_dataset_that_is_damaged_as_a_whole(folder, tmp_path):
     dataset = _load(folder, skip_corrupt=True)
-    broken = dataclasses.replace(dataset, train=dataclasses.replace(
-        dataset.train, source=[(b'broken', 0, f'image {i}') for i in range(NUM_TRAIN)]))
+    broken = dataclasses.replace(
+        dataset,
+        train=dataclasses.replace(
+            dataset.train, source=[(b'broken', 0, f'image {i}') for i in range(NUM_TRAIN)]
+        ),
+    )
     with pytest.raises(UserError, match='100 training images in a row'):
         broken.train_feed(0, 0, _layout(1))
 
@@ -404,8 +447,9 @@ def test_damaged_array_record(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(content)
-    _refused(tmp_path, 'of food101 (train) cannot be read', 'prepare the dataset again',
-             name='food101')
+    _refused(
+        tmp_path, 'of food101 (train) cannot be read', 'prepare the dataset again', name='food101'
+    )
 
 
 def _prepare(name, data_dir, counts, file_format='array_record', label=None):
@@ -414,8 +458,14 @@ def _prepare(name, data_dir, counts, file_format='array_record', label=None):
 
     registered = tfds.builder(name, data_dir=data_dir)
     features = registered.info.features
-    blank = {'file_name': '', 'image/filename': '', 'label_name': '', 'id': '', 'species': 0,
-             'segmentation_mask': np.zeros((20, 30, 1), np.uint8)}
+    blank = {
+        'file_name': '',
+        'image/filename': '',
+        'label_name': '',
+        'id': '',
+        'species': 0,
+        'segmentation_mask': np.zeros((20, 30, 1), np.uint8),
+    }
 
     with tfds.core.registered.skip_registration():
 
@@ -425,7 +475,8 @@ def _prepare(name, data_dir, counts, file_format='array_record', label=None):
             def _info(self):
                 kept = {k: features[k] for k in features if k in ('image', 'label', *blank)}
                 return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(kept))
+                    builder=self, features=tfds.features.FeaturesDict(kept)
+                )
 
             def _split_generators(self, dl_manager):
                 return {split: self._generate_examples(split, n) for split, n in counts.items()}
@@ -433,8 +484,11 @@ def _prepare(name, data_dir, counts, file_format='array_record', label=None):
             def _generate_examples(self, split, n):
                 for i in range(n):
                     color = _color(i, 'test' if split == counts_test else 'train')
-                    example = {**blank, 'image': np.full((20, 30, 3), color, np.uint8),
-                               'label': i % 3}
+                    example = {
+                        **blank,
+                        'image': np.full((20, 30, 3), color, np.uint8),
+                        'label': i % 3,
+                    }
                     yield i, {k: example[k] for k in self.info.features}
 
     counts_test = list(counts)[-1]
@@ -460,19 +514,22 @@ def test_tfds_dataset_on_disk(name, tmp_path):
 
 def test_tfrecord_files_are_refused_with_the_way_out(tmp_path):
     _prepare('food101', str(tmp_path), {'train': 4, 'validation': 2}, 'tfrecord')
-    _refused(tmp_path, 'tfrecord files', 'convert_format', "file_format='array_record'",
-             name='food101')
+    _refused(
+        tmp_path, 'tfrecord files', 'convert_format', "file_format='array_record'", name='food101'
+    )
 
 
 def test_a_missing_dataset_or_split(tmp_path):
-    _refused(tmp_path, 'Dataset imagenet2012 is not in', "file_format='array_record'",
-             name='imagenet')
+    _refused(
+        tmp_path, 'Dataset imagenet2012 is not in', "file_format='array_record'", name='imagenet'
+    )
     _prepare('oxford_flowers102', str(tmp_path), {'train': 4, 'test': 2})
     _refused(tmp_path, 'has no split validation; it has test, train', name='flowers')
 
 
 def test_a_label_outside_of_the_classes(tmp_path, monkeypatch):
     _prepare('food101', str(tmp_path), {'train': 30, 'validation': 2})
-    monkeypatch.setitem(records.STREAMS, 'food101',
-                        dataclasses.replace(records.STREAMS['food101'], num_classes=2))
+    monkeypatch.setitem(
+        records.STREAMS, 'food101', dataclasses.replace(records.STREAMS['food101'], num_classes=2)
+    )
     _refused(tmp_path, 'has the label 2', 'below 2', name='food101')

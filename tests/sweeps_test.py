@@ -28,12 +28,18 @@ def _make(hyper, flag=DIGITS, overrides=None):
 
 
 def test_product_has_every_pair_and_varies_the_last_fastest():
-    assert grid.product([grid.sweep('config.sam.rho', [1, 2]), grid.sweep('seed', 'ab'),
-                           grid.fixed('total_epochs', 3)]) == [
+    assert grid.product(
+        [
+            grid.sweep('config.sam.rho', [1, 2]),
+            grid.sweep('seed', 'ab'),
+            grid.fixed('total_epochs', 3),
+        ]
+    ) == [
         {'sam.rho': 1, 'seed': 'a', 'total_epochs': 3},
         {'sam.rho': 1, 'seed': 'b', 'total_epochs': 3},
         {'sam.rho': 2, 'seed': 'a', 'total_epochs': 3},
-        {'sam.rho': 2, 'seed': 'b', 'total_epochs': 3}]
+        {'sam.rho': 2, 'seed': 'b', 'total_epochs': 3},
+    ]
     assert grid.product([]) == [{}]
 
 
@@ -53,7 +59,9 @@ def test_zipit_pairs_and_chainit_appends():
 def test_sweeps_on_the_command_line():
     assert grid.parse('sam.rho=0,0.05') == [{'sam.rho': '0'}, {'sam.rho': '0.05'}]
     assert grid.parse('sam.rho=0,1; seed=3,4') == [
-        {'sam.rho': '0', 'seed': '3'}, {'sam.rho': '1', 'seed': '4'}]
+        {'sam.rho': '0', 'seed': '3'},
+        {'sam.rho': '1', 'seed': '4'},
+    ]
     assert grid.parse(':model=wrn10_1') == [{':model': 'wrn10_1'}]
 
 
@@ -67,22 +75,36 @@ def test_bad_sweeps_on_the_command_line(text):
 
 
 def test_runs_have_names_settings_and_flags():
-    runs = _make(grid.product([grid.parse('sam.rho=0.05,1e-3'), grid.sweep(':seed', [7])]),
-                 f'{DIGITS}:noise=0.4', {'total_epochs': 3})
+    runs = _make(
+        grid.product([grid.parse('sam.rho=0.05,1e-3'), grid.sweep(':seed', [7])]),
+        f'{DIGITS}:noise=0.4',
+        {'total_epochs': 3},
+    )
     assert [run.name for run in runs] == ['rho=0.05,seed=7', 'rho=1e-3,seed=7']
     config = runs[1].config
     assert (config.sam.rho, config.seed, config.data.label_noise_seed) == (0.001, 7, 7)
     assert (config.data.label_noise, config.total_epochs) == (0.4, 3)
     assert runs[1].workdir == os.path.join('DIR', 'rho=1e-3,seed=7')
     assert runs[1].flags == (
-        f'--config={DIGITS}:noise=0.4,seed=7', '--workdir=DIR/rho=1e-3,seed=7',
-        '--config.total_epochs=3', '--config.sam.rho=1e-3')
+        f'--config={DIGITS}:noise=0.4,seed=7',
+        '--workdir=DIR/rho=1e-3,seed=7',
+        '--config.total_epochs=3',
+        '--config.sam.rho=1e-3',
+    )
 
 
 def test_settings_have_the_type_of_their_key():
-    config = _make([{'optimizer.nesterov': 'false', 'checkpoint.keep_epochs': '(1, 2)',
-                     'sam.p': 'inf', 'optimizer.learning_rate': 1, 'model.dropout_rate': '0.5'}]
-                   )[0].config
+    config = _make(
+        [
+            {
+                'optimizer.nesterov': 'false',
+                'checkpoint.keep_epochs': '(1, 2)',
+                'sam.p': 'inf',
+                'optimizer.learning_rate': 1,
+                'model.dropout_rate': '0.5',
+            }
+        ]
+    )[0].config
     assert config.optimizer.nesterov is False and config.checkpoint.keep_epochs == (1, 2)
     assert config.sam.p == float('inf') and config.model.dropout_rate == 0.5
     assert config.optimizer.learning_rate == 1.0
@@ -94,18 +116,22 @@ def test_names_are_short_where_that_is_clear_and_safe_as_folders():
     assert _make([{}])[0].name == 'run'
 
 
-@pytest.mark.parametrize('hyper,words', [
-    ([], ['no runs']),
-    ([{'sam.rho': 1}, {'sam.rho': 1}], ['rho=1', 'the same']),
-    ([{'sam.rho': 1}, {'sam.roh': 2}], ['Run roh=2', 'Unknown config key sam.roh', 'sam.rho']),
-    ([{'sam.rho': 'x'}], ["Run rho=x: sam.rho is 'x'", 'float']),
-    ([{'seed': '1.5'}], ["seed is '1.5'", 'int']),
-    ([{'optimizer.nesterov': 'maybe'}], ["'maybe'", 'bool']),
-    ([{'checkpoint.keep_epochs': '(1'}], ["'(1'", 'tuple']),
-    ([{'seed': True}], ['seed is True', 'int']),
-    ([{'sam.rho': -1.0}], ['Run rho=-1.0', 'at least 0']),
-    ([{':modle': 'x'}], ['Run modle=x', "'modle'"]),
-    ([{':model': 'wrn11_1'}], ['Run model=wrn11_1', 'depth'])])
+@pytest.mark.parametrize(
+    'hyper,words',
+    [
+        ([], ['no runs']),
+        ([{'sam.rho': 1}, {'sam.rho': 1}], ['rho=1', 'the same']),
+        ([{'sam.rho': 1}, {'sam.roh': 2}], ['Run roh=2', 'Unknown config key sam.roh', 'sam.rho']),
+        ([{'sam.rho': 'x'}], ["Run rho=x: sam.rho is 'x'", 'float']),
+        ([{'seed': '1.5'}], ["seed is '1.5'", 'int']),
+        ([{'optimizer.nesterov': 'maybe'}], ["'maybe'", 'bool']),
+        ([{'checkpoint.keep_epochs': '(1'}], ["'(1'", 'tuple']),
+        ([{'seed': True}], ['seed is True', 'int']),
+        ([{'sam.rho': -1.0}], ['Run rho=-1.0', 'at least 0']),
+        ([{':modle': 'x'}], ['Run modle=x', "'modle'"]),
+        ([{':model': 'wrn11_1'}], ['Run model=wrn11_1', 'depth']),
+    ],
+)
 def test_bad_runs_are_refused_before_any_starts(hyper, words):
     with pytest.raises(UserError) as e:
         _make(hyper)
@@ -118,8 +144,15 @@ def test_bad_runs_are_refused_before_any_starts(hyper, words):
 
 def _command(workdir, *flags, config=DIGITS):
     settings = [f'--config.{key}={value}' for key, value in QUICK.items()]
-    return [sys.executable, '-m', 'sam_jax.cli.sweep', f'--config={config}',
-            f'--workdir={workdir}', *settings, *flags]
+    return [
+        sys.executable,
+        '-m',
+        'sam_jax.cli.sweep',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        *settings,
+        *flags,
+    ]
 
 
 def _environment():
@@ -127,8 +160,13 @@ def _environment():
 
 
 def _sweep(workdir, *flags, **config):
-    return subprocess.run(_command(workdir, *flags, **config), env=_environment(),
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        _command(workdir, *flags, **config),
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
@@ -137,26 +175,33 @@ def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
         'from configs import digits\n\n\n'
         'def get_config(arg=""):\n    return digits.get_config(arg)\n\n\n'
         'def get_hyper(h):\n'
-        '    return h.product([h.sweep("config.sam.rho", [0.1, 0.2]), h.fixed("sam.p", 3.0)])\n')
+        '    return h.product([h.sweep("config.sam.rho", [0.1, 0.2]), h.fixed("sam.p", 3.0)])\n'
+    )
     done = _sweep(tmp_path / 'out', '--seeds=2', '--engine=print', config=file)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert [line[4].rpartition('/')[2] for line in lines] == [
-        f'rho={rho},p=3.0,seed={seed}' for rho in (0.1, 0.2) for seed in (0, 1)]
+        f'rho={rho},p=3.0,seed={seed}' for rho in (0.1, 0.2) for seed in (0, 1)
+    ]
     assert lines[3][1:4] == ['-m', 'sam_jax.main', f'--config={file}:seed=1']
     assert {'--config.sam.rho=0.2', '--config.sam.p=3.0', '--config.total_epochs=2'} <= set(
-        lines[3])
+        lines[3]
+    )
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('flags,words', [
-    (['--sweep=sam.rho=1'], 'must name the folder of the sweep'),
-    (['--workdir=DIR'], 'Nothing is swept'),
-    (['--workdir=DIR', '--sweep=sam.rho'], 'must be of the form'),
-    (['--workdir=DIR', '--sweep=sam.roh=1'], 'Unknown config key sam.roh'),
-    (['--workdir=DIR', '--sweep=sam.rho=1', '--config.bathc_size=1'], 'bathc_size'),
-    (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=cloud'], 'engine'),
-    (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=slurm', '--slurm=x'], 'NAME=VALUE')])
+@pytest.mark.parametrize(
+    'flags,words',
+    [
+        (['--sweep=sam.rho=1'], 'must name the folder of the sweep'),
+        (['--workdir=DIR'], 'Nothing is swept'),
+        (['--workdir=DIR', '--sweep=sam.rho'], 'must be of the form'),
+        (['--workdir=DIR', '--sweep=sam.roh=1'], 'Unknown config key sam.roh'),
+        (['--workdir=DIR', '--sweep=sam.rho=1', '--config.bathc_size=1'], 'bathc_size'),
+        (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=cloud'], 'engine'),
+        (['--workdir=DIR', '--sweep=sam.rho=1', '--engine=slurm', '--slurm=x'], 'NAME=VALUE'),
+    ],
+)
 def test_bad_flags(flags, words, tmp_path):
     done = _sweep('', *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
@@ -174,12 +219,14 @@ def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
     """SIGTERM to the sweep, SIGKILL to a run, one that diverges; finished ones are not repeated."""
     flags = ['--sweep=optimizer.learning_rate=0.1,0.2,1e30', '--parallel=2']
     names = [f'learning_rate={x}' for x in ('0.1', '0.2', '1e30')]
-    command = _command(tmp_path, *flags, '--config.total_epochs=20',
-                       '--config.checkpoint.every_epochs=1')
+    command = _command(
+        tmp_path, *flags, '--config.total_epochs=20', '--config.checkpoint.every_epochs=1'
+    )
 
     def begin():
-        return subprocess.Popen(command, env=lean_environment(tmp_path), stderr=subprocess.PIPE,
-                                text=True)
+        return subprocess.Popen(
+            command, env=lean_environment(tmp_path), stderr=subprocess.PIPE, text=True
+        )
 
     def steps(name):
         try:
@@ -197,8 +244,12 @@ def test_a_sweep_survives_kills_and_names_what_failed(tmp_path):
 
     process = begin()
     flag = f'--workdir={tmp_path / names[1]}'
-    wait_until(lambda: training_process(flag) and 'Resuming at step' in (
-        tmp_path / names[1] / 'log.txt').read_text())
+    wait_until(
+        lambda: (
+            training_process(flag)
+            and 'Resuming at step' in (tmp_path / names[1] / 'log.txt').read_text()
+        )
+    )
     os.kill(training_process(flag), signal.SIGKILL)
     output = process.communicate(timeout=200)[1]
     assert process.returncode == 1, output
@@ -232,12 +283,22 @@ def test_a_run_in_use_is_not_started_twice(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_compiles_once(tmp_path):
     """rho, learning rate, weight decay and seed are arguments of one compiled program."""
-    environment = {**_environment(), 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
-                   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    environment = {
+        **_environment(),
+        'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     contents = []
-    for sweep in ('sam.rho=0.1', 'sam.rho=0.2;optimizer.learning_rate=0.05;'
-                  'optimizer.weight_decay=0.001;seed=3'):
-        subprocess.run(_command(tmp_path / 'runs', f'--sweep={sweep}', '--config.total_epochs=1'),
-                       env=environment, capture_output=True, check=True, timeout=120)
+    for sweep in (
+        'sam.rho=0.1',
+        'sam.rho=0.2;optimizer.learning_rate=0.05;optimizer.weight_decay=0.001;seed=3',
+    ):
+        subprocess.run(
+            _command(tmp_path / 'runs', f'--sweep={sweep}', '--config.total_epochs=1'),
+            env=environment,
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
         contents.append({p.name for p in (tmp_path / 'cache').glob('*-cache')})
     assert contents[0] and contents[0] == contents[1]

@@ -15,24 +15,40 @@ from helpers import Net, relative_distance, run_processes, small_config
 from sam_jax import models, train
 
 # 8 replicas of 5 examples, one epoch of 32 steps; float64 separates a bug from rounding.
-SETTINGS = dict(total_epochs=1, batch_size=40, replica_batch_size=5, data__augment='basic',
-                data__padding=2, model__dropout_rate=0.1, sam__rho=0.1, log_every_steps=8,
-                optimizer__learning_rate=0.05)
+SETTINGS = dict(
+    total_epochs=1,
+    batch_size=40,
+    replica_batch_size=5,
+    data__augment='basic',
+    data__padding=2,
+    model__dropout_rate=0.1,
+    sam__rho=0.1,
+    log_every_steps=8,
+    optimizer__learning_rate=0.05,
+)
 
 
 def _config(replicas_per_group, dtype, **overrides):
-    return small_config(**{**SETTINGS, 'sam__replicas_per_group': replicas_per_group,
-                           'model__dtype': dtype, **overrides})
+    return small_config(
+        **{
+            **SETTINGS,
+            'sam__replicas_per_group': replicas_per_group,
+            'model__dtype': dtype,
+            **overrides,
+        }
+    )
 
 
 @functools.cache
 def _run(replicas_per_group, num_devices, dtype, model='tiny', **overrides):
     """Returns ((params, statistics), result) of a whole run; 'tiny' is quick to compile."""
-    build = models.from_config if model != 'tiny' else (
-        lambda settings, num_classes: Net(dtype, settings.dropout_rate))
+    build = (
+        models.from_config
+        if model != 'tiny'
+        else (lambda settings, num_classes: Net(dtype, settings.dropout_rate))
+    )
     config = _config(replicas_per_group, dtype, **overrides)
-    with tempfile.TemporaryDirectory() as workdir, mock.patch.object(
-            models, 'from_config', build):
+    with tempfile.TemporaryDirectory() as workdir, mock.patch.object(models, 'from_config', build):
         state = train.train_and_evaluate(config, workdir, jax.devices()[:num_devices])
         with open(os.path.join(workdir, 'result.json')) as f:
             return jax.device_get((state.params, state.batch_stats)), json.load(f)
@@ -62,29 +78,38 @@ def test_devices_float32():
 
 # By default, pods_test.py compares 4 processes, 2 and 1, with all replicas in one group.
 @pytest.mark.slow
-@pytest.mark.parametrize(['replicas_per_group', 'method'], [
-    (1, 'sam'), (2, 'sam'), (4, 'sam'), (1, 'ae_looksam'), (2, 'sampa'), (1, 'saf')])
+@pytest.mark.parametrize(
+    ['replicas_per_group', 'method'],
+    [(1, 'sam'), (2, 'sam'), (4, 'sam'), (1, 'ae_looksam'), (2, 'sampa'), (1, 'saf')],
+)
 def test_two_processes(replicas_per_group, method, tmp_path):
     """2 processes x 2 devices against one process with 4; only process 0 writes."""
     epochs = 2 if method == 'saf' else 1
     settings = {**SETTINGS, 'replica_batch_size': 10, 'total_epochs': epochs}
     flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in settings.items()]
-    flags += [f'--config.sam.replicas_per_group={replicas_per_group}',
-              '--config.model.dtype=float64', '--config.eval.every_epochs=1',
-              '--config.analysis.every_epochs=1', '--config.analysis.examples=30']
+    flags += [
+        f'--config.sam.replicas_per_group={replicas_per_group}',
+        '--config.model.dtype=float64',
+        '--config.eval.every_epochs=1',
+        '--config.analysis.every_epochs=1',
+        '--config.analysis.examples=30',
+    ]
     if method == 'saf':
         flags += ['--config.sam.start_epoch=0', '--config.sam.epochs_ago=1']
     states, results = [], []
     for num_processes in (1, 2):
         workdir = tmp_path / str(num_processes)
-        outputs = run_processes(flags, workdir, num_processes, 4 // num_processes,
-                                f'configs/digits.py:method={method}')
+        outputs = run_processes(
+            flags, workdir, num_processes, 4 // num_processes, f'configs/digits.py:method={method}'
+        )
         assert ['Finished.' in output for output in outputs] == [True, False][:num_processes]
         with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-            arrays = manager.restore(manager.latest_step(), args=ocp.args.Composite(
-                state=ocp.args.StandardRestore())).state
-        states.append({name: x for name, x in arrays.items()
-                       if name.startswith(('params.', 'batch_stats.'))})
+            arrays = manager.restore(
+                manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore())
+            ).state
+        states.append(
+            {name: x for name, x in arrays.items() if name.startswith(('params.', 'batch_stats.'))}
+        )
         results.append(json.loads((workdir / 'result.json').read_text()))
         lines = (workdir / 'metrics.jsonl').read_text().splitlines()
         steps = [json.loads(line)['step'] for line in lines]

@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import Net, assert_trees_close, assert_trees_equal, relative_distance, small_config
 
-from sam_jax import data, losses, replicas, rngs, train_step
+from sam_jax import data, losses, replicas, rngs, train_state, train_step
 
 
 @functools.cache
@@ -26,22 +26,31 @@ class Session:
         self.config = config
         self.dataset = _dataset(config.data.augment)
         self.layout, _ = replicas.make_layout(
-            config.batch_size, config.replica_batch_size, config.sam.replicas_per_group,
-            config.replica_loop, jax.devices()[:num_devices])
+            config.batch_size,
+            config.replica_batch_size,
+            config.sam.replicas_per_group,
+            config.replica_loop,
+            jax.devices()[:num_devices],
+        )
         self.model = model or Net(
-            config.model.dtype, config.model.dropout_rate, config.model.batch_norm)
-        self.step_fn = train_step.make_train_step(
-            self.model, config, self.layout, self.dataset)
+            config.model.dtype, config.model.dropout_rate, config.model.batch_norm
+        )
+        self.step_fn = train_step.make_train_step(self.model, config, self.layout, self.dataset)
         self.arrays = self.layout.replicate(self.dataset.device_arrays(self.dataset.train))
 
     def start(self):
-        return self.layout.replicate(train_step.create_train_state(
-            self.config, self.model, self.dataset.image_shape, self.dataset.num_images))
+        return self.layout.replicate(
+            train_state.create_train_state(
+                self.config, self.model, self.dataset.image_shape, self.dataset.num_images
+            )
+        )
 
     def arguments(self, step, **hparams):
-        values = train_step.HParams.from_config(self.config).replace(**hparams)
-        feed, previous = (self.layout.shard(self.dataset.train_feed(
-            self.config.seed, i, self.layout)) for i in (step, max(step - 1, 0)))
+        values = train_state.HParams.from_config(self.config).replace(**hparams)
+        feed, previous = (
+            self.layout.shard(self.dataset.train_feed(self.config.seed, i, self.layout))
+            for i in (step, max(step - 1, 0))
+        )
         if train_step.asks_for_previous(self.config):
             feed = train_step.paired(feed, previous)
         return feed, self.arrays, self.layout.replicate(values)
@@ -62,8 +71,9 @@ class Session:
 
 
 def step_config(**overrides):
-    return small_config(**{'batch_size': 32, 'replica_batch_size': 16, 'log_every_steps': 1,
-                           **overrides})
+    return small_config(
+        **{'batch_size': 32, 'replica_batch_size': 16, 'log_every_steps': 1, **overrides}
+    )
 
 
 @pytest.mark.bitwise
@@ -83,8 +93,12 @@ def _hand_step(session, state, rho, method='sam'):
     def one(image, label, replica):
         def objective(params):
             logits, new = session.model.apply(
-                {'params': params, 'batch_stats': state.batch_stats}, image, train=True,
-                mutable=['batch_stats'], rngs={'dropout': rngs.key(0, 'dropout', 0, replica)})
+                {'params': params, 'batch_stats': state.batch_stats},
+                image,
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': rngs.key(0, 'dropout', 0, replica)},
+            )
             penalty = losses.l2_penalty(params, config.optimizer.weight_decay)
             return losses.cross_entropy(logits, label).mean() + penalty, new['batch_stats']
 
@@ -100,9 +114,14 @@ def _hand_step(session, state, rho, method='sam'):
 @pytest.mark.parametrize('num_devices', [1, 2])
 def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, x64):
     """The second pass sees the first one's mask; its statistics are thrown away."""
-    config = step_config(model__dropout_rate=0.5, model__dtype='float64', optimizer__momentum=0.0,
-                     optimizer__nesterov=False, optimizer__clip_norm=0.0,
-                     optimizer__schedule='constant')
+    config = step_config(
+        model__dropout_rate=0.5,
+        model__dtype='float64',
+        optimizer__momentum=0.0,
+        optimizer__nesterov=False,
+        optimizer__clip_norm=0.0,
+        optimizer__schedule='constant',
+    )
     session = Session(config, num_devices)
     state = session.start()
     grads, stats = _hand_step(session, state, config.sam.rho)
@@ -128,7 +147,8 @@ def test_bfloat16_model_is_perturbed_in_float32():
     session = Session(step_config(model__dtype='bfloat16', sam__rho=0.05))
     state, metrics = session.run(3)
     assert {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats))} == {
-        jnp.dtype('float32')}
+        jnp.dtype('float32')
+    }
     np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
     assert metrics['train/perturbed_loss'] > metrics['train/loss']
     reference, _ = Session(step_config(sam__rho=0.05)).run(3)
@@ -159,17 +179,27 @@ def test_bfloat16_params_are_perturbed_in_float32():
 def count_compilations():
     events = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: events.append(name) if name.endswith(
-            'backend_compile_duration') else None)
+        lambda name, *_, **__: (
+            events.append(name) if name.endswith('backend_compile_duration') else None
+        )
+    )
     return events
 
 
 def test_one_compilation_for_all_steps_and_all_swept_values():
     session = Session(step_config())
     state, steps = session.start(), [session.arguments(i) for i in range(3)]
-    swept = [session.arguments(i, **h) for i, h in enumerate([
-        {'rho': np.float32(0.3)}, {'learning_rate': np.float32(0.01)},
-        {'weight_decay': np.float32(0.0)}, {'seed': np.uint32(7)}])]
+    swept = [
+        session.arguments(i, **h)
+        for i, h in enumerate(
+            [
+                {'rho': np.float32(0.3)},
+                {'learning_rate': np.float32(0.01)},
+                {'weight_decay': np.float32(0.0)},
+                {'seed': np.uint32(7)},
+            ]
+        )
+    ]
     events = count_compilations()
     for i, arguments in enumerate(steps + swept):
         state, _ = session.step_fn(state, *arguments)
@@ -179,8 +209,10 @@ def test_one_compilation_for_all_steps_and_all_swept_values():
 def test_swept_values_are_not_constants_of_the_program():
     """Two configs that differ in rho, learning rate, weight decay and seed: one program."""
     programs = []
-    for overrides in ({}, dict(sam__rho=0.1, optimizer__learning_rate=0.3, seed=5,
-                               optimizer__weight_decay=1e-3)):
+    for overrides in (
+        {},
+        dict(sam__rho=0.1, optimizer__learning_rate=0.3, seed=5, optimizer__weight_decay=1e-3),
+    ):
         session = Session(step_config(**overrides))
         lowered = session.step_fn.lower(session.start(), *session.arguments(0))
         programs.append(lowered.as_text())
@@ -190,8 +222,11 @@ def test_swept_values_are_not_constants_of_the_program():
 def test_swept_values_act():
     session = Session(step_config())
     base, _ = session.run(2)
-    for hparams in ({'rho': np.float32(0.1)}, {'learning_rate': np.float32(0.05)},
-                    {'weight_decay': np.float32(0.1)}):
+    for hparams in (
+        {'rho': np.float32(0.1)},
+        {'learning_rate': np.float32(0.05)},
+        {'weight_decay': np.float32(0.1)},
+    ):
         other, _ = session.run(2, **hparams)
         assert relative_distance(other.params, base.params) > 1e-4, hparams
 
@@ -200,17 +235,24 @@ def test_seeds_differ_in_init_order_and_dropout():
     starts = [Session(step_config(seed=s)).start() for s in (0, 1)]
     assert relative_distance(starts[0].params, starts[1].params) > 0.1
     dataset, layout = _dataset(), Session(step_config()).layout
-    assert (dataset.train_feed(0, 0, layout)['index']
-            != dataset.train_feed(1, 0, layout)['index']).any()
+    assert (
+        dataset.train_feed(0, 0, layout)['index'] != dataset.train_feed(1, 0, layout)['index']
+    ).any()
 
 
 def test_a_group_ascends_by_its_mean_gradient(x64):
     """All replicas in one group: the perturbation of the whole batch's mean gradient."""
-    overrides = dict(model__dtype='float64', model__batch_norm=False, replica_batch_size=4,
-                     batch_size=16, sam__rho=0.3)
+    overrides = dict(
+        model__dtype='float64',
+        model__batch_norm=False,
+        replica_batch_size=4,
+        batch_size=16,
+        sam__rho=0.3,
+    )
     whole, _ = Session(step_config(**{**overrides, 'replica_batch_size': 16})).run(2)
-    groups = [Session(step_config(**overrides, sam__replicas_per_group=g), 2).run(2)[0]
-              for g in (1, 2, 4)]
+    groups = [
+        Session(step_config(**overrides, sam__replicas_per_group=g), 2).run(2)[0] for g in (1, 2, 4)
+    ]
     distances = [relative_distance(g.params, whole.params) for g in groups]
     assert distances[2] < 1e-12 < 1e-5 < min(distances[:2])
 
@@ -241,8 +283,10 @@ def test_ema_follows_the_updated_params_and_statistics(x64):
         state, _ = session.step_fn(state, *session.arguments(step))
         d = min(0.7, (2 + step) / (11 + step))
         average = jax.tree.map(
-            lambda a, v, d=d: d * a + (1 - d) * np.asarray(v), average,
-            {'params': state.params, 'batch_stats': state.batch_stats})
+            lambda a, v, d=d: d * a + (1 - d) * np.asarray(v),
+            average,
+            {'params': state.params, 'batch_stats': state.batch_stats},
+        )
     assert_trees_close(state.ema, average, rtol=1e-12)
 
 
@@ -256,4 +300,5 @@ def test_rho_and_learning_rate_follow_their_schedules():
         np.testing.assert_allclose(metrics['train/rho'], rho, rtol=1e-6)
         np.testing.assert_allclose(metrics['train/perturbation_norm'], rho, rtol=1e-4)
         np.testing.assert_allclose(
-            metrics['train/learning_rate'], 0.1 * 0.012 ** (step / (2 * per_epoch)), rtol=1e-5)
+            metrics['train/learning_rate'], 0.1 * 0.012 ** (step / (2 * per_epoch)), rtol=1e-5
+        )

@@ -27,8 +27,10 @@ from sam_jax.experiment import Experiment
 @pytest.fixture(autouse=True)
 def tiny_model(request):
     """Runs in this process use a network that compiles quickly."""
+
     def build(settings, num_classes):
         return Net(settings.dtype, settings.dropout_rate)
+
     with mock.patch.object(models, 'from_config', build):
         yield
 
@@ -36,8 +38,10 @@ def tiny_model(request):
 def _metrics(workdir):
     """Lines of metrics.jsonl without what depends on the clock."""
     lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != 'time' and 'perf/' not in k}
-            for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != 'time' and 'perf/' not in k}
+        for line in lines
+    ]
 
 
 def _run(config, workdir, devices=1):
@@ -57,9 +61,15 @@ def _at_step(step, action):
 
 
 def test_what_a_run_leaves_behind(tmp_path):
-    config = small_config(eval__top5=True, eval__train_set=True, ema__decay=0.9,
-                          data__validation=True, data__label_noise=0.2, batch_size=58,
-                          replica_batch_size=29)
+    config = small_config(
+        eval__top5=True,
+        eval__train_set=True,
+        ema__decay=0.9,
+        data__validation=True,
+        data__label_noise=0.2,
+        batch_size=58,
+        replica_batch_size=29,
+    )
     state = _run(config, tmp_path, devices=2)
     result = json.loads((tmp_path / 'result.json').read_text())
     assert int(state.step) == result['step'] == 40
@@ -74,9 +84,17 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert list(tmp_path.glob('events.out.tfevents.*'))
     lines = _metrics(tmp_path)
     assert [line['step'] for line in lines] == [20, 20, 40, 40]
-    assert set(lines[0]) >= {'train/loss', 'train/perturbed_loss', 'train/error_rate', 'train/rho',
-                             'train/clean_grad_norm', 'train/grad_norm', 'train/param_norm',
-                             'train/perturbation_norm', 'train/learning_rate'}
+    assert set(lines[0]) >= {
+        'train/loss',
+        'train/perturbed_loss',
+        'train/error_rate',
+        'train/rho',
+        'train/clean_grad_norm',
+        'train/grad_norm',
+        'train/param_norm',
+        'train/perturbation_norm',
+        'train/learning_rate',
+    }
     assert lines[-1]['test/error_rate'] == result['test/error_rate']
 
 
@@ -86,7 +104,7 @@ def test_the_picture_at_the_start_is_the_first_batch():
     assert grid.shape == (1, 64, 64, 1)
     first = experiment.dataset.train_feed(0, 0, experiment.layout)['index'].reshape(8, 8)
     for row, column in ((0, 0), (0, 5), (6, 2)):
-        tile = grid[0, 8 * row:8 * row + 8, 8 * column:8 * column + 8]
+        tile = grid[0, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
         image = experiment.dataset.train.images[first[row, column]] / 255
         np.testing.assert_allclose(tile, image, atol=1e-6)
 
@@ -98,19 +116,29 @@ def test_evaluation_is_exact_on_any_device_count(tmp_path):
     dataset = data.load_dataset(config.data)
     test = dataset.evals['test']
     images = (test.images / 255.0 - dataset.mean) / dataset.std
-    logits = np.asarray(Net().apply(
-        {'params': state.params, 'batch_stats': state.batch_stats}, images.astype(np.float32)))
+    logits = np.asarray(
+        Net().apply(
+            {'params': state.params, 'batch_stats': state.batch_stats}, images.astype(np.float32)
+        )
+    )
     order = np.argsort(-logits, axis=-1)
-    expected = {'test/error_rate': np.mean(order[:, 0] != test.labels),
-                'test/top5_error_rate': np.mean((order[:, :5] != test.labels[:, None]).all(1))}
+    expected = {
+        'test/error_rate': np.mean(order[:, 0] != test.labels),
+        'test/top5_error_rate': np.mean((order[:, :5] != test.labels[:, None]).all(1)),
+    }
     from sam_jax import evaluate, replicas
+
     for n in (1, 3, 8):
         layout, _ = replicas.make_layout(64 * n, 64, 1, devices=jax.devices()[:n])
         step = evaluate.make_eval_step(Net(), layout, dataset, top5=True)
         variables = layout.replicate(jax.device_get((state.params, state.batch_stats)))
         means = evaluate.evaluate(
-            step, *variables, layout.replicate(dataset.device_arrays(test)),
-            dataset.eval_feeds(test, 96, layout), layout)
+            step,
+            *variables,
+            layout.replicate(dataset.device_arrays(test)),
+            dataset.eval_feeds(test, 96, layout),
+            layout,
+        )
         for name, value in expected.items():
             assert means[name.removeprefix('test/')] == pytest.approx(value, abs=1e-12)
 
@@ -122,21 +150,34 @@ VARIANTS = {
     'label noise': dict(data__label_noise=0.4),
     'dropout': dict(model__dropout_rate=0.3),
     'rmsprop': dict(optimizer__name='rmsprop', optimizer__learning_rate=0.01),
-    'augmentation, replicas': dict(data__augment='basic', data__padding=2, batch_size=64,
-                                   replica_batch_size=16, sam__replicas_per_group=2),
+    'augmentation, replicas': dict(
+        data__augment='basic',
+        data__padding=2,
+        batch_size=64,
+        replica_batch_size=16,
+        sam__replicas_per_group=2,
+    ),
 }
 
 
 # By default those that have most parts between them.
-@pytest.mark.parametrize('name', [
-    name if name in ('dropout', 'ema', 'augmentation, replicas')
-    else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        if name in ('dropout', 'ema', 'augmentation, replicas')
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
+    ],
+)
 def test_resume_is_exact(name, tmp_path):
     """Stopped by SIGTERM within an epoch and within a report, then killed, then left to finish."""
     config = small_config(log_every_steps=8, checkpoint__every_epochs=1, **VARIANTS[name])
     undisturbed = _run(config, tmp_path / 'a')
-    with _at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(
-            train.Preempted, match='SIGTERM at step 13 of 40'):
+    with (
+        _at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(train.Preempted, match='SIGTERM at step 13 of 40'),
+    ):
         _run(config, tmp_path / 'b')
     with _at_step(27, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         _run(config, tmp_path / 'b')
@@ -151,16 +192,21 @@ def test_resume_on_other_devices(tmp_path):
     with _at_step(25, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         _run(config, tmp_path / 'b', devices=1)
     resumed = _run(config, tmp_path / 'b', devices=4)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0.02, atol=2e-3),
-                 jax.device_get(resumed.params), jax.device_get(reference.params))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0.02, atol=2e-3),
+        jax.device_get(resumed.params),
+        jax.device_get(reference.params),
+    )
 
 
 def test_one_compilation_in_a_run_and_one_after_a_resume(tmp_path):
     config = small_config(checkpoint__every_epochs=1)
     compiled, counts = [], []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(1) if name.endswith('backend_compile_duration')
-        else None)
+        lambda name, *_, **__: (
+            compiled.append(1) if name.endswith('backend_compile_duration') else None
+        )
+    )
     real = train_step.make_train_step
 
     def counting(*args):
@@ -175,8 +221,10 @@ def test_one_compilation_in_a_run_and_one_after_a_resume(tmp_path):
         return call
 
     with mock.patch.object(train_step, 'make_train_step', counting):
-        with _at_step(25, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(
-                KeyboardInterrupt):
+        with (
+            _at_step(25, mock.Mock(side_effect=KeyboardInterrupt)),
+            pytest.raises(KeyboardInterrupt),
+        ):
             _run(config, tmp_path, devices=2)
         assert counts == [1] + [0] * 24
         counts.clear()
@@ -185,8 +233,11 @@ def test_one_compilation_in_a_run_and_one_after_a_resume(tmp_path):
 
 
 def _fingerprint(folder):
-    return {str(p): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
-            for p in pathlib.Path(folder).rglob('*') if p.is_file()}
+    return {
+        str(p): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in pathlib.Path(folder).rglob('*')
+        if p.is_file()
+    }
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, caplog):
@@ -237,8 +288,10 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(step, tmp_
 
     config = small_config(checkpoint__every_epochs=1, checkpoint__every_minutes=0.0)
     kept = 'that of step 20' if step > 20 else 'no checkpoint was written yet'
-    with mock.patch.object(train_step, 'make_train_step', poisoned), pytest.raises(
-            UserError, match=f'not finite at step {step};.*{kept}'):
+    with (
+        mock.patch.object(train_step, 'make_train_step', poisoned),
+        pytest.raises(UserError, match=f'not finite at step {step};.*{kept}'),
+    ):
         _run(config, tmp_path)
     steps = sorted(os.listdir(tmp_path / 'checkpoints'))
     assert steps == (['20'] if step > 20 else [])
@@ -246,18 +299,28 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(step, tmp_
 
 
 def test_checkpoints_by_minutes_and_kept_epochs(tmp_path):
-    _run(small_config(total_epochs=4, checkpoint__keep_epochs=(1,), log_every_steps=10,
-                      checkpoint__every_minutes=1e-9), tmp_path)
+    _run(
+        small_config(
+            total_epochs=4,
+            checkpoint__keep_epochs=(1,),
+            log_every_steps=10,
+            checkpoint__every_minutes=1e-9,
+        ),
+        tmp_path,
+    )
     steps = sorted(int(s) for s in os.listdir(tmp_path / 'checkpoints'))
     assert steps == [20, 70, 80]
 
 
-@pytest.mark.parametrize('overrides, expected', [
-    ({}, 'sam is on: perturbation norm 0.5, rho 0.5'),
-    (dict(sam__p=np.inf, sam__rho=0.01), 'sam is on: perturbation norm 0.01, rho 0.01'),
-    (dict(sam__warmup_epochs=1.0), 'sam is on'),
-    (dict(sam__rho=0.0), 'WARNING: sam is not doing its work'),
-])
+@pytest.mark.parametrize(
+    'overrides, expected',
+    [
+        ({}, 'sam is on: perturbation norm 0.5, rho 0.5'),
+        (dict(sam__p=np.inf, sam__rho=0.01), 'sam is on: perturbation norm 0.01, rho 0.01'),
+        (dict(sam__warmup_epochs=1.0), 'sam is on'),
+        (dict(sam__rho=0.0), 'WARNING: sam is not doing its work'),
+    ],
+)
 def test_says_whether_sam_is_on(overrides, expected, tmp_path, caplog):
     with caplog.at_level(logging.INFO, 'sam_jax'):
         _run(small_config(total_epochs=1, **overrides), tmp_path)
@@ -266,8 +329,12 @@ def test_says_whether_sam_is_on(overrides, expected, tmp_path, caplog):
 
 def test_warns_when_the_perturbation_does_not_climb():
     lines = []
-    metrics = {'train/rho': 0.5, 'train/perturbation_norm': 0.5, 'train/loss': 2.0,
-               'train/perturbed_loss': 1.9}
+    metrics = {
+        'train/rho': 0.5,
+        'train/perturbation_norm': 0.5,
+        'train/loss': 2.0,
+        'train/perturbed_loss': 1.9,
+    }
     assert step_log.sharpness_check(small_config(), metrics, lines.append)
     metrics.update({'train/perturbed_loss': 2.1, 'train/perturbation_norm': 0.4})
     assert step_log.sharpness_check(small_config(), metrics, lines.append)
@@ -276,8 +343,12 @@ def test_warns_when_the_perturbation_does_not_climb():
 
 def test_several_steps_may_end_within_the_ball():
     config, lines = small_config(sam__method='multistep_sam'), []
-    metrics = {'train/rho': 0.5, 'train/perturbation_norm': 0.4, 'train/loss': 2.0,
-               'train/perturbed_loss': 2.1}
+    metrics = {
+        'train/rho': 0.5,
+        'train/perturbation_norm': 0.4,
+        'train/loss': 2.0,
+        'train/perturbed_loss': 2.1,
+    }
     for norm in (0.4, 0.51):
         metrics['train/perturbation_norm'] = norm
         step_log.sharpness_check(config, metrics, lines.append)
@@ -292,21 +363,42 @@ def test_fewer_replicas_than_devices_says_so(tmp_path, caplog):
 
 # Real processes.
 
-FLAGS = ['--config.total_epochs=4', '--config.ema.decay=0.9', '--config.model.dropout_rate=0.2',
-         '--config.data.label_noise=0.3', '--config.data.augment=basic', '--config.data.padding=2',
-         '--config.eval.every_epochs=1', '--config.log_every_steps=4',
-         '--config.checkpoint.every_minutes=1e-9']
+FLAGS = [
+    '--config.total_epochs=4',
+    '--config.ema.decay=0.9',
+    '--config.model.dropout_rate=0.2',
+    '--config.data.label_noise=0.3',
+    '--config.data.augment=basic',
+    '--config.data.padding=2',
+    '--config.eval.every_epochs=1',
+    '--config.log_every_steps=4',
+    '--config.checkpoint.every_minutes=1e-9',
+]
 
 
 def _start(workdir, cache, lean=False):
     environment = {
-        **(lean_environment(cache.parent) if lean else os.environ), 'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': QUICK_TO_COMPILE, 'JAX_COMPILATION_CACHE_DIR': str(cache),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+        **(lean_environment(cache.parent) if lean else os.environ),
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': QUICK_TO_COMPILE,
+        'JAX_COMPILATION_CACHE_DIR': str(cache),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     return subprocess.Popen(
-        [sys.executable, '-m', 'sam_jax.main', '--config=configs/digits.py',
-         f'--workdir={workdir}', *FLAGS],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [
+            sys.executable,
+            '-m',
+            'sam_jax.main',
+            '--config=configs/digits.py',
+            f'--workdir={workdir}',
+            *FLAGS,
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def _wait_for(process, condition):
@@ -316,8 +408,7 @@ def _wait_for(process, condition):
 
 def _final_arrays(workdir):
     with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-        return manager.restore(80, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore())).state
+        return manager.restore(80, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
 
 
 def test_killed_processes(tmp_path):
@@ -326,7 +417,7 @@ def test_killed_processes(tmp_path):
     process = _start(tmp_path / 'undisturbed', cache)
     output = process.communicate(timeout=300)[0]
     assert 'Finished.' in output and f'Compiled programs are kept in {cache}.' in output
-    assert re.search(r'group0_block0_conv1/kernel *\| \(3, 3, 16, 16\)', output), 'clu\'s overview'
+    assert re.search(r'group0_block0_conv1/kernel *\| \(3, 3, 16, 16\)', output), "clu's overview"
 
     def steps():
         folder = workdir / 'checkpoints'

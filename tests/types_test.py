@@ -22,8 +22,9 @@ def _public(body, name=''):
             else:
                 yield name + node.name, node
         elif isinstance(node, ast.If | ast.Try | ast.With):
-            yield from _public([n for n in ast.iter_child_nodes(node)
-                                if isinstance(n, ast.stmt)], name)
+            yield from _public(
+                [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)], name
+            )
 
 
 def _untyped(source):
@@ -31,8 +32,11 @@ def _untyped(source):
     found = []
     for name, node in _public(ast.parse(source).body):
         parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        found += [f'{name}: {p.arg}' for p in parameters
-                  if p.annotation is None and p.arg not in ('self', 'cls')]
+        found += [
+            f'{name}: {p.arg}'
+            for p in parameters
+            if p.annotation is None and p.arg not in ('self', 'cls')
+        ]
         if node.returns is None:
             found.append(f'{name}: result')
     return found
@@ -44,7 +48,7 @@ def test_public_functions_have_types(path):
 
 
 def test_what_has_no_type_is_found():
-    source = '''
+    source = """
 def f(a, b: int, *args, c=1, **kwargs) -> int: ...
 def _g(a): ...
 class C:
@@ -56,13 +60,13 @@ class _D:
     def m(self): ...
 if True:
     def h(a: int): ...
-'''
+"""
     assert _untyped(source) == ['f: a', 'f: c', 'C.m: result', 'C.p: result', 'h: result']
 
 
 # The shapes, checked by beartype in a process where jaxtyping adds the checks to the functions.
 
-PREAMBLE = '''
+PREAMBLE = """
 import jaxtyping
 for name in ('sam_jax.losses', 'sam_jax.data.ops'):
     jaxtyping.install_import_hook(name, 'beartype.beartype')
@@ -80,8 +84,8 @@ def refused(function, *args):
     except jaxtyping.TypeCheckError:
         return
     raise AssertionError(f'{function.__name__} took {args}')
-'''
-RIGHT = '''
+"""
+RIGHT = """
 assert losses.cross_entropy(logits, classes, 0.1).shape == (2, 4)
 assert losses.cross_entropy(logits, jnp.zeros((2, 4, 3))).shape == (2, 4)
 assert losses.cross_entropy(jnp.zeros(3), jnp.zeros((), jnp.int32)).shape == ()
@@ -93,8 +97,8 @@ assert losses.l2_penalty({}, 0.5) == 0
 assert losses.l2_penalty({'w': jnp.ones((2, 3))}, jnp.float32(0.5)) == 1.5
 assert ops.apply(op, image, center).shape == (8, 6, 3)
 assert ops.resolve('Cutout', 5.0, True, (8, 6, 1), ops.corrected(8)).table.shape == (256,)
-'''
-WRONG = '''
+"""
+WRONG = """
 refused(losses.cross_entropy, logits, jnp.zeros((2, 3), jnp.int32))
 refused(losses.cross_entropy, logits, jnp.zeros((2, 4, 5)))
 refused(losses.cross_entropy, classes, classes)
@@ -105,13 +109,23 @@ refused(ops.apply, op, image[..., 0], center)
 refused(ops.apply, op, image.astype(jnp.float32), center)
 refused(ops.apply, op, image, jnp.zeros(3))
 refused(ops.resolve, 'Rotate', 5.0, False, (8, 6), ops.FAITHFUL)
-'''
+"""
 
 
 @pytest.mark.parametrize('calls', [RIGHT, WRONG], ids=['right', 'wrong'])
 def test_shapes(calls):
-    environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-                   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    result = subprocess.run([sys.executable, '-c', PREAMBLE + calls], cwd=ROOT, env=environment,
-                            capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    }
+    result = subprocess.run(
+        [sys.executable, '-c', PREAMBLE + calls],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr

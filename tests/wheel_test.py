@@ -35,8 +35,12 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
     source = folder / 'source'
     listed = subprocess.run(
-        ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
-        capture_output=True, text=True, check=False)
+        ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
         pytest.skip('not a git checkout')
     for name in filter(None, listed.stdout.split('\0')):
@@ -46,18 +50,36 @@ def installed(tmp_path_factory):
     python = folder / 'env' / 'bin' / 'python'
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
     for command in (
-            [*pip, 'wheel', '--quiet', '--no-deps', '--wheel-dir', folder, source],
-            [sys.executable, '-m', 'venv', '--without-pip', folder / 'env']):
+        [*pip, 'wheel', '--quiet', '--no-deps', '--wheel-dir', folder, source],
+        [sys.executable, '-m', 'venv', '--without-pip', folder / 'env'],
+    ):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    wheel, = folder.glob('*.whl')
-    site = pathlib.Path(subprocess.run(
-        [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'],
-        capture_output=True, text=True, check=True).stdout.strip())
+    (wheel,) = folder.glob('*.whl')
+    site = pathlib.Path(
+        subprocess.run(
+            [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    )
     (site / 'others.pth').write_text(sysconfig.get_path('purelib') + '\n')
     done = subprocess.run(
-        [*map(str, pip), '--python', str(python), 'install', '--quiet', '--no-deps',
-         '--force-reinstall', str(wheel)], capture_output=True, text=True, check=False)
+        [
+            *map(str, pip),
+            '--python',
+            str(python),
+            'install',
+            '--quiet',
+            '--no-deps',
+            '--force-reinstall',
+            str(wheel),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return folder / 'env' / 'bin', site
 
@@ -65,8 +87,13 @@ def installed(tmp_path_factory):
 def _call(installed, folder, command, *arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}
     return subprocess.run(
-        [str(installed[0] / command), *arguments], cwd=folder, capture_output=True, text=True,
-        timeout=300, env={**environment, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK_TO_COMPILE})
+        [str(installed[0] / command), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK_TO_COMPILE},
+    )
 
 
 def test_what_is_installed(installed):
@@ -81,26 +108,52 @@ def test_a_run_and_what_comes_after_it_in_an_empty_folder(installed, tmp_path):
     """By the name of a config; where somebody has `configs` of his own; the doctor."""
     (tmp_path / 'configs').mkdir()
     (tmp_path / 'configs' / '__init__.py').write_text('')
-    quick = ['--config.total_epochs=1', '--config.batch_size=640',
-             '--config.replica_batch_size=640']
-    done = _call(installed, tmp_path, 'sam-jax-train', '--config=digits:noise=0.4,smoke',
-                 '--workdir=run', *quick)
+    quick = [
+        '--config.total_epochs=1',
+        '--config.batch_size=640',
+        '--config.replica_batch_size=640',
+    ]
+    done = _call(
+        installed,
+        tmp_path,
+        'sam-jax-train',
+        '--config=digits:noise=0.4,smoke',
+        '--workdir=run',
+        *quick,
+    )
     assert done.returncode == 0 and 'Finished.' in done.stderr, done.stderr
-    for command, file in ((('sam-jax-predict', '--workdir=run'), 'run/predictions.npz'),
-                          (('sam-jax-report', 'run'), 'run/report/report.html')):
+    for command, file in (
+        (('sam-jax-predict', '--workdir=run'), 'run/predictions.npz'),
+        (('sam-jax-report', 'run'), 'run/report/report.html'),
+    ):
         done = _call(installed, tmp_path, *command)
         assert done.returncode == 0 and (tmp_path / file).is_file(), done.stderr
-    done = _call(installed, tmp_path, 'sam-jax-sweep', '--config=digits', '--workdir=sweep',
-                 '--sweep=sam.rho=0,0.1', '--engine=print')
+    done = _call(
+        installed,
+        tmp_path,
+        'sam-jax-sweep',
+        '--config=digits',
+        '--workdir=sweep',
+        '--sweep=sam.rho=0,0.1',
+        '--engine=print',
+    )
     assert done.returncode == 0 and done.stdout.count('configs/digits.py') == 2, done.stderr
     done = _call(installed, tmp_path, 'sam-jax-train', '--config=dogits', '--workdir=x')
     assert done.returncode == 2 and re.search('there are .*digits', done.stderr), done.stderr
     (tmp_path / 'mine.py').write_text(
-        'from configs import digits\n\n\ndef get_config():\n    return digits.get_config()\n')
+        'from configs import digits\n\n\ndef get_config():\n    return digits.get_config()\n'
+    )
     (tmp_path / 'configs' / '__init__.py').unlink()
     (tmp_path / 'configs').rmdir()
-    done = _call(installed, tmp_path, 'sam-jax-sweep', '--config=mine.py', '--workdir=sweep',
-                 '--sweep=sam.rho=0', '--engine=print')
+    done = _call(
+        installed,
+        tmp_path,
+        'sam-jax-sweep',
+        '--config=mine.py',
+        '--workdir=sweep',
+        '--sweep=sam.rho=0',
+        '--engine=print',
+    )
     assert done.returncode == 0 and 'mine.py' in done.stdout, done.stderr
     done = _call(installed, tmp_path, 'sam-jax-doctor')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,36 +12,58 @@ import pytest
 from helpers import assert_trees_equal, golden, relative_distance, small_config
 from reference import golden_shapes, images, recipe_variables, shapes, to_reference
 
-from sam_jax import data, gradients, models, replicas, rngs, train_step
+from sam_jax import data, gradients, models, replicas, rngs, train_state, train_step
 from sam_jax.errors import UserError
 from sam_jax.models import shake
 
 COUNTS = {  # of params, by number of classes
-    ('wrn28_10', 100): 36_278_324, ('wrn28_10', 10): 36_220_634, ('wrn16_1', 10): 172_506,
-    ('shake_shake_26_2x96d', 100): 26_227_572, ('shake_shake_26_2x96d', 10): 26_192_922,
-    ('pyramidnet272_shakedrop', 100): 26_288_692, ('pyramidnet272', 10): 26_210_842,
-    ('resnet20', 10): 269_722, ('resnet32', 10): 464_154, ('resnet56', 10): 853_018,
+    ('wrn28_10', 100): 36_278_324,
+    ('wrn28_10', 10): 36_220_634,
+    ('wrn16_1', 10): 172_506,
+    ('shake_shake_26_2x96d', 100): 26_227_572,
+    ('shake_shake_26_2x96d', 10): 26_192_922,
+    ('pyramidnet272_shakedrop', 100): 26_288_692,
+    ('pyramidnet272', 10): 26_210_842,
+    ('resnet20', 10): 269_722,
+    ('resnet32', 10): 464_154,
+    ('resnet56', 10): 853_018,
     ('resnet110', 10): 1_727_962,
-    ('resnet18', 1000): 11_689_512, ('resnet34', 1000): 21_797_672,
-    ('resnet50', 1000): 25_557_032, ('resnet101', 1000): 44_549_160,
-    ('resnet152', 1000): 60_192_808, ('resnet200', 1000): 64_673_832,
-    ('efficientnet-b0', 1000): 5_288_548, ('efficientnet-b1', 1000): 7_794_184,
-    ('efficientnet-b2', 1000): 9_109_994, ('efficientnet-b3', 1000): 12_233_232,
-    ('efficientnet-b4', 1000): 19_341_616, ('efficientnet-b5', 1000): 30_389_784,
-    ('efficientnet-b6', 1000): 43_040_704, ('efficientnet-b7', 1000): 66_347_960,
-    ('efficientnet-b8', 1000): 87_413_142, ('efficientnet-l2', 1000): 480_309_308,
+    ('resnet18', 1000): 11_689_512,
+    ('resnet34', 1000): 21_797_672,
+    ('resnet50', 1000): 25_557_032,
+    ('resnet101', 1000): 44_549_160,
+    ('resnet152', 1000): 60_192_808,
+    ('resnet200', 1000): 64_673_832,
+    ('efficientnet-b0', 1000): 5_288_548,
+    ('efficientnet-b1', 1000): 7_794_184,
+    ('efficientnet-b2', 1000): 9_109_994,
+    ('efficientnet-b3', 1000): 12_233_232,
+    ('efficientnet-b4', 1000): 19_341_616,
+    ('efficientnet-b5', 1000): 30_389_784,
+    ('efficientnet-b6', 1000): 43_040_704,
+    ('efficientnet-b7', 1000): 66_347_960,
+    ('efficientnet-b8', 1000): 87_413_142,
+    ('efficientnet-l2', 1000): 480_309_308,
     ('efficientnet-l2-475', 1000): 480_309_308,
 }
 GOLDEN = {  # our name: the golden file, the size of its images, its number of classes
     'shake_shake_14_2x16d': ('WideResnet_ShakeShake_mini', 32, 10),
     'pyramidnet11_shakedrop': ('Pyramid_ShakeDrop_mini', 32, 10),
-    'resnet50': ('Resnet50', 224, 1000), 'efficientnet-b0': ('efficientnet-b0', 224, 1000),
-    'resnet101': ('Resnet101', 0, 1000), 'efficientnet-b4': ('efficientnet-b4', 0, 1000)}
+    'resnet50': ('Resnet50', 224, 1000),
+    'efficientnet-b0': ('efficientnet-b0', 224, 1000),
+    'resnet101': ('Resnet101', 0, 1000),
+    'efficientnet-b4': ('efficientnet-b4', 0, 1000),
+}
 # A small size of each family, with what makes it smaller still.
 TINY = {
-    'wrn10_1': {}, 'shake_shake_8_2x4d': {}, 'pyramidnet11': {'alpha': 12.0},
-    'pyramidnet11_shakedrop': {'alpha': 12.0}, 'resnet8': {}, 'resnet10': {'width': 8},
-    'efficientnet-tiny': {}}
+    'wrn10_1': {},
+    'shake_shake_8_2x4d': {},
+    'pyramidnet11': {'alpha': 12.0},
+    'pyramidnet11_shakedrop': {'alpha': 12.0},
+    'resnet8': {},
+    'resnet10': {'width': 8},
+    'efficientnet-tiny': {},
+}
 RANDOM = ['shake_shake_8_2x4d', 'pyramidnet11_shakedrop', 'efficientnet-tiny']
 
 
@@ -56,7 +78,8 @@ def keys(seed):
 def train(model, variables, x, seed=0, **options):
     """(logits, new statistics) of a training pass."""
     logits, new = model.apply(
-        variables, x, train=True, mutable=['batch_stats'], rngs=keys(seed), **options)
+        variables, x, train=True, mutable=['batch_stats'], rngs=keys(seed), **options
+    )
     return logits, new['batch_stats']
 
 
@@ -64,6 +87,7 @@ def loss_and_gradient(model, variables, x, seed=0, **options):
     def loss(params):
         logits, stats = train(model, {**variables, 'params': params}, x, seed, **options)
         return jnp.mean(logits.astype(float) * jnp.arange(10.0)[None]), stats
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
 
 
@@ -80,8 +104,9 @@ def test_number_of_params(name, classes):
 def test_every_shape_is_the_original_s(name):
     file, _, classes = GOLDEN[name]
     model = models.create_model(name, classes)
-    ours = to_reference(model, jax.tree.map(
-        lambda x: np.broadcast_to(np.float32(0), x.shape), shapes(model)))
+    ours = to_reference(
+        model, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes(model))
+    )
     assert {n: x.shape for n, x in ours.items()} == golden_shapes(golden(f'model_{file}'))
 
 
@@ -91,15 +116,21 @@ def test_logits_are_the_original_s(name):
     expected = golden(f'model_{file}')['logits_recipe']
     model = models.create_model(name, classes)
     logits = jax.jit(model.apply)(
-        recipe_variables(model), images(1, (len(expected), size, size, 3)))
+        recipe_variables(model), images(1, (len(expected), size, size, 3))
+    )
     assert relative_distance(logits, expected) < 1e-5
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('name', [
-    'shake_shake_14_2x16d', 'pyramidnet11_shakedrop',
-    pytest.param('efficientnet-b0', marks=pytest.mark.slow),
-    pytest.param('resnet50', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'shake_shake_14_2x16d',
+        'pyramidnet11_shakedrop',
+        pytest.param('efficientnet-b0', marks=pytest.mark.slow),
+        pytest.param('resnet50', marks=pytest.mark.slow),
+    ],
+)
 def test_initial_values_are_distributed_as_the_original_s(name):
     """Deviation and end of each tensor's distribution; 5 standard errors of two samples apart."""
     file, _, classes = GOLDEN[name]
@@ -107,7 +138,8 @@ def test_initial_values_are_distributed_as_the_original_s(name):
     start = jax.jit(model.init)(jax.random.key(0, impl='rbg'), jnp.zeros((1, 32, 32, 3)))
     ours = to_reference(model, jax.device_get({'params': start['params']}))
     for n, mean, std, absmax in zip(
-            *(file[k].tolist() for k in ('param_names', 'init_mean', 'init_std', 'init_absmax'))):
+        *(file[k].tolist() for k in ('param_names', 'init_mean', 'init_std', 'init_absmax'))
+    ):
         x = ours[n]
         if std < 1e-5:
             np.testing.assert_allclose(x, round(mean), err_msg=n)  # scales, biases
@@ -149,23 +181,28 @@ def keep_rates(name, function, **options):
 def test_branches_of_deeper_blocks_are_dropped_more_often():
     """Linearly: PyramidNet's last one half of the time, EfficientNet's first never."""
     np.testing.assert_allclose(
-        keep_rates('pyramidnet29_shakedrop', 'random_shake_drop'), 1 - np.arange(1, 10) / 18)
+        keep_rates('pyramidnet29_shakedrop', 'random_shake_drop'), 1 - np.arange(1, 10) / 18
+    )
     # Of B0's 16 blocks these keep the shape; the first stage's only block drops nothing anyway.
     blocks = np.array([2, 4, 6, 7, 9, 10, 12, 13, 14])
     for rate in (0.2, 0.4):
         np.testing.assert_allclose(
             keep_rates('efficientnet-b0', 'random_stochastic_depth', stochastic_depth_rate=rate),
-            1 - rate * blocks / 16)
+            1 - rate * blocks / 16,
+        )
     assert not keep_rates('efficientnet-b0', 'random_stochastic_depth', stochastic_depth_rate=0.0)
     assert not keep_rates('pyramidnet29', 'random_shake_drop')
 
 
 def test_dropout_of_efficientnets():
-    rates = [models.create_model(f'efficientnet-{size}', 10).dropout_rate
-             for size in ('b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'b6', 'b7', 'b8', 'l2', 'l2-475')]
+    rates = [
+        models.create_model(f'efficientnet-{size}', 10).dropout_rate
+        for size in ('b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'b6', 'b7', 'b8', 'l2', 'l2-475')
+    ]
     assert rates == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5]
-    plain, model = (tiny('efficientnet-tiny', stochastic_depth_rate=0.0, dropout_rate=r)
-                    for r in (0.0, 0.5))
+    plain, model = (
+        tiny('efficientnet-tiny', stochastic_depth_rate=0.0, dropout_rate=r) for r in (0.0, 0.5)
+    )
     variables, x = recipe_variables(plain), images(1, (64, 8, 8, 3))
     inputs = []
 
@@ -186,8 +223,11 @@ def test_dropout_of_efficientnets():
 def test_shake_shake_is_the_original_s(true_gradient):
     file, tg = golden('noise_functions'), int(true_gradient)
     forward, backward = file['ss_gate_forward'], file['ss_gate_backward']
-    out, pull = jax.vjp(lambda a, b: shake.shake_shake(
-        a, b, forward, forward if true_gradient else backward), file['xa'], file['xb'])
+    out, pull = jax.vjp(
+        lambda a, b: shake.shake_shake(a, b, forward, forward if true_gradient else backward),
+        file['xa'],
+        file['xb'],
+    )
     np.testing.assert_allclose(out, file[f'ss_tg{tg}_out'], rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(pull(file['cotangent']), ('dxa', 'dxb')):
         np.testing.assert_allclose(ours, file[f'ss_tg{tg}_{theirs}'], rtol=1e-5, atol=1e-6)
@@ -198,11 +238,13 @@ def test_shake_shake_is_the_original_s(true_gradient):
 def test_shake_drop_is_the_original_s(p, true_gradient):
     file, tg = golden('noise_functions'), int(true_gradient)
     mask, alpha, beta = (file[f'sd_p{p}_{n}'].astype(np.float32) for n in ('mask', 'alpha', 'beta'))
-    out, pull = jax.vjp(lambda x: shake.shake_drop(
-        x, mask, alpha, alpha if true_gradient else beta), file['xa'])
+    out, pull = jax.vjp(
+        lambda x: shake.shake_drop(x, mask, alpha, alpha if true_gradient else beta), file['xa']
+    )
     np.testing.assert_allclose(out, file[f'sd_p{p}_tg{tg}_out'], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        pull(file['cotangent'])[0], file[f'sd_p{p}_tg{tg}_dx'], rtol=1e-5, atol=1e-6)
+        pull(file['cotangent'])[0], file[f'sd_p{p}_tg{tg}_dx'], rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(file['xa'] * float(p), file[f'sd_p{p}_eval'], rtol=1e-5)
 
 
@@ -211,7 +253,8 @@ def test_stochastic_depth_is_the_original_s():
     mask, out = file['sdepth_mask'].astype(np.float32), file['sdepth_out']
     rate = np.median((file['xa'] / out)[np.broadcast_to(mask == 1, out.shape)])
     np.testing.assert_allclose(
-        shake.stochastic_depth(file['xa'], mask, rate), out, rtol=1e-5, atol=1e-6)
+        shake.stochastic_depth(file['xa'], mask, rate), out, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_distributions_of_the_coefficients():
@@ -241,14 +284,14 @@ def test_distributions_of_the_coefficients():
             np.testing.assert_allclose(quantiles, np.linspace(low, 1, 5), atol=0.09)
         assert abs(np.corrcoef(both)[0, 1]) < 0.1
         np.testing.assert_allclose(*coefficients(function, true_gradient=jnp.array(True)))
-    kept, _ = coefficients(
-        lambda x: shake.random_stochastic_depth(x, jax.random.key(1), 0.8))
+    kept, _ = coefficients(lambda x: shake.random_stochastic_depth(x, jax.random.key(1), 0.8))
     assert set(np.unique(kept)) == {0.0, np.float32(1.25)}
     assert abs((kept > 0).mean() - 0.8) < 0.03
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param('shake_shake_8_2x4d', marks=pytest.mark.slow), 'pyramidnet11_shakedrop'])
+@pytest.mark.parametrize(
+    'name', [pytest.param('shake_shake_8_2x4d', marks=pytest.mark.slow), 'pyramidnet11_shakedrop']
+)
 def test_true_gradient_is_that_of_the_loss(name, x64):
     """Along a direction it is the difference quotient; the shaken one is not."""
     model = tiny(name, dtype='float64', param_dtype='float64')
@@ -283,6 +326,7 @@ def test_randomness_is_for_training_and_keyed(name):
 
 def test_evaluation_is_the_mean_of_the_branches():
     """What shake-shake's branches and ShakeDrop's branch end with, moved by one, moves the sum."""
+
     def first_block(name, moved):
         model = tiny(name)
         variables = jax.tree.map(np.array, recipe_variables(model))
@@ -301,10 +345,11 @@ def test_evaluation_is_the_mean_of_the_branches():
         return next(x for n, x in filter(None, outputs) if n == reader)
 
     for name, moved, expected in [
-            ('shake_shake_8_2x4d', ['group0_block0_bn_a2'], 0.5),
-            ('shake_shake_8_2x4d', ['group0_block0_bn_b2'], 0.5),
-            ('pyramidnet11_shakedrop', ['block0_bn4'], 1 - 0.5 / 3),
-            ('pyramidnet11', ['block0_bn4'], 1)]:
+        ('shake_shake_8_2x4d', ['group0_block0_bn_a2'], 0.5),
+        ('shake_shake_8_2x4d', ['group0_block0_bn_b2'], 0.5),
+        ('pyramidnet11_shakedrop', ['block0_bn4'], 1 - 0.5 / 3),
+        ('pyramidnet11', ['block0_bn4'], 1),
+    ]:
         shift = first_block(name, moved) - first_block(name, [])
         np.testing.assert_allclose(shift, expected, rtol=1e-4)
 
@@ -321,7 +366,8 @@ def test_bfloat16_keeps_params_statistics_and_logits_in_float32(name):
         evaluated = jax.jit(model.apply)(variables, x)
         trained = jax.jit(functools.partial(train, model))(variables, x)
         assert {v.dtype for v in jax.tree.leaves((shapes(model), evaluated, trained))} == {
-            np.dtype('float32')}
+            np.dtype('float32')
+        }
         results.append((evaluated, *trained))
     for full, half in zip(*results):
         assert 1e-5 < relative_distance(half, full) < 0.05
@@ -329,9 +375,11 @@ def test_bfloat16_keeps_params_statistics_and_logits_in_float32(name):
 
 def _activations(model, variables, x):
     """How many numbers a gradient keeps from its forward for its backward pass."""
+
     def backward(variables):
-        return jax.vjp(lambda p: train(model, {**variables, 'params': p}, x)[0],
-                       variables['params'])[1]
+        return jax.vjp(
+            lambda p: train(model, {**variables, 'params': p}, x)[0], variables['params']
+        )[1]
 
     def size(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -339,9 +387,15 @@ def _activations(model, variables, x):
     return size(jax.eval_shape(backward, variables)) - size(variables['params'])
 
 
-@pytest.mark.parametrize('name', [
-    name if name in ('resnet8', 'pyramidnet11_shakedrop')
-    else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        if name in ('resnet8', 'pyramidnet11_shakedrop')
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in TINY
+    ],
+)
 def test_remat_keeps_less_and_changes_no_number(name):
     x, results, kept = images(1, (4, 8, 8, 3)), [], []
     for remat in (False, True):
@@ -368,8 +422,12 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(name):
     model, alone = tiny(name, batch_norm_axis='batch'), tiny(name)
     variables, x = recipe_variables(alone), images(1, (8, 8, 8, 3))
     whole = jax.jit(functools.partial(train, alone))(variables, x)[1]
-    parts = jax.pmap(functools.partial(train, model), axis_name='batch', in_axes=(None, 0),
-                     devices=jax.devices()[:2])(variables, x.reshape(2, 4, 8, 8, 3))[1]
+    parts = jax.pmap(
+        functools.partial(train, model),
+        axis_name='batch',
+        in_axes=(None, 0),
+        devices=jax.devices()[:2],
+    )(variables, x.reshape(2, 4, 8, 8, 3))[1]
     # Of the first layers, which no randomness reaches.
     first = {'wrn10_1': 'group0_block0_bn1', 'efficientnet-tiny': 'bn_stem'}.get(name, 'bn_init')
     first = 'bn_init' if first not in whole and 'bn_init' in whole else first
@@ -382,12 +440,15 @@ def test_options_are_checked():
     with pytest.raises(TypeError, match=r"resnet32 has no option 'shortcut'; .*residual"):
         models.create_model('resnet32', 10, shortcut=False)
     for name, options, message in [
-            ('shake_shake_27_2x96d', {}, 'depth 27 and width 96'),
-            ('shake_shake_26_2x95d', {}, 'width 95'), ('pyramidnet270', {}, 'depth 270'),
-            ('pyramidnet272', {'alpha': 0.0}, 'model.alpha is 0.0'), ('resnet33', {}, 'depth 33'),
-            ('efficientnet-b0', {'dropout_rate': 1.0}, 'model.dropout_rate is 1.0'),
-            ('efficientnet-b0', {'stochastic_depth_rate': -0.1}, 'model.stochastic_depth_rate is'),
-            ('efficientnet-b9', {}, 'the models are')]:
+        ('shake_shake_27_2x96d', {}, 'depth 27 and width 96'),
+        ('shake_shake_26_2x95d', {}, 'width 95'),
+        ('pyramidnet270', {}, 'depth 270'),
+        ('pyramidnet272', {'alpha': 0.0}, 'model.alpha is 0.0'),
+        ('resnet33', {}, 'depth 33'),
+        ('efficientnet-b0', {'dropout_rate': 1.0}, 'model.dropout_rate is 1.0'),
+        ('efficientnet-b0', {'stochastic_depth_rate': -0.1}, 'model.stochastic_depth_rate is'),
+        ('efficientnet-b9', {}, 'the models are'),
+    ]:
         with pytest.raises(UserError, match=message):
             models.create_model(name, 10, **options)
 
@@ -408,23 +469,35 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
 
 
 # Those that another one has all the parts of, or that other tests train.
-@pytest.mark.parametrize('name', [
-    name if name in ('resnet8', 'shake_shake_8_2x4d', 'pyramidnet11_shakedrop')
-    else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        if name in ('resnet8', 'shake_shake_8_2x4d', 'pyramidnet11_shakedrop')
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in TINY
+    ],
+)
 def test_sam_lowers_the_loss_on_two_devices(name):
     """Ten steps on one batch of digits, two replicas that ascend each on its own."""
     config = small_config(
-        batch_size=32, replica_batch_size=16, log_every_steps=1, sam__rho=0.05,
-        optimizer__learning_rate=0.02, optimizer__schedule='constant')
+        batch_size=32,
+        replica_batch_size=16,
+        log_every_steps=1,
+        sam__rho=0.05,
+        optimizer__learning_rate=0.02,
+        optimizer__schedule='constant',
+    )
     dataset = data.load_dataset(config.data)
     layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
     model = tiny(name)
     step = train_step.make_train_step(model, config, layout, dataset)
-    state = layout.replicate(
-        train_step.create_train_state(config, model, dataset.image_shape))
-    arguments = (layout.shard(dataset.train_feed(0, 0, layout)),
-                 layout.replicate(dataset.device_arrays(dataset.train)),
-                 layout.replicate(train_step.HParams.from_config(config)))
+    state = layout.replicate(train_state.create_train_state(config, model, dataset.image_shape))
+    arguments = (
+        layout.shard(dataset.train_feed(0, 0, layout)),
+        layout.replicate(dataset.device_arrays(dataset.train)),
+        layout.replicate(train_state.HParams.from_config(config)),
+    )
     losses = []
     for _ in range(10):
         state, metrics = step(state, *arguments)
@@ -440,25 +513,42 @@ def test_ascent_alone_is_along_the_true_gradient():
 
     With rho = 0, and for plain SGD, the shaken one is all there is.
     """
-    config = small_config(batch_size=16, replica_batch_size=16, log_every_steps=1, sam__rho=0.1,
-                          optimizer__clip_norm=0.0, optimizer__momentum=0.0,
-                          optimizer__schedule='constant', optimizer__weight_decay=0.0)
+    config = small_config(
+        batch_size=16,
+        replica_batch_size=16,
+        log_every_steps=1,
+        sam__rho=0.1,
+        optimizer__clip_norm=0.0,
+        optimizer__momentum=0.0,
+        optimizer__schedule='constant',
+        optimizer__weight_decay=0.0,
+    )
     dataset = data.load_dataset(config.data)
     layout, _ = replicas.make_layout(16, 16, 1, devices=jax.devices()[:1])
     model = tiny('shake_shake_8_2x4d')
-    start = train_step.create_train_state(config, model, dataset.image_shape)
+    start = train_state.create_train_state(config, model, dataset.image_shape)
     feed = dataset.train_feed(0, 0, layout)
     arrays = jax.tree.map(jnp.asarray, dataset.device_arrays(dataset.train))
-    batch = dataset.train_batch(arrays, jax.tree.map(lambda x: jnp.asarray(x[0, 0]), feed),
-                                jax.random.split(jax.random.key(0), 16), jax.random.key(0))
-    replica = {**batch, 'rngs': {
-        purpose: rngs.key(0, purpose, 0, 0) for purpose in ('dropout', 'shake')}}
+    batch = dataset.train_batch(
+        arrays,
+        jax.tree.map(lambda x: jnp.asarray(x[0, 0]), feed),
+        jax.random.split(jax.random.key(0), 16),
+        jax.random.key(0),
+    )
+    replica = {
+        **batch,
+        'rngs': {purpose: rngs.key(0, purpose, 0, 0) for purpose in ('dropout', 'shake')},
+    }
 
     @jax.jit
     def gradient(params, true_gradient):
         return gradients.replica_gradient(
-            params, start.batch_stats, replica,
-            gradients.Training.from_config(config, model, 0.0), true_gradient)[0][0]
+            params,
+            start.batch_stats,
+            replica,
+            gradients.Training.from_config(config, model, 0.0),
+            true_gradient,
+        )[0][0]
 
     true, shaken = (gradient(start.params, t) for t in (True, False))
     assert relative_distance(true, shaken) > 0.05
@@ -469,9 +559,10 @@ def test_ascent_alone_is_along_the_true_gradient():
         step = train_step.make_train_step(model, config, layout, dataset)
         for config.sam.rho, expected in runs:
             state, _ = step(
-                layout.replicate(jax.tree.map(jnp.copy, start)), layout.shard(feed),
+                layout.replicate(jax.tree.map(jnp.copy, start)),
+                layout.shard(feed),
                 layout.replicate(arrays),
-                layout.replicate(train_step.HParams.from_config(config)))
-            descended = jax.tree.map(
-                lambda new, old: (old - new) / 0.1, state.params, start.params)
+                layout.replicate(train_state.HParams.from_config(config)),
+            )
+            descended = jax.tree.map(lambda new, old: (old - new) / 0.1, state.params, start.params)
             assert relative_distance(descended, expected) < 1e-4

@@ -43,7 +43,8 @@ def flat(product: Callable[[Any, Any], Any], params: Any, layout: Layout) -> Fla
     def unflatten(vector):
         parts = np.split(vector, ends[:-1])
         return jax.tree.unflatten(
-            structure, [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves)])
+            structure, [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves)]
+        )
 
     def of_flat(vector):
         result = product(params, layout.replicate(unflatten(vector)))
@@ -72,8 +73,12 @@ class Tridiagonal(NamedTuple):
         return linalg.eigh_tridiagonal(self.diagonal, self.off_diagonal)
 
 
-def lanczos(product: Product, start: np.ndarray, steps: int,
-            enough: Callable[[Tridiagonal], bool] = lambda so_far: False) -> Tridiagonal:
+def lanczos(
+    product: Product,
+    start: np.ndarray,
+    steps: int,
+    enough: Callable[[Tridiagonal], bool] = lambda so_far: False,
+) -> Tridiagonal:
     """Lanczos with full re-orthogonalisation, twice in each step.
 
     Args:
@@ -99,7 +104,7 @@ def lanczos(product: Product, start: np.ndarray, steps: int,
         if not np.isfinite(w).all():
             raise FloatingPointError(f'Product {j + 1} of Lanczos is not finite.')
         diagonal.append(np.dot(basis[j].astype(np.float64), w.astype(np.float64)))
-        known = basis[:j + 1]
+        known = basis[: j + 1]
         for _ in range(2):
             w = w - (known @ w) @ known
         remainder = float(np.linalg.norm(w.astype(np.float64)))
@@ -131,9 +136,15 @@ class Eigenpairs(NamedTuple):
     lowest: float
 
 
-def top_eigenpairs(product: Product, size: int, k: int = 5, steps: int = 50,
-                   tolerance: float = 1e-3, seed: int = 0,
-                   on_step: Callable[[int], None] = lambda step: None) -> Eigenpairs:
+def top_eigenpairs(
+    product: Product,
+    size: int,
+    k: int = 5,
+    steps: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Eigenpairs:
     """The k (algebraically) largest eigenvalues and their vectors, by Lanczos.
 
     Args:
@@ -167,8 +178,12 @@ def top_eigenpairs(product: Product, size: int, k: int = 5, steps: int = 50,
     found = lanczos(product, random_start(size, seed), steps, enough)
     values, vectors, residuals = top(found)
     return Eigenpairs(
-        values[:k], vectors.T.astype(found.basis.dtype) @ found.basis, residuals,
-        len(found.diagonal), float(values[-1]))
+        values[:k],
+        vectors.T.astype(found.basis.dtype) @ found.basis,
+        residuals,
+        len(found.diagonal),
+        float(values[-1]),
+    )
 
 
 def random_start(size: int, seed: int, probe: int = 0) -> np.ndarray:
@@ -191,16 +206,22 @@ class Density(NamedTuple):
         """The density on a grid, each point widened to a normal one of deviation sigma."""
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / len(self.nodes)
         z = (np.asarray(grid)[:, None] - nodes) / sigma
-        return np.exp(-0.5 * z ** 2) @ weights / (sigma * np.sqrt(2 * np.pi))
+        return np.exp(-0.5 * z**2) @ weights / (sigma * np.sqrt(2 * np.pi))
 
     def moment(self, power: int) -> tuple[float, float]:
         """Returns (mean of lambda^power over the eigenvalues, its standard error over probes)."""
-        each = np.sum(self.weights * self.nodes ** power, axis=1)
+        each = np.sum(self.weights * self.nodes**power, axis=1)
         return float(each.mean()), metrics.standard_error(each)
 
 
-def density(product: Product, size: int, probes: int = 4, steps: int = 50, seed: int = 0,
-            on_step: Callable[[int], None] = lambda step: None) -> Density:
+def density(
+    product: Product,
+    size: int,
+    probes: int = 4,
+    steps: int = 50,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Density:
     """The spectral density by stochastic Lanczos quadrature (Ghorbani et al., arXiv 1901.10159).
 
     A probe z with Lanczos' T = U diag(nodes) U' gives z' f(H) z / z'z = sum_i U_1i^2 f(nodes_i),
@@ -215,6 +236,7 @@ def density(product: Product, size: int, probes: int = 4, steps: int = 50, seed:
     """
     nodes, weights = np.zeros((2, probes, min(steps, size)))
     for i in range(probes):
+
         def enough(so_far, i=i):
             on_step(i * steps + len(so_far.diagonal))
             return False
@@ -222,7 +244,7 @@ def density(product: Product, size: int, probes: int = 4, steps: int = 50, seed:
         found = lanczos(product, random_start(size, seed, i + 1), steps, enough)
         values, vectors = found.eigen()
         # Of an exhausted space there are fewer points; the rest keeps the weight 0.
-        nodes[i, :len(values)], weights[i, :len(values)] = values, vectors[0] ** 2
+        nodes[i, : len(values)], weights[i, : len(values)] = values, vectors[0] ** 2
     return Density(nodes, weights)
 
 
@@ -239,8 +261,14 @@ class Trace(NamedTuple):
     layers: dict
 
 
-def trace(product: Callable[[Any, Any], Any], params: Any, layout: Layout, probes: int = 20,
-          seed: int = 0, on_step: Callable[[int], None] = lambda step: None) -> Trace:
+def trace(
+    product: Callable[[Any, Any], Any],
+    params: Any,
+    layout: Layout,
+    probes: int = 20,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Trace:
     """The trace by Hutchinson: the mean of z'Hz over z with independent entries +-1.
 
     z_l'(Hz)_l of one layer's entries has the trace of its diagonal block as its mean.
@@ -253,17 +281,23 @@ def trace(product: Callable[[Any, Any], Any], params: Any, layout: Layout, probe
       seed: of the probes.
       on_step: called with the number of products made.
     """
-    names = ['/'.join(str(getattr(k, 'key', k)) for k in path)
-             for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    names = [
+        '/'.join(str(getattr(k, 'key', k)) for k in path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
     leaves, structure = jax.tree.flatten(jax.device_get(params))
     samples = np.zeros((probes, len(leaves)))
     for i in range(probes):
         keys = jax.random.split(rngs.key(seed, 'hutchinson', i), len(leaves))
         z = [np.asarray(jax.random.rademacher(k, x.shape, x.dtype)) for k, x in zip(keys, leaves)]
-        hz = jax.tree.leaves(jax.device_get(
-            product(params, layout.replicate(jax.tree.unflatten(structure, z)))))
+        hz = jax.tree.leaves(
+            jax.device_get(product(params, layout.replicate(jax.tree.unflatten(structure, z))))
+        )
         samples[i] = [np.sum(a * b, dtype=np.float64) for a, b in zip(z, hz)]
         on_step(i + 1)
     total = samples.sum(axis=1)
-    return Trace(float(total.mean()), metrics.standard_error(total), {
-        name: (float(x.mean()), metrics.standard_error(x)) for name, x in zip(names, samples.T)})
+    return Trace(
+        float(total.mean()),
+        metrics.standard_error(total),
+        {name: (float(x.mean()), metrics.standard_error(x)) for name, x in zip(names, samples.T)},
+    )

@@ -61,14 +61,18 @@ def difference(variables: dict[str, Any], others: dict[str, Any]) -> dict[str, A
     """
     shapes = [jax.tree.map(np.shape, v) for v in (variables, others)]
     if shapes[0] != shapes[1]:
-        raise ValueError('The two runs have params of different shapes; a line between them needs '
-                         'the same model.')
-    return jax.tree.map(lambda a, b: np.asarray(b) - np.asarray(a),
-                        *map(jax.device_get, (variables, others)))
+        raise ValueError(
+            'The two runs have params of different shapes; a line between them needs '
+            'the same model.'
+        )
+    return jax.tree.map(
+        lambda a, b: np.asarray(b) - np.asarray(a), *map(jax.device_get, (variables, others))
+    )
 
 
-def make_surface(objective: objectives.Objective, params: Any,
-                 directions: list[Any]) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def make_surface(
+    objective: objectives.Objective, params: Any, directions: list[Any]
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Returns a function of places: float (n, number of directions) -> loss and error rate there.
 
     Args:
@@ -83,11 +87,21 @@ def make_surface(objective: objectives.Objective, params: Any,
     layout = objective.layout
     alone = _on_one_device(layout)
     feeds = objectives.place_feeds(
-        objective.dataset, objective.split, min(objective.batch_size, _AT_ONCE), alone,
-        lambda feed: layout.replicate(jax.tree.map(lambda x: x[0], feed)))
-    whole = [d if 'batch_stats' in d else
-             {'params': d, 'batch_stats': jax.tree.map(np.zeros_like, jax.device_get(
-                 objective.batch_stats))} for d in directions]
+        objective.dataset,
+        objective.split,
+        min(objective.batch_size, _AT_ONCE),
+        alone,
+        lambda feed: layout.replicate(jax.tree.map(lambda x: x[0], feed)),
+    )
+    whole = [
+        d
+        if 'batch_stats' in d
+        else {
+            'params': d,
+            'batch_stats': jax.tree.map(np.zeros_like, jax.device_get(objective.batch_stats)),
+        }
+        for d in directions
+    ]
     directions = layout.replicate(jax.device_get(whole))
     origin = {'params': params, 'batch_stats': objective.batch_stats}
 
@@ -102,12 +116,20 @@ def make_surface(objective: objectives.Objective, params: Any,
         sums = objective.sums(moved['params'], moved['batch_stats'], batch)
         return jax.tree.map(jnp.add, total, sums)
 
-    step = jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None, None, None, None), out_axes=0,
-                    devices=layout.devices)
+    step = jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(0, 0, None, None, None, None),
+        out_axes=0,
+        devices=layout.devices,
+    )
     penalty = jax.pmap(
         lambda place, origin, directions: objective.penalty(
-            at(place, origin, directions)['params']),
-        in_axes=(0, None, None), devices=layout.devices)
+            at(place, origin, directions)['params']
+        ),
+        in_axes=(0, None, None),
+        devices=layout.devices,
+    )
 
     def surface(places):
         places = np.asarray(places, float).reshape(len(places), len(whole))
@@ -120,12 +142,16 @@ def make_surface(objective: objectives.Objective, params: Any,
             total = layout.shard({name: np.zeros(n) for name in ('loss', 'error_rate')})
             for feed in feeds:
                 total = step(total, place, origin, directions, objective.arrays, feed)
-            sums = {name: np.asarray(x, np.float64) / objective.count
-                    for name, x in jax.device_get(total).items()}
+            sums = {
+                name: np.asarray(x, np.float64) / objective.count
+                for name, x in jax.device_get(total).items()
+            }
             sums['loss'] = sums['loss'] + np.asarray(penalty(place, origin, directions))
             results.append(sums)
-        return {name: np.concatenate([r[name] for r in results])[:len(places)]
-                for name in ('loss', 'error_rate')}
+        return {
+            name: np.concatenate([r[name] for r in results])[: len(places)]
+            for name in ('loss', 'error_rate')
+        }
 
     return surface
 

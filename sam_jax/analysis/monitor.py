@@ -53,12 +53,17 @@ class Monitor:
             self._rho_counts = None
         split = chosen_examples(dataset.train, settings.examples, 0)
         # A product takes more memory than an evaluation: no more at once than training has.
-        batch_size = min(
-            config.eval.batch_size, config.replica_batch_size * len(layout.devices))
+        batch_size = min(config.eval.batch_size, config.replica_batch_size * len(layout.devices))
         self._objective, _ = objectives.create(
-            experiment.model, {'params': state.params, 'batch_stats': state.batch_stats}, dataset,
-            split, layout, batch_size, arrays=experiment.arrays(dataset.train),
-            label_smoothing=config.label_smoothing)
+            experiment.model,
+            {'params': state.params, 'batch_stats': state.batch_stats},
+            dataset,
+            split,
+            layout,
+            batch_size,
+            arrays=experiment.arrays(dataset.train),
+            label_smoothing=config.label_smoothing,
+        )
         if not self._objective.count:  # placed now: what does not fit is said before the first step
             raise UserError('All images of the analysis are damaged.')
         m = min(config.replica_batch_size * config.sam.replicas_per_group, len(split))
@@ -78,10 +83,12 @@ class Monitor:
         objective = self._objective.with_statistics(state.batch_stats)
         values = self._eigenvalues(objective, state.params)
         results = {
-            'lambda_max': float(values[0]), 'lambda_ratio': lambda_ratio(values),
+            'lambda_max': float(values[0]),
+            'lambda_ratio': lambda_ratio(values),
             'sharpness': sharpness.of_ball(objective, state.params, self._ascent).sharpness,
             'gap': self._gap(state.params, state.batch_stats).sharpness,
-            'edge': self._edge(objective, state)}
+            'edge': self._edge(objective, state),
+        }
         results['seconds'] = time.perf_counter() - began
         self._seconds += results['seconds']
         return {f'analysis/{name}': x for name, x in results.items()}
@@ -92,8 +99,12 @@ class Monitor:
         try:
             # With a tolerance each process would decide for itself when to stop.
             return hessian.top_eigenpairs(
-                flat.product, flat.size, k=min(RATIO_TO, flat.size), steps=self._settings.steps,
-                tolerance=0).values
+                flat.product,
+                flat.size,
+                k=min(RATIO_TO, flat.size),
+                steps=self._settings.steps,
+                tolerance=0,
+            ).values
         except FloatingPointError:
             return [float('nan')]
 
@@ -106,8 +117,10 @@ class Monitor:
             return math.nan
         learning_rate, rho = self._scheduled(max(int(jax.device_get(state.step)) - 1, 0))
         return sharpness.edge_of_stability(
-            float(lp_norm(objective.gradient(state.params))), learning_rate,
-            rho if self._rho_counts else 0.0)
+            float(lp_norm(objective.gradient(state.params))),
+            learning_rate,
+            rho if self._rho_counts else 0.0,
+        )
 
     def share(self) -> float:
         """Returns the part of the time since this was made that the measuring took."""

@@ -80,7 +80,8 @@ class Objective:
         """Logits of a batch; pure."""
         with jax.default_matmul_precision('highest'):
             return self.model.apply(
-                {'params': params, 'batch_stats': batch_stats}, batch['image'], train=False)
+                {'params': params, 'batch_stats': batch_stats}, batch['image'], train=False
+            )
 
     def of_logits(self, logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
         """Sum of the cross entropies of a batch, without those that only fill it up; pure."""
@@ -91,13 +92,16 @@ class Objective:
         """The L2 penalty; pure."""
         return losses.l2_penalty(params, self.weight_decay, self.decay_norm_and_bias)
 
-    def sums(self, params: Any, batch_stats: Any,
-             batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def sums(
+        self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
         """{'loss', 'error_rate'}: sums over a batch; pure."""
         logits = self.logits(params, batch_stats, batch)
         wrong = metrics.top1_error(logits, batch['label'])
-        return {'loss': self.of_logits(logits, batch).astype(float),
-                'error_rate': jnp.sum(jnp.where(batch['mask'] > 0, wrong, 0.0)).astype(float)}
+        return {
+            'loss': self.of_logits(logits, batch).astype(float),
+            'error_rate': jnp.sum(jnp.where(batch['mask'] > 0, wrong, 0.0)).astype(float),
+        }
 
     def value(self, params: Any) -> dict[str, float]:
         """Returns {'loss': L(w), 'error_rate'} as Python floats."""
@@ -132,16 +136,24 @@ class Objective:
 
     def _total(self, kind, params, vectors):
         like = {'loss': 0.0, 'error_rate': 0.0} if kind == 'sums' else params
-        total = self.layout.replicate(jax.tree.map(
-            lambda x: np.zeros(np.shape(x), jnp.result_type(x)), like))
+        total = self.layout.replicate(
+            jax.tree.map(lambda x: np.zeros(np.shape(x), jnp.result_type(x)), like)
+        )
         for feed in self.feeds:
-            total = self.steps[kind](
-                total, params, self.batch_stats, self.arrays, feed, vectors)
+            total = self.steps[kind](total, params, self.batch_stats, self.arrays, feed, vectors)
         return total
 
 
-def create(model: Any, variables: dict[str, Any], dataset: Any, split: Any, layout: Layout,
-           batch_size: int, arrays: Any = None, **options) -> tuple[Objective, Any]:
+def create(
+    model: Any,
+    variables: dict[str, Any],
+    dataset: Any,
+    split: Any,
+    layout: Layout,
+    batch_size: int,
+    arrays: Any = None,
+    **options,
+) -> tuple[Objective, Any]:
     """Returns (Objective, params on the devices).
 
     Args:
@@ -154,11 +166,13 @@ def create(model: Any, variables: dict[str, Any], dataset: Any, split: Any, layo
       UserError: the images do not fit on the devices.
     """
     params, batch_stats = (
-        layout.replicate(jax.device_get(variables[name])) for name in ('params', 'batch_stats'))
+        layout.replicate(jax.device_get(variables[name])) for name in ('params', 'batch_stats')
+    )
     arrays = arrays if arrays is not None else layout.replicate(dataset.device_arrays(split))
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    objective = Objective(model.clone(dtype=dtype), dataset, split, layout, batch_size, batch_stats,
-                          arrays, **options)
+    objective = Objective(
+        model.clone(dtype=dtype), dataset, split, layout, batch_size, batch_stats, arrays, **options
+    )
     objective = dataclasses.replace(objective, steps=_make_steps(objective))
     return dataclasses.replace(objective, placed=_Placed(objective)), params
 
@@ -179,8 +193,9 @@ class _Placed:
         return sum(float(self._objective.steps['count'](feed['mask'])) for feed in self.feeds)
 
 
-def place_feeds(dataset: Any, split: Any, batch_size: int, layout: Layout,
-                place: Callable[[Any], Any]) -> list[Any]:
+def place_feeds(
+    dataset: Any, split: Any, batch_size: int, layout: Layout, place: Callable[[Any], Any]
+) -> list[Any]:
     """Returns all evaluation feeds of a split, on the devices, where they stay.
 
     Raises:
@@ -194,14 +209,16 @@ def place_feeds(dataset: Any, split: Any, batch_size: int, layout: Layout,
         if size > free * len(layout.local_positions) / share:
             raise UserError(
                 f'An analysis keeps its {len(split)} examples on the devices: that is '
-                f'{size / 2 ** 30:.3g} GiB, and {free / 2 ** 30:.3g} are free. Take fewer '
-                'examples.')
+                f'{size / 2**30:.3g} GiB, and {free / 2**30:.3g} are free. Take fewer '
+                'examples.'
+            )
         placed.append(place(feed))
     return placed
 
 
 def _make_steps(objective):
     """The pmapped steps of each kind, a total with the sum over a batch added, and their means."""
+
     def loss(params, batch_stats, batch):
         return objective.of_logits(objective.logits(params, batch_stats, batch), batch)
 
@@ -221,20 +238,40 @@ def _make_steps(objective):
         def step(total, params, batch_stats, arrays, feed, vectors):
             batch = objective.dataset.eval_batch(arrays, feed)
             return jax.tree.map(
-                jnp.add, total, lax.psum(part(params, batch_stats, batch, *vectors), AXIS))
+                jnp.add, total, lax.psum(part(params, batch_stats, batch, *vectors), AXIS)
+            )
 
-        return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, None, None, 0, None),
-                        out_axes=None, donate_argnums=0, devices=objective.layout.devices)
+        return jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(None, None, None, None, 0, None),
+            out_axes=None,
+            donate_argnums=0,
+            devices=objective.layout.devices,
+        )
 
     def make_mean(of_penalty):
-        return jax.jit(lambda total, count, params, *vectors: jax.tree.map(
-            lambda x, y: x / count + y, total, of_penalty(params, *vectors)))
+        return jax.jit(
+            lambda total, count, params, *vectors: jax.tree.map(
+                lambda x, y: x / count + y, total, of_penalty(params, *vectors)
+            )
+        )
 
     gradient = jax.grad(objective.penalty)
     curvature = make_mean(lambda params, v: jax.jvp(gradient, (params,), (v,))[1])
-    count = jax.pmap(lambda mask: lax.psum(jnp.sum(mask), AXIS), axis_name=AXIS, out_axes=None,
-                     devices=objective.layout.devices)
-    return {'sums': make(objective.sums), 'count': count,
-            'gradient': make(jax.grad(loss)), 'gradient_mean': make_mean(gradient),
-            'hessian': make(hessian), 'hessian_mean': curvature,
-            'gauss_newton': make(gauss_newton), 'gauss_newton_mean': curvature}
+    count = jax.pmap(
+        lambda mask: lax.psum(jnp.sum(mask), AXIS),
+        axis_name=AXIS,
+        out_axes=None,
+        devices=objective.layout.devices,
+    )
+    return {
+        'sums': make(objective.sums),
+        'count': count,
+        'gradient': make(jax.grad(loss)),
+        'gradient_mean': make_mean(gradient),
+        'hessian': make(hessian),
+        'hessian_mean': curvature,
+        'gauss_newton': make(gauss_newton),
+        'gauss_newton_mean': curvature,
+    }

@@ -27,7 +27,7 @@ from sam_jax.sharpness.trees import move
 # Entries of params that may be copied at once for groups that ascend side by side: 1 GiB. On CPU
 # XLA runs a convolution with kernels of several groups much slower than one after the other.
 _COPIED = {'cpu': 0}
-_COPIED_ELSEWHERE = 2 ** 28
+_COPIED_ELSEWHERE = 2**28
 
 
 class Rise(NamedTuple):
@@ -74,8 +74,9 @@ def of_ball(objective: objectives.Objective, params: Any, ascent: Ascent) -> Ris
     return _rises(objective.value(params), [objective.value(_moved(params, eps))])
 
 
-def of_average_direction(objective: objectives.Objective, params: Any, rho: float, draws: int = 10,
-                         seed: int = 0) -> Rise:
+def of_average_direction(
+    objective: objectives.Objective, params: Any, rho: float, draws: int = 10, seed: int = 0
+) -> Rise:
     """The mean rise at distance rho in directions drawn uniformly from the sphere."""
     ball = lp_ball(rho)
 
@@ -93,13 +94,19 @@ def _moved(params, eps):
 
 def _rises(clean, perturbed):
     found = {name: np.array([p[name] for p in perturbed]) for name in clean}
-    return Rise(clean['loss'], clean['error_rate'],
-                float(found['loss'].mean()), float(found['error_rate'].mean()),
-                metrics.standard_error(found['loss']), len(perturbed))
+    return Rise(
+        clean['loss'],
+        clean['error_rate'],
+        float(found['loss'].mean()),
+        float(found['error_rate'].mean()),
+        metrics.standard_error(found['loss']),
+        len(perturbed),
+    )
 
 
-def make_m_sharpness(objective: objectives.Objective, m: int,
-                     ascent: Ascent) -> Callable[[Any, Any], Rise]:
+def make_m_sharpness(
+    objective: objectives.Objective, m: int, ascent: Ascent
+) -> Callable[[Any, Any], Rise]:
     """Returns (params, batch_stats) -> Rise of m-sharpness (SAM paper, section 4.1).
 
     The split is cut into consecutive groups of m examples, each of which ascends by its own
@@ -117,8 +124,9 @@ def make_m_sharpness(objective: objectives.Objective, m: int,
       ValueError: no such groups.
     """
     if not 1 <= m <= len(objective):
-        raise ValueError(f'm is {m}; it must be at least 1 and at most the {len(objective)} '
-                         'examples.')
+        raise ValueError(
+            f'm is {m}; it must be at least 1 and at most the {len(objective)} examples.'
+        )
     if len(objective.layout.devices) * m > min(objective.batch_size, len(objective)):
         return functools.partial(_each_group, objective, m, ascent)
     return _make_groups_at_once(objective, m, ascent)
@@ -129,15 +137,23 @@ def _each_group(objective, m, ascent, params, batch_stats):
     rises = []
     for start in range(0, len(objective) - m + 1, m):
         group = objective.of_split(
-            objective.split.subset(np.arange(start, start + m))).with_statistics(batch_stats)
+            objective.split.subset(np.arange(start, start + m))
+        ).with_statistics(batch_stats)
         if group.count == m:  # else an image of it is damaged
             rises.append(of_ball(group, params, ascent))
     if not rises:
         return _NO_GROUPS
     loss, error_rate, perturbed, perturbed_error = (
-        np.array([r[i] for r in rises]) for i in range(4))
-    return Rise(float(loss.mean()), float(error_rate.mean()), float(perturbed.mean()),
-                float(perturbed_error.mean()), metrics.standard_error(perturbed - loss), len(rises))
+        np.array([r[i] for r in rises]) for i in range(4)
+    )
+    return Rise(
+        float(loss.mean()),
+        float(error_rate.mean()),
+        float(perturbed.mean()),
+        float(perturbed_error.mean()),
+        metrics.standard_error(perturbed - loss),
+        len(rises),
+    )
 
 
 def _make_groups_at_once(objective, m, ascent):
@@ -155,10 +171,17 @@ def _make_groups_at_once(objective, m, ascent):
         eps, _ = ascent.update(gradient(params), ascent.init(params), params, grad_fn=gradient)
         (before, error), (after, perturbed_error) = loss(params), loss(_moved(params, eps))
         whole = jnp.all(batch['mask'] > 0)
-        return jax.tree.map(lambda x: jnp.where(whole, x, 0.0), {
-            'loss': before, 'error_rate': error, 'perturbed_loss': after,
-            'perturbed_error_rate': perturbed_error, 'squared_rise': (after - before) ** 2,
-            'count': jnp.ones(())})
+        return jax.tree.map(
+            lambda x: jnp.where(whole, x, 0.0),
+            {
+                'loss': before,
+                'error_rate': error,
+                'perturbed_loss': after,
+                'perturbed_error_rate': perturbed_error,
+                'squared_rise': (after - before) ** 2,
+                'count': jnp.ones(()),
+            },
+        )
 
     def step(params, batch_stats, arrays, feed):
         batch = objective.dataset.eval_batch(arrays, feed)
@@ -170,16 +193,23 @@ def _make_groups_at_once(objective, m, ascent):
             sums = jax.tree.map(jnp.sum, jax.vmap(measure)(groups))
         return lax.psum(sums, AXIS)
 
-    step = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
-                    devices=layout.devices)
+    step = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None, devices=layout.devices
+    )
 
     @functools.cache
     def feeds(size):
-        at_once = max(1, min(
-            objective.batch_size // (devices * m), len(objective) // (devices * m),
-            _COPIED.get(layout.devices[0].platform, _COPIED_ELSEWHERE) // size))
+        at_once = max(
+            1,
+            min(
+                objective.batch_size // (devices * m),
+                len(objective) // (devices * m),
+                _COPIED.get(layout.devices[0].platform, _COPIED_ELSEWHERE) // size,
+            ),
+        )
         return objectives.place_feeds(
-            objective.dataset, objective.split, devices * at_once * m, layout, layout.shard)
+            objective.dataset, objective.split, devices * at_once * m, layout, layout.shard
+        )
 
     def measure(params, batch_stats):
         size = sum(x.size for x in jax.tree.leaves(params))
@@ -189,8 +219,15 @@ def _make_groups_at_once(objective, m, ascent):
         if not n:
             return _NO_GROUPS
         loss, error_rate, perturbed, perturbed_error, square = (
-            sums[name] / n for name in (
-                'loss', 'error_rate', 'perturbed_loss', 'perturbed_error_rate', 'squared_rise'))
+            sums[name] / n
+            for name in (
+                'loss',
+                'error_rate',
+                'perturbed_loss',
+                'perturbed_error_rate',
+                'squared_rise',
+            )
+        )
         variance = max(square - (perturbed - loss) ** 2, 0.0)
         error = (variance / (n - 1)) ** 0.5 if n > 1 else float('nan')
         return Rise(loss, error_rate, perturbed, perturbed_error, error, int(n))

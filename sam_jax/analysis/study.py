@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_jax import replicas, run_log, tables
-from sam_jax.analysis import hessian, landscape, monitor, sharpness
+from sam_jax import replicas, run_log
+from sam_jax.analysis import hessian, landscape, monitor, sharpness, study_report
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -66,8 +66,10 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f'{name} is {getattr(self, name)}; it must be greater than 0.')
         if not self.points % 2:
-            raise UserError(f'points is {self.points}; it must be odd, so that the run itself is '
-                            'one of the places.')
+            raise UserError(
+                f'points is {self.points}; it must be odd, so that the run itself is '
+                'one of the places.'
+            )
         if min(self.m, default=1) < 1:
             raise UserError(f'm is {self.m}; it must hold numbers of examples, such as 1,16,64.')
 
@@ -94,9 +96,17 @@ class Run(NamedTuple):
     params: Any
 
 
-def open_run(workdir: str, split: str = SPLIT, examples: int = EXAMPLES, penalty: bool = False,
-             seed: int = 0, data_dir: str = '', epoch: int | None = None, batch_size: int = 0,
-             devices: Sequence[replicas.Device] | None = None) -> Run:
+def open_run(
+    workdir: str,
+    split: str = SPLIT,
+    examples: int = EXAMPLES,
+    penalty: bool = False,
+    seed: int = 0,
+    data_dir: str = '',
+    epoch: int | None = None,
+    batch_size: int = 0,
+    devices: Sequence[replicas.Device] | None = None,
+) -> Run:
     """Opens a checkpoint of a run on some examples; its moving average where it keeps one.
 
     Args:
@@ -124,16 +134,23 @@ def open_run(workdir: str, split: str = SPLIT, examples: int = EXAMPLES, penalty
         raise UserError(f'split is {split!r}; it must be one of {", ".join(splits)}.')
     chosen = monitor.chosen_examples(splits[split], examples or len(splits[split]), seed)
     objective, params = objectives.create(
-        experiment.model, experiment.weights(state), dataset, chosen, layout,
-        batch_size or config.eval.batch_size, label_smoothing=config.label_smoothing,
+        experiment.model,
+        experiment.weights(state),
+        dataset,
+        chosen,
+        layout,
+        batch_size or config.eval.batch_size,
+        label_smoothing=config.label_smoothing,
         weight_decay=config.optimizer.weight_decay if penalty else 0.0,
-        decay_norm_and_bias=config.optimizer.decay_norm_and_bias)
+        decay_norm_and_bias=config.optimizer.decay_norm_and_bias,
+    )
     name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'
     return Run(name, step, split, objective, params)
 
 
-def measure_spectrum(run: Run, settings: Settings,
-                     tell: Tell = _quiet) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def measure_spectrum(
+    run: Run, settings: Settings, tell: Tell = _quiet
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns (what analysis.json says of the spectrum, arrays for the picture)."""
     layout, product = run.objective.layout, run.objective.hessian_product
     flat = hessian.flat(product, run.params, layout)
@@ -141,68 +158,107 @@ def measure_spectrum(run: Run, settings: Settings,
     began = time.perf_counter()
     top = _top_eigenpairs(run, flat, monitor.RATIO_TO, steps, seed, tell)
     seconds = time.perf_counter() - began
-    density = hessian.density(flat.product, flat.size, probes, steps, seed,
-                              on_step=lambda i: tell(f'{run.name}: density', i, probes * steps))
-    trace = hessian.trace(product, run.params, layout, 5 * probes, seed,
-                          on_step=lambda i: tell(f'{run.name}: trace', i, 5 * probes))
+    density = hessian.density(
+        flat.product,
+        flat.size,
+        probes,
+        steps,
+        seed,
+        on_step=lambda i: tell(f'{run.name}: density', i, probes * steps),
+    )
+    trace = hessian.trace(
+        product,
+        run.params,
+        layout,
+        5 * probes,
+        seed,
+        on_step=lambda i: tell(f'{run.name}: trace', i, 5 * probes),
+    )
     low, high = min(density.nodes.min(), 0.0), max(top.values[0], density.nodes.max())
     margin = 0.05 * (high - low)
     grid = np.linspace(low - margin, high + margin, 1000)
     said = {
-        'lambda_max': float(top.values[0]), 'lambda_ratio': monitor.lambda_ratio(top.values),
-        'eigenvalues': top.values.tolist(), 'residuals': top.residuals.tolist(),
+        'lambda_max': float(top.values[0]),
+        'lambda_ratio': monitor.lambda_ratio(top.values),
+        'eigenvalues': top.values.tolist(),
+        'residuals': top.residuals.tolist(),
         'lowest': min(top.lowest, float(density.nodes[density.weights > 0].min())),
         'products': top.steps,
-        'seconds': seconds, 'trace': trace.mean, 'trace_standard_error': trace.standard_error,
-        'layers': {name: {'trace': mean, 'standard_error': error}
-                   for name, (mean, error) in trace.layers.items()}}
-    return said, {'grid': grid, 'density': density.on(grid, 0.01 * (high - low)),
-                  'nodes': density.nodes, 'weights': density.weights, 'eigenvalues': top.values}
+        'seconds': seconds,
+        'trace': trace.mean,
+        'trace_standard_error': trace.standard_error,
+        'layers': {
+            name: {'trace': mean, 'standard_error': error}
+            for name, (mean, error) in trace.layers.items()
+        },
+    }
+    return said, {
+        'grid': grid,
+        'density': density.on(grid, 0.01 * (high - low)),
+        'nodes': density.nodes,
+        'weights': density.weights,
+        'eigenvalues': top.values,
+    }
 
 
 def _top_eigenpairs(run, flat, k, steps, seed, tell):
     needed, free = 4 * steps * flat.size, replicas.free_host_memory()
     if needed > free:
-        raise UserError(f'steps is {steps}; so many vectors of the {flat.size:,} params need '
-                        f'{needed / 2 ** 30:.3g} GiB of the host, and {free / 2 ** 30:.3g} are '
-                        'free: take fewer.')
+        raise UserError(
+            f'steps is {steps}; so many vectors of the {flat.size:,} params need '
+            f'{needed / 2**30:.3g} GiB of the host, and {free / 2**30:.3g} are '
+            'free: take fewer.'
+        )
     try:
         return hessian.top_eigenpairs(
-            flat.product, flat.size, k=min(k, flat.size), steps=steps, seed=seed,
-            on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps))
+            flat.product,
+            flat.size,
+            k=min(k, flat.size),
+            steps=steps,
+            seed=seed,
+            on_step=lambda i: tell(f'{run.name}: eigenvalues', i, steps),
+        )
     except FloatingPointError as e:
-        raise UserError(f'{run.name}: the loss has no finite curvature at step {run.step}: '
-                        f'{e}') from e
+        raise UserError(
+            f'{run.name}: the loss has no finite curvature at step {run.step}: {e}'
+        ) from e
 
 
-def measure_sharpness(run: Run, settings: Settings,
-                      tell: Tell = _quiet) -> dict[str, dict[str, float]]:
+def measure_sharpness(
+    run: Run, settings: Settings, tell: Tell = _quiet
+) -> dict[str, dict[str, float]]:
     """Returns what analysis.json says of the sharpness: {measure: Rise as a dict}."""
     objective, params, rho = run.objective, run.params, settings.rho
     metric = ascent.adaptive_metric(0.01, 'weights')
-    ascents = {'SAM step': ascent.lp_ball(rho),
-               '5 projected steps': ascent.projected_steps(rho, 5, step_size=0.5),
-               f'adaptive, rho {settings.adaptive_rho:g}':
-                   ascent.metric_ball(settings.adaptive_rho, metric)}
-    measures = {name: lambda a=a: sharpness.of_ball(objective, params, a)
-                for name, a in ascents.items()}
+    ascents = {
+        'SAM step': ascent.lp_ball(rho),
+        '5 projected steps': ascent.projected_steps(rho, 5, step_size=0.5),
+        f'adaptive, rho {settings.adaptive_rho:g}': ascent.metric_ball(
+            settings.adaptive_rho, metric
+        ),
+    }
+    measures = {
+        name: lambda a=a: sharpness.of_ball(objective, params, a) for name, a in ascents.items()
+    }
     measures['average direction'] = lambda: sharpness.of_average_direction(
-        objective, params, rho, seed=settings.seed)
+        objective, params, rho, seed=settings.seed
+    )
     for m in settings.m:
         if m <= len(objective):
             measures[f'm = {m}'] = lambda m=m: sharpness.make_m_sharpness(
-                objective, m, ascent.lp_ball(rho))(params, objective.batch_stats)
+                objective, m, ascent.lp_ball(rho)
+            )(params, objective.batch_stats)
     said = {}
     for i, (name, measure) in enumerate(measures.items()):
         rise = measure()
-        said[name] = {**rise._asdict(), 'sharpness': rise.sharpness,
-                      'error_rise': rise.error_rise}
+        said[name] = {**rise._asdict(), 'sharpness': rise.sharpness, 'error_rise': rise.error_rise}
         tell(f'{run.name}: sharpness', i + 1, len(measures))
     return said
 
 
-def measure_surface(run: Run, directions: list[Any], places: np.ndarray, path: str, key: str,
-                    tell: Tell = _quiet) -> dict[str, np.ndarray]:
+def measure_surface(
+    run: Run, directions: list[Any], places: np.ndarray, path: str, key: str, tell: Tell = _quiet
+) -> dict[str, np.ndarray]:
     """Returns {'loss', 'error_rate'} at the places; what is measured is kept in a file.
 
     Args:
@@ -252,8 +308,9 @@ def _axes_of(run, settings, tell):
     return [flat.unflatten(length * v) for v in top.vectors]
 
 
-def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
-            tell: Tell = _quiet) -> dict[str, Any]:
+def analyze(
+    runs: list[Run], out: str, settings: Settings = Settings(), tell: Tell = _quiet
+) -> dict[str, Any]:
     """Measures one run or two and writes everything into a folder.
 
     Args:
@@ -269,34 +326,49 @@ def analyze(runs: list[Run], out: str, settings: Settings = Settings(),
         os.makedirs(out, exist_ok=True)
     except OSError as e:
         raise UserError(f'out is {out!r}, where nothing can be written: {e.strerror}.') from e
-    said = {'settings': dataclasses.asdict(settings), 'runs': [{
-        'name': r.name, 'step': r.step, 'dataset': r.objective.dataset.name, 'split': r.split,
-        'examples': len(r.objective), 'weight_decay': r.objective.weight_decay,
-        'label_smoothing': r.objective.label_smoothing, **r.objective.value(r.params)}
-        for r in runs]}
+    said = {
+        'settings': dataclasses.asdict(settings),
+        'runs': [
+            {
+                'name': r.name,
+                'step': r.step,
+                'dataset': r.objective.dataset.name,
+                'split': r.split,
+                'examples': len(r.objective),
+                'weight_decay': r.objective.weight_decay,
+                'label_smoothing': r.objective.label_smoothing,
+                **r.objective.value(r.params),
+            }
+            for r in runs
+        ],
+    }
     for name in ('dataset', 'examples'):
         if len({of_run[name] for of_run in said['runs']}) > 1:
-            raise UserError(f'The {name} of the two runs are '
-                            f'{" and ".join(str(r[name]) for r in said["runs"])}; they must be the '
-                            'same to be compared.')
+            raise UserError(
+                f'The {name} of the two runs are '
+                f'{" and ".join(str(r[name]) for r in said["runs"])}; they must be the '
+                'same to be compared.'
+            )
     drawn = []
     for i, (run, of_run) in enumerate(zip(runs, said['runs'])):
         if 'spectrum' in settings.what:
             of_run['spectrum'], arrays = measure_spectrum(run, settings, tell)
             _save(os.path.join(out, f'spectrum_{i + 1}.npz'), **arrays)
-            drawn.append(figures.Spectrum(
-                run.name, arrays['grid'], arrays['density'], arrays['eigenvalues']))
+            drawn.append(
+                figures.Spectrum(run.name, arrays['grid'], arrays['density'], arrays['eigenvalues'])
+            )
         if 'sharpness' in settings.what:
             of_run['sharpness'] = measure_sharpness(run, settings, tell)
     if drawn:
         figures.save(figures.spectra(drawn), os.path.join(out, 'spectrum.png'))
     # Between networks of different shapes there is no line.
-    said['path'] = len(runs) == 2 and len(
-        {str(jax.tree.map(np.shape, r.params)) for r in runs}) == 1
+    said['path'] = (
+        len(runs) == 2 and len({str(jax.tree.map(np.shape, r.params)) for r in runs}) == 1
+    )
     # Written before what may take longest.
     run_log.write_json(os.path.join(out, 'analysis.json'), said)
     with open(os.path.join(out, 'report.md'), 'w') as file:
-        file.write(report(said))
+        file.write(study_report.markdown(said))
     if 'landscape' in settings.what:
         _landscapes(runs, out, settings, tell)
         if said['path']:
@@ -311,15 +383,25 @@ def is_done(out: str, settings: Settings, split: str, examples: int) -> bool:
         return False
     run = said['runs'][0]
     drawn = 'landscape' not in settings.what or os.path.exists(os.path.join(out, 'landscape.png'))
-    return (drawn and json.loads(json.dumps(dataclasses.asdict(settings))) == said['settings']
-            and run['split'] == split and examples in (0, run['examples']))
+    return (
+        drawn
+        and json.loads(json.dumps(dataclasses.asdict(settings))) == said['settings']
+        and run['split'] == split
+        and examples in (0, run['examples'])
+    )
 
 
 def _identity(run):
     """What a surface of a run depends on, besides its directions and places."""
     checksum = _checksum([run.params, run.objective.batch_stats, run.objective.split.index])
-    return [run.name, run.step, run.split, checksum, run.objective.weight_decay,
-            run.objective.label_smoothing]
+    return [
+        run.name,
+        run.step,
+        run.split,
+        checksum,
+        run.objective.weight_decay,
+        run.objective.label_smoothing,
+    ]
 
 
 def _checksum(tree):
@@ -336,12 +418,15 @@ def _landscapes(runs, out, settings, tell):
         axes = _axes_of(run, settings, tell)
         key = json.dumps([_identity(run), settings.points, settings.extent, _checksum(axes)])
         found = measure_surface(
-            run, axes, places, os.path.join(out, f'landscape_{i + 1}.npz'), key, tell)
-        drawn.append(figures.Surface(
-            run.name, ticks, found['loss'].reshape(len(ticks), len(ticks))))
+            run, axes, places, os.path.join(out, f'landscape_{i + 1}.npz'), key, tell
+        )
+        drawn.append(
+            figures.Surface(run.name, ticks, found['loss'].reshape(len(ticks), len(ticks)))
+        )
     axis = {'random': 'direction', 'eigenvectors': 'eigenvector'}[settings.directions]
-    figures.save(figures.surfaces(drawn, f'{axis} 1', f'{axis} 2'),
-                 os.path.join(out, 'landscape.png'))
+    figures.save(
+        figures.surfaces(drawn, f'{axis} 1', f'{axis} 2'), os.path.join(out, 'landscape.png')
+    )
 
 
 def _path_between(runs, out, points, tell):
@@ -350,61 +435,25 @@ def _path_between(runs, out, points, tell):
     places = np.linspace(0.0, 1.0, 2 * points - 1)
     way = landscape.difference(*variables)
     key = json.dumps([*map(_identity, runs), points])
-    found = measure_surface(runs[0], [way], places[:, None], os.path.join(out, 'path.npz'), key,
-                            tell)
+    found = measure_surface(
+        runs[0], [way], places[:, None], os.path.join(out, 'path.npz'), key, tell
+    )
     no_interval = [math.nan] * len(places)
-    figures.save(figures.panels([
-        figures.Panel(f'from {runs[0].name} (0) to {runs[1].name} (1)', 'share of the way', label,
-                      [figures.Curve(label, places, list(values), no_interval)], log_y=log_y)
-        for label, values, log_y in (('loss', found['loss'], True),
-                                     ('error rate (%)', 100 * found['error_rate'], False))]),
-        os.path.join(out, 'path.png'))
-
-
-def report(said: dict[str, Any]) -> str:
-    """Returns the Markdown report of what analysis.json says: a column for each run."""
-    runs, what = said['runs'], said['settings']['what']
-    head = ['', *(f'{r["name"]} (step {r["step"]})' for r in runs)]
-    lines = ['# How flat it is', '',
-             f'Loss of {runs[0]["examples"]} examples of {runs[0]["dataset"]}, split '
-             f'{runs[0]["split"]}, BatchNorm in evaluation mode.', '',
-             tables.markdown(head, _rows(runs, what))]
-    if 'sharpness' in what:
-        lines += ['', f'The balls have radius {said["settings"]["rho"]:g}, unless named otherwise.']
-        lines += [f'There are too few examples for m = {m}.' for m in said['settings']['m']
-                  if m > runs[0]['examples']]
-    if 'spectrum' in what:
-        lines += ['', '![spectrum](spectrum.png)']
-    if 'landscape' in what:
-        lines += ['', '![landscape](landscape.png)']
-        if said['path']:
-            lines += ['', '![path](path.png)']
-        elif len(runs) == 2:
-            lines += ['', 'The params of the runs differ in shape: there is no line between them.']
-    return '\n'.join(lines) + '\n'
-
-
-def _rows(runs, what):
-    """Returns the rows of the report's table: what is measured, and the value of each run."""
-    rows = [
-        ['weight decay of the L2 penalty', *(
-            f'{r["weight_decay"]:g}' if r['weight_decay'] else 'without penalty' for r in runs)],
-        ['label smoothing', *(f'{r["label_smoothing"]:g}' for r in runs)],
-        ['loss', *(f'{r["loss"]:.4g}' for r in runs)],
-        ['error rate (%)', *(f'{100 * r["error_rate"]:.2f}' for r in runs)]]
-    if 'spectrum' in what:
-        spectra = [r['spectrum'] for r in runs]
-        rows += [
-            ['lambda_max', *(f'{s["lambda_max"]:.4g}' for s in spectra)],
-            ['lambda_max / lambda_5', *(f'{s["lambda_ratio"]:.3g}' for s in spectra)],
-            ['least eigenvalue at most', *(f'{s["lowest"]:.3g}' for s in spectra)],
-            ['trace (standard error)', *(
-                f'{s["trace"]:.4g} ({s["trace_standard_error"]:.2g})' for s in spectra)]]
-    if 'sharpness' in what:
-        for name in runs[0]['sharpness']:
-            rises = [r['sharpness'][name] for r in runs]
-            rows += [
-                [f'rise of the loss: {name}', *(f'{x["sharpness"]:.4g}' for x in rises)],
-                [f'rise of the error rate: {name} (points of %)', *(
-                    f'{100 * x["error_rise"]:z.2f}' for x in rises)]]
-    return rows
+    figures.save(
+        figures.panels(
+            [
+                figures.Panel(
+                    f'from {runs[0].name} (0) to {runs[1].name} (1)',
+                    'share of the way',
+                    label,
+                    [figures.Curve(label, places, list(values), no_interval)],
+                    log_y=log_y,
+                )
+                for label, values, log_y in (
+                    ('loss', found['loss'], True),
+                    ('error rate (%)', 100 * found['error_rate'], False),
+                )
+            ]
+        ),
+        os.path.join(out, 'path.png'),
+    )

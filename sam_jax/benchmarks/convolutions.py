@@ -25,7 +25,8 @@ _ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each is timed.')
 
 def _convolve(x, w, stride):
     return lax.conv_general_dilated(
-        x, w, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        x, w, (stride, stride), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
 
 
 def passes(stride: int) -> dict[str, Callable[..., jax.Array]]:
@@ -33,12 +34,14 @@ def passes(stride: int) -> dict[str, Callable[..., jax.Array]]:
     return {
         'forward': lambda x, w, g: _convolve(x, w, stride),
         'input': lambda x, w, g: jax.vjp(lambda x: _convolve(x, w, stride), x)[1](g)[0],
-        'filter': lambda x, w, g: jax.vjp(lambda w: _convolve(x, w, stride), w)[1](g)[0]}
+        'filter': lambda x, w, g: jax.vjp(lambda w: _convolve(x, w, stride), w)[1](g)[0],
+    }
 
 
 def _within_cond(function):
     return lambda x, w, g: lax.cond(
-        x[0, 0, 0, 0] < 1e9, function, lambda x, w, g: 2 * function(x, w, g), x, w, g)
+        x[0, 0, 0, 0] < 1e9, function, lambda x, w, g: 2 * function(x, w, g), x, w, g
+    )
 
 
 def _best_seconds(function, arguments):
@@ -54,8 +57,11 @@ def _best_seconds(function, arguments):
 
 def measure(size: int, channels: int, filters: int, stride: int) -> list[list[str]]:
     """Returns the rows of one convolution."""
-    shapes = ((_IMAGES.value, size, size, channels), (3, 3, channels, filters),
-              (_IMAGES.value, size // stride, size // stride, filters))
+    shapes = (
+        (_IMAGES.value, size, size, channels),
+        (3, 3, channels, filters),
+        (_IMAGES.value, size // stride, size // stride, filters),
+    )
     arguments = [jax.device_put(np.random.RandomState(0).randn(*s).astype('f')) for s in shapes]
     operations = 2 * np.prod(shapes[2]) * np.prod(shapes[1][:3])
     rows = []
@@ -74,12 +80,20 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     wide = 16 * _WIDTH.value
-    layers = ((32, 16, wide, 1), (32, wide, wide, 1), (32, wide, 2 * wide, 2),
-              (16, 2 * wide, 2 * wide, 1), (16, 2 * wide, 4 * wide, 2),
-              (8, 4 * wide, 4 * wide, 1))
-    print(tables.markdown(
-        ('convolution', 'pass', 'JAX', 'ours', 'JAX, in cond', 'ours, in cond'),
-        [row for layer in layers for row in measure(*layer)]))
+    layers = (
+        (32, 16, wide, 1),
+        (32, wide, wide, 1),
+        (32, wide, 2 * wide, 2),
+        (16, 2 * wide, 2 * wide, 1),
+        (16, 2 * wide, 4 * wide, 2),
+        (8, 4 * wide, 4 * wide, 1),
+    )
+    print(
+        tables.markdown(
+            ('convolution', 'pass', 'JAX', 'ours', 'JAX, in cond', 'ours, in cond'),
+            [row for layer in layers for row in measure(*layer)],
+        )
+    )
 
 
 if __name__ == '__main__':

@@ -60,7 +60,8 @@ def ours(recipe: str, images: np.ndarray) -> float:
         keys = jax.random.split(jax.random.key(seed), len(images))
         pixels = augment.augment(images, keys, augmentation)
         return augment.finish(
-            pixels, keys, jax.random.key(seed), augmentation, source.mean, source.std)
+            pixels, keys, jax.random.key(seed), augmentation, source.mean, source.std
+        )
 
     images = jax.device_put(images)
     return _best_rate(lambda: run(images, 0).block_until_ready(), len(images))
@@ -87,8 +88,11 @@ def tf_data(recipe: str, images: np.ndarray) -> float:
         hole = inside[0][:, None] & inside[1][None]
         return tf.where(hole[None, :, :, None], 0.0, batch)
 
-    dataset = tf.data.Dataset.from_tensor_slices(images).map(
-        one, num_parallel_calls=tf.data.AUTOTUNE).batch(128)
+    dataset = (
+        tf.data.Dataset.from_tensor_slices(images)
+        .map(one, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(128)
+    )
     if 'cutout' in parts:
         dataset = dataset.map(cut)
     dataset = dataset.prefetch(2)
@@ -103,33 +107,39 @@ def _tf_autoaugment(policy):
         def transform(image, level):
             row = [x(level) if callable(x) else x for x in matrix]
             return tf.raw_ops.ImageProjectiveTransformV3(
-                images=image[None], transforms=[row + [0.0, 0.0]], output_shape=[32, 32],
-                fill_value=0.0, interpolation='NEAREST', fill_mode='CONSTANT')[0]
+                images=image[None],
+                transforms=[row + [0.0, 0.0]],
+                output_shape=[32, 32],
+                fill_value=0.0,
+                interpolation='NEAREST',
+                fill_mode='CONSTANT',
+            )[0]
+
         return transform
 
     def signed(scale):
-        return lambda level: tf.where(
-            tf.random.uniform([]) < 0.5, level, -level) * scale
+        return lambda level: tf.where(tf.random.uniform([]) < 0.5, level, -level) * scale
 
     def blend(other):
         def mix(image, level):
             factor = level / 10 * 1.8 + 0.1
             a, b = tf.cast(other(image), tf.float32), tf.cast(image, tf.float32)
             return tf.saturate_cast(a + factor * (b - a), tf.uint8)
+
         return mix
 
     def gray(image):
         return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image))
 
     def mean(image):
-        histogram = tf.histogram_fixed_width(
-            tf.cast(gray(image)[..., 0], tf.int32), [0, 255], 256)
+        histogram = tf.histogram_fixed_width(tf.cast(gray(image)[..., 0], tf.int32), [0, 255], 256)
         return tf.fill([32, 32, 3], tf.cast(tf.reduce_sum(histogram) / 256, tf.uint8))
 
     def smooth(image):
         kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32)[:, :, None, None] / 13
         result = tf.nn.depthwise_conv2d(
-            tf.cast(image, tf.float32)[None], tf.tile(kernel, [1, 1, 3, 1]), [1] * 4, 'VALID')
+            tf.cast(image, tf.float32)[None], tf.tile(kernel, [1, 1, 3, 1]), [1] * 4, 'VALID'
+        )
         inner = tf.pad(tf.cast(result[0], tf.uint8), [[1, 1], [1, 1], [0, 0]])
         mask = tf.pad(tf.ones([30, 30, 1], tf.bool), [[1, 1], [1, 1], [0, 0]])
         return tf.where(mask, inner, image)
@@ -149,8 +159,10 @@ def _tf_autoaugment(policy):
             last = tf.gather(counts, tf.reduce_max(tf.where(counts > 0)))
             step = (tf.reduce_sum(counts) - last) // 255
             table = tf.clip_by_value(
-                (tf.cumsum(counts, exclusive=True) + step // 2) // tf.maximum(step, 1), 0, 255)
+                (tf.cumsum(counts, exclusive=True) + step // 2) // tf.maximum(step, 1), 0, 255
+            )
             return tf.where(step > 0, tf.cast(tf.gather(table, tf.cast(x, tf.int32)), tf.uint8), x)
+
         return tf.stack([channel(image[..., i]) for i in range(3)], axis=-1)
 
     def rotate(image, level):
@@ -167,12 +179,18 @@ def _tf_autoaugment(policy):
         'ShearY': warp(1.0, 0.0, 0.0, signed(0.03), 1.0, 0.0),
         'TranslateX': warp(1.0, 0.0, signed(25.0), 0.0, 1.0, 0.0),
         'TranslateY': warp(1.0, 0.0, 0.0, 0.0, 1.0, signed(25.0)),
-        'Rotate': rotate, 'AutoContrast': stretch, 'Equalize': equalize,
+        'Rotate': rotate,
+        'AutoContrast': stretch,
+        'Equalize': equalize,
         'Invert': lambda image, level: 255 - image,
         'Solarize': lambda image, level: tf.where(
-            tf.cast(image, tf.float32) < level * 25.6, image, 255 - image),
-        'Posterize': posterize, 'Contrast': blend(mean), 'Color': blend(gray),
-        'Brightness': blend(tf.zeros_like), 'Sharpness': blend(smooth),
+            tf.cast(image, tf.float32) < level * 25.6, image, 255 - image
+        ),
+        'Posterize': posterize,
+        'Contrast': blend(mean),
+        'Color': blend(gray),
+        'Brightness': blend(tf.zeros_like),
+        'Sharpness': blend(smooth),
         'Cutout': lambda image, level: tf.zeros_like(image),
         'SolarizeAdd': lambda image, level: image,
     }
@@ -184,10 +202,16 @@ def _tf_autoaugment(policy):
     def run(image):
         line = tf.random.uniform([], 0, len(policy), tf.int32)
         for i in range(2):
+
             def switch(image=image, i=i):
-                return tf.switch_case(kinds[line, i], [
-                    lambda f=f: tf.ensure_shape(f(image, levels[line, i]), [32, 32, 3])
-                    for f in operations.values()])
+                return tf.switch_case(
+                    kinds[line, i],
+                    [
+                        lambda f=f: tf.ensure_shape(f(image, levels[line, i]), [32, 32, 3])
+                        for f in operations.values()
+                    ],
+                )
+
             image = tf.cond(tf.random.uniform([]) < chances[line, i], switch, lambda x=image: x)
         return image
 
@@ -206,35 +230,56 @@ def decoding(n: int, threads: int) -> Iterator[tuple[str, float]]:
             photo = tf.cast(tf.image.resize(image, (375, 500), 'bicubic'), tf.uint8)
             tf.io.write_file(os.path.join(folder, f'{i}.jpg'), tf.io.encode_jpeg(photo, quality=90))
         config = schema.default_config()
-        config.data.update(name='folder', dir=root, image_size=224, augment='imagenet',
-                           threads=threads)
+        config.data.update(
+            name='folder', dir=root, image_size=224, augment='imagenet', threads=threads
+        )
         dataset = data.load_dataset(config.data)
         encoded = [dataset.train[i][0] for i in range(len(dataset.train))]
-        windows = [decode.random_window(tf.constant([375, 500, 3]), 224, tf.constant([i, 0]))
-                   for i in range(len(encoded))]
+        windows = [
+            decode.random_window(tf.constant([375, 500, 3]), 224, tf.constant([i, 0]))
+            for i in range(len(encoded))
+        ]
 
         def crop(i):
             return tf.io.decode_and_crop_jpeg(encoded[i], windows[i], channels=3)
 
         def resized(i):
             pixels = tf.raw_ops.ResizeBicubic(
-                images=crop(i)[None], size=(224, 224), align_corners=False,
-                half_pixel_centers=False)[0]
+                images=crop(i)[None], size=(224, 224), align_corners=False, half_pixel_centers=False
+            )[0]
             return tf.cast(tf.clip_by_value(pixels + 0.5, 0.0, 255.0), tf.uint8).numpy()
 
         indices = range(len(encoded))
         batch = len(encoded) // 4
         layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            yield 'bare decode_and_crop_jpeg', _best_rate(
-                lambda: list(pool.map(crop, indices)), len(encoded), 3)
-            yield 'the same, ResizeBicubic, round and cast', _best_rate(
-                lambda: list(pool.map(resized, indices)), len(encoded), 3)
-            yield 'sam_jax.data.decode.random_crop', _best_rate(
-                lambda: list(pool.map(lambda i: decode.random_crop(
-                    encoded[i], 224, np.array([i, 0], np.int32)), indices)), len(encoded), 3)
-        yield 'sam_jax, files to batches', _best_rate(
-            lambda: [None for _ in dataset.train_feeds(0, 0, 8, layout)], 8 * batch, 3)
+            yield (
+                'bare decode_and_crop_jpeg',
+                _best_rate(lambda: list(pool.map(crop, indices)), len(encoded), 3),
+            )
+            yield (
+                'the same, ResizeBicubic, round and cast',
+                _best_rate(lambda: list(pool.map(resized, indices)), len(encoded), 3),
+            )
+            yield (
+                'sam_jax.data.decode.random_crop',
+                _best_rate(
+                    lambda: list(
+                        pool.map(
+                            lambda i: decode.random_crop(
+                                encoded[i], 224, np.array([i, 0], np.int32)
+                            ),
+                            indices,
+                        )
+                    ),
+                    len(encoded),
+                    3,
+                ),
+            )
+        yield (
+            'sam_jax, files to batches',
+            _best_rate(lambda: [None for _ in dataset.train_feeds(0, 0, 8, layout)], 8 * batch, 3),
+        )
 
 
 def resuming(n: int, batch: int = 32) -> Iterator[tuple[str, float, float]]:
@@ -244,8 +289,9 @@ def resuming(n: int, batch: int = 32) -> Iterator[tuple[str, float, float]]:
     from clu import deterministic_data
 
     registered = tfds.builder('food101', data_dir='/nowhere')
-    encoded = tf.io.encode_jpeg(np.random.RandomState(0).randint(
-        0, 256, (375, 500, 3)).astype(np.uint8)).numpy()
+    encoded = tf.io.encode_jpeg(
+        np.random.RandomState(0).randint(0, 256, (375, 500, 3)).astype(np.uint8)
+    ).numpy()
 
     class Photos(tfds.core.GeneratorBasedBuilder):
         """A dataset of one image, many times."""
@@ -275,20 +321,34 @@ def resuming(n: int, batch: int = 32) -> Iterator[tuple[str, float, float]]:
 
         def deterministic(step):
             dataset = deterministic_data.create_dataset(
-                builder, split='train', batch_dims=[batch], rng=jax.random.key_data(
-                    jax.random.key(0)), preprocess_fn=crop, num_epochs=1, shuffle_buffer_size=1000,
-                decoders={'image': tfds.decode.SkipDecoding()})
+                builder,
+                split='train',
+                batch_dims=[batch],
+                rng=jax.random.key_data(jax.random.key(0)),
+                preprocess_fn=crop,
+                num_epochs=1,
+                shuffle_buffer_size=1000,
+                decoders={'image': tfds.decode.SkipDecoding()},
+            )
             next(iter(dataset.skip(step)))
 
         config = schema.default_config()
-        config.data.update(name='food101', dir=os.path.join(root, 'array_record'), image_size=224,
-                           augment='imagenet')
+        config.data.update(
+            name='food101',
+            dir=os.path.join(root, 'array_record'),
+            image_size=224,
+            augment='imagenet',
+        )
         dataset = data.load_dataset(config.data)
         layout, _ = replicas.make_layout(batch, batch, 1, devices=jax.devices()[:1])
-        for name, read in (('sam_jax', lambda step: dataset.train_feed(0, step, layout)),
-                           ('clu.deterministic_data', deterministic)):
-            yield (name, *(1 / _best_rate(lambda read=read, s=s: read(s), 1, 3)
-                           for s in (0, middle)))
+        for name, read in (
+            ('sam_jax', lambda step: dataset.train_feed(0, step, layout)),
+            ('clu.deterministic_data', deterministic),
+        ):
+            yield (
+                name,
+                *(1 / _best_rate(lambda read=read, s=s: read(s), 1, 3) for s in (0, middle)),
+            )
 
 
 def share(name: str, batch: int) -> tuple[float, float]:
@@ -305,8 +365,10 @@ def share(name: str, batch: int) -> tuple[float, float]:
         experiment = Experiment.from_config(config, jax.devices()[:1])
         feed = experiment.dataset.train_feed(0, 0, experiment.layout)
         steps[recipe] = types.SimpleNamespace(
-            step=experiment.train_step, state=experiment.initial_state(),
-            arguments=(experiment.layout.shard(feed), *experiment.constants))
+            step=experiment.train_step,
+            state=experiment.initial_state(),
+            arguments=(experiment.layout.shard(feed), *experiment.constants),
+        )
         seconds[recipe] = []
     for _ in range(3):
         for recipe, s in steps.items():
@@ -327,30 +389,44 @@ def _beside(recipe, images):
 def main(argv: list[str]) -> None:
     """Prints what the flags ask for."""
     del argv
-    images = np.random.RandomState(0).randint(
-        0, 256, (_IMAGES.value, 32, 32, 3)).astype(np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (_IMAGES.value, 32, 32, 3)).astype(np.uint8)
     if _RECIPES.value:
-        print(tables.markdown(
-            ('recipe', 'sam_jax, images/s', 'tf.data, images/s'),
-            [(recipe, f'{ours(recipe, images):.0f}', _beside(recipe, images))
-             for recipe in _RECIPES.value]))
+        print(
+            tables.markdown(
+                ('recipe', 'sam_jax, images/s', 'tf.data, images/s'),
+                [
+                    (recipe, f'{ours(recipe, images):.0f}', _beside(recipe, images))
+                    for recipe in _RECIPES.value
+                ],
+            )
+        )
     if _JPEGS.value:
         threads = _THREADS.value or os.cpu_count()
         rates = list(decoding(_JPEGS.value, threads))
-        print(tables.markdown(
-            (f'{threads} threads', 'images/s', 'of the bare loop'),
-            [(name, f'{rate:.0f}', f'{rate / rates[0][1]:.2f}') for name, rate in rates]))
+        print(
+            tables.markdown(
+                (f'{threads} threads', 'images/s', 'of the bare loop'),
+                [(name, f'{rate:.0f}', f'{rate / rates[0][1]:.2f}') for name, rate in rates],
+            )
+        )
     if _RESUME.value:
-        print(tables.markdown(
-            ('reader', 'first batch (s)', 'batch in mid-epoch (s)'),
-            [(name, f'{first:.2f}', f'{middle:.2f}')
-             for name, first, middle in resuming(_RESUME.value)]))
+        print(
+            tables.markdown(
+                ('reader', 'first batch (s)', 'batch in mid-epoch (s)'),
+                [
+                    (name, f'{first:.2f}', f'{middle:.2f}')
+                    for name, first, middle in resuming(_RESUME.value)
+                ],
+            )
+        )
     if _SHARE.value:
         whole, without = share(_SHARE.value, _BATCH.value)
-        augmentation = _BATCH.value / ours('autoaugment_cutout', images[:_BATCH.value])
-        print(f'{_SHARE.value}, batch {_BATCH.value}: step {whole:.3f} s, without augmentation '
-              f'{without:.3f} s; augmentation alone {augmentation:.4f} s, '
-              f'{100 * augmentation / whole:.2f} % of the step')
+        augmentation = _BATCH.value / ours('autoaugment_cutout', images[: _BATCH.value])
+        print(
+            f'{_SHARE.value}, batch {_BATCH.value}: step {whole:.3f} s, without augmentation '
+            f'{without:.3f} s; augmentation alone {augmentation:.4f} s, '
+            f'{100 * augmentation / whole:.2f} % of the step'
+        )
 
 
 if __name__ == '__main__':

@@ -68,16 +68,26 @@ def start_of(method: str) -> tuple[str, tuple[float, ...]]:
 
 def make_run(method: str, value: float, seed: int, workdir: str, epochs: int) -> grid.Run:
     """Returns the run of a method with a value of the key that is searched."""
-    overrides = {'data.validation': True, 'total_epochs': epochs, 'analysis.every_epochs': epochs,
-                 'analysis.examples': 300, 'analysis.steps': 30, **SETTINGS.get(method, {})}
-    run, = grid.make_runs(
-        'digits:noise=0.4', [{':method': method, start_of(method)[0]: value, ':seed': seed}],
-        overrides, workdir)
+    overrides = {
+        'data.validation': True,
+        'total_epochs': epochs,
+        'analysis.every_epochs': epochs,
+        'analysis.examples': 300,
+        'analysis.steps': 30,
+        **SETTINGS.get(method, {}),
+    }
+    (run,) = grid.make_runs(
+        'digits:noise=0.4',
+        [{':method': method, start_of(method)[0]: value, ':seed': seed}],
+        overrides,
+        workdir,
+    )
     return run
 
 
-def search(values: tuple[float, ...], errors: dict[float, float]
-           ) -> tuple[list[float], float | None, list[float]]:
+def search(
+    values: tuple[float, ...], errors: dict[float, float]
+) -> tuple[list[float], float | None, list[float]]:
     """Returns (all values, the best of them if it is known, the values to be tried next).
 
     Args:
@@ -100,7 +110,7 @@ def search(values: tuple[float, ...], errors: dict[float, float]
 
 def _beyond(end, neighbour):
     """The next value of a geometric grid, with two digits."""
-    return float(f'{end ** 2 / neighbour:.2g}')
+    return float(f'{end**2 / neighbour:.2g}')
 
 
 class Method:
@@ -130,27 +140,38 @@ class Method:
         results: list[Any] = [run.result() for run in self.runs]
         gradients = statistics.mean(r['gradient_evaluations'] / r['step'] for r in results)
         tried = ', '.join(f'**{v:g}**' if v == self.best else f'{v:g}' for v in self.values)
-        return (f'`{self.name}`', interval(mean_and_interval([100 * r[TEST] for r in results]), 1),
-                f'{statistics.median(float(r["analysis/lambda_max"]) for r in results):.3g}',
-                f'{gradients:.2f}', f'{self.key.removeprefix("sam.")}: {tried}')
+        return (
+            f'`{self.name}`',
+            interval(mean_and_interval([100 * r[TEST] for r in results]), 1),
+            f'{statistics.median(float(r["analysis/lambda_max"]) for r in results):.3g}',
+            f'{gradients:.2f}',
+            f'{self.key.removeprefix("sam.")}: {tried}',
+        )
 
 
 def main() -> None:
     """Runs what is missing and prints the table, best method first."""
     for name in _METHODS.value:
         if name not in sharpness.METHODS:
-            raise UserError(f'--methods has {name!r}; it must be some of '
-                            f'{", ".join(sharpness.METHODS)}.')
+            raise UserError(
+                f'--methods has {name!r}; it must be some of {", ".join(sharpness.METHODS)}.'
+            )
     methods = [Method(name, _WORKDIR.value, _EPOCHS.value) for name in _METHODS.value]
     while runs := [run for method in methods for run in method.next_runs()]:
         statuses = engines.execute(engines.Local(_PARALLEL.value, retries=1), runs)
-        bad = [f'{name}: {status.line}' for name, status in statuses.items()
-               if status.state != 'finished']
+        bad = [
+            f'{name}: {status.line}'
+            for name, status in statuses.items()
+            if status.state != 'finished'
+        ]
         if bad:
             raise UserError(f'{len(bad)} runs did not finish, such as {bad[0]}.')
-    print(tables.markdown(
-        ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
-        sorted((method.row() for method in methods), key=lambda row: float(row[1].split()[0]))))
+    print(
+        tables.markdown(
+            ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
+            sorted((method.row() for method in methods), key=lambda row: float(row[1].split()[0])),
+        )
+    )
 
 
 if __name__ == '__main__':

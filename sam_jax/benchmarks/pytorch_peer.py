@@ -25,8 +25,10 @@ class WideResNet(nn.Module):
     def __init__(self, model, variables, train):
         super().__init__()
         self.model, self.train_mode = model, train
-        named = {'/'.join(k.key for k in path): torch.tensor(to_torch(x))
-                 for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(variables))[0]}
+        named = {
+            '/'.join(k.key for k in path): torch.tensor(to_torch(x))
+            for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(variables))[0]
+        }
         self.names = [name for name in named if name.startswith('params/')]
         self.weights = nn.ParameterList([nn.Parameter(named[name]) for name in self.names])
         self.stats = {name: x for name, x in named.items() if name.startswith('batch_stats/')}
@@ -38,13 +40,22 @@ class WideResNet(nn.Module):
         # As TensorFlow pads: what is odd comes last.
         padded, padding = (functional.pad(x, (0, 1, 0, 1)), 0) if stride == 2 else (x, 1)
         return functional.conv2d(
-            padded, self._weight(f'{name}/kernel'), stride=stride, padding=padding)
+            padded, self._weight(f'{name}/kernel'), stride=stride, padding=padding
+        )
 
     def _activate(self, x, name):
-        return functional.relu(functional.batch_norm(
-            x, self.stats[f'batch_stats/{name}/mean'], self.stats[f'batch_stats/{name}/var'],
-            self._weight(f'{name}/scale'), self._weight(f'{name}/bias'), self.train_mode,
-            1 - self.model.batch_norm_momentum, self.model.batch_norm_epsilon))
+        return functional.relu(
+            functional.batch_norm(
+                x,
+                self.stats[f'batch_stats/{name}/mean'],
+                self.stats[f'batch_stats/{name}/var'],
+                self._weight(f'{name}/scale'),
+                self._weight(f'{name}/bias'),
+                self.train_mode,
+                1 - self.model.batch_norm_momentum,
+                self.model.batch_norm_epsilon,
+            )
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._conv(x, 'conv_init', 1)
@@ -80,13 +91,17 @@ class Stepper:
         self._labels = torch.tensor(labels.astype(np.int64))
         self._config = config
         self._optimizer = torch.optim.SGD(
-            self.net.parameters(), config.optimizer.learning_rate, config.optimizer.momentum,
-            nesterov=config.optimizer.nesterov)
+            self.net.parameters(),
+            config.optimizer.learning_rate,
+            config.optimizer.momentum,
+            nesterov=config.optimizer.nesterov,
+        )
 
     def _backward(self):
         self._optimizer.zero_grad()
         loss = functional.cross_entropy(
-            self.net(self._images), self._labels, label_smoothing=self._config.label_smoothing)
+            self.net(self._images), self._labels, label_smoothing=self._config.label_smoothing
+        )
         penalty = sum(w.square().sum() for w in self.net.parameters())
         (loss + 0.5 * self._config.optimizer.weight_decay * penalty).backward()
 
@@ -109,5 +124,7 @@ class Stepper:
     def params(self) -> dict[str, np.ndarray]:
         """{our name: the parameter in our order of dimensions}."""
         back = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-        return {name.removeprefix('params/'): np.transpose(w.detach().numpy(), back[w.ndim])
-                for name, w in zip(self.net.names, self.net.weights)}
+        return {
+            name.removeprefix('params/'): np.transpose(w.detach().numpy(), back[w.ndim])
+            for name, w in zip(self.net.names, self.net.weights)
+        }

@@ -63,8 +63,11 @@ class Generator(nn.Module):
 def divergence(model: Any, teacher: Any, params: Any, images: jax.Array) -> jax.Array:
     """Mean absolute difference of the logits of the teacher's variables and a student's params."""
     student = {**teacher, 'params': params}
-    return jnp.mean(jnp.abs(model.apply(teacher, images, train=False)
-                            - model.apply(student, images, train=False)))
+    return jnp.mean(
+        jnp.abs(
+            model.apply(teacher, images, train=False) - model.apply(student, images, train=False)
+        )
+    )
 
 
 def mismatch(model: Any, teacher: Any, images: jax.Array) -> jax.Array:
@@ -78,32 +81,58 @@ def mismatch(model: Any, teacher: Any, images: jax.Array) -> jax.Array:
     return sum(jax.tree.leaves(ways))
 
 
-@functools.partial(
-    jax.jit, static_argnames=('model', 'generator', 'bits', 'descent', 'ascent'))
-def step(teacher: Any, x: Any, y: Any, states: Any, key: jax.Array, *, model: Any,
-         generator: Generator, bits: int, descent: optax.GradientTransformation,
-         ascent: optax.GradientTransformation) -> tuple[Any, Any, Any]:
+@functools.partial(jax.jit, static_argnames=('model', 'generator', 'bits', 'descent', 'ascent'))
+def step(
+    teacher: Any,
+    x: Any,
+    y: Any,
+    states: Any,
+    key: jax.Array,
+    *,
+    model: Any,
+    generator: Generator,
+    bits: int,
+    descent: optax.GradientTransformation,
+    ascent: optax.GradientTransformation,
+) -> tuple[Any, Any, Any]:
     """One min-max step of student x and generator y on new latents; returns (x, y, states)."""
     latents = jax.random.normal(key, (BATCH, LATENTS))
 
     def f(x, y):
         images = generator.apply({'params': y}, latents)
-        return (divergence(model, teacher, quantize_kernels(x, bits), images)
-                - STATISTICS * mismatch(model, teacher, images))
+        return divergence(
+            model, teacher, quantize_kernels(x, bits), images
+        ) - STATISTICS * mismatch(model, teacher, images)
 
     return min_max_step(f, x, y, states, descent, ascent)
 
 
-def train_student(teacher: Any, seed: int, steps: int, *, generator: Generator,
-                  descent: optax.GradientTransformation, ascent: optax.GradientTransformation,
-                  **parts: Any) -> tuple[Any, Any]:
+def train_student(
+    teacher: Any,
+    seed: int,
+    steps: int,
+    *,
+    generator: Generator,
+    descent: optax.GradientTransformation,
+    ascent: optax.GradientTransformation,
+    **parts: Any,
+) -> tuple[Any, Any]:
     """Returns the params of student and generator after so many steps; `parts` as of `step`."""
     x = teacher['params']
     y = generator.init(rngs.key(seed, 'generator'), jnp.zeros((1, LATENTS)))['params']
     states = descent.init(x), ascent.init(y)
     for i in range(steps):
-        x, y, states = step(teacher, x, y, states, rngs.key(seed, 'latents', i),
-                            generator=generator, descent=descent, ascent=ascent, **parts)
+        x, y, states = step(
+            teacher,
+            x,
+            y,
+            states,
+            rngs.key(seed, 'latents', i),
+            generator=generator,
+            descent=descent,
+            ascent=ascent,
+            **parts,
+        )
     return x, y
 
 
@@ -123,37 +152,51 @@ def make_measure(experiment: Experiment) -> Callable[..., tuple[float, float]]:
     """Returns the function (teacher, params) -> (test accuracy in %, divergence on test images)."""
     dataset, model = experiment.dataset, experiment.model
     split = dataset.evals['test']
-    feed, = dataset.eval_feeds(split, len(split), experiment.layout)
+    (feed,) = dataset.eval_feeds(split, len(split), experiment.layout)
     batch = dataset.eval_batch(dataset.device_arrays(split), feed)
     # The places that fill up the last device come last.
-    images, labels = (batch[k].reshape(-1, *batch[k].shape[2:])[:len(split)]
-                      for k in ('image', 'label'))
+    images, labels = (
+        batch[k].reshape(-1, *batch[k].shape[2:])[: len(split)] for k in ('image', 'label')
+    )
 
     @jax.jit
     def measure(teacher, params):
         logits = model.apply({**teacher, 'params': params}, images, train=False)
-        return (100 * jnp.mean(jnp.argmax(logits, -1) == labels),
-                divergence(model, teacher, params, images))
+        return (
+            100 * jnp.mean(jnp.argmax(logits, -1) == labels),
+            divergence(model, teacher, params, images),
+        )
 
     return lambda *arguments: tuple(map(float, measure(*arguments)))
 
 
-def row(bits: int, name: str, results: list[tuple[float, float]],
-        plain: list[tuple[float, float]] | None = None) -> tuple[Any, ...]:
+def row(
+    bits: int,
+    name: str,
+    results: list[tuple[float, float]],
+    plain: list[tuple[float, float]] | None = None,
+) -> tuple[Any, ...]:
     """Returns a row of the table: results are those of `measure`, one a seed."""
     accuracies, distances = zip(*results)
     gain = ''
     if plain:
-        gain = '{:+z.2f} ± {:.2f}'.format(*mean_and_interval(
-            [a - b for a, (b, _) in zip(accuracies, plain)]))
-    return (bits, name, interval(mean_and_interval(list(accuracies))), gain,
-            interval(mean_and_interval(list(distances)), 3))
+        gain = '{:+z.2f} ± {:.2f}'.format(
+            *mean_and_interval([a - b for a, (b, _) in zip(accuracies, plain)])
+        )
+    return (
+        bits,
+        name,
+        interval(mean_and_interval(list(accuracies))),
+        gain,
+        interval(mean_and_interval(list(distances)), 3),
+    )
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--workdir', default='', help='Folder of a run on the digits.')
     parser.add_argument('--seeds', type=int, default=5, help='Seeds 0, 1, ...')
     parser.add_argument('--bits', default='4', help='Bits of the kernels.')
@@ -168,28 +211,46 @@ def main() -> None:
     dataset = experiment.dataset
     generator = Generator(dataset.image_shape, dataset.mean, dataset.std)
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
-    methods = {'plain min-max': sharpness.erm(), **{
-        f'SAM min-max, rho {rho}': sharpness.sam(float(rho)) for rho in args.rho.split(',')}}
+    methods = {
+        'plain min-max': sharpness.erm(),
+        **{f'SAM min-max, rho {rho}': sharpness.sam(float(rho)) for rho in args.rho.split(',')},
+    }
 
     rows = [row(32, 'full precision', [measure(t, t['params']) for t in teachers])]
     for bits in map(int, args.bits.split(',')):
-        rows.append(row(bits, 'rounded, not trained', [
-            measure(t, quantize_kernels(t['params'], bits)) for t in teachers]))
+        rows.append(
+            row(
+                bits,
+                'rounded, not trained',
+                [measure(t, quantize_kernels(t['params'], bits)) for t in teachers],
+            )
+        )
         plain = None
         for name, method in methods.items():
-            parts = dict(model=experiment.model, generator=generator, bits=bits, ascent=adam,
-                         descent=optax.chain(method, adam))
+            parts = dict(
+                model=experiment.model,
+                generator=generator,
+                bits=bits,
+                ascent=adam,
+                descent=optax.chain(method, adam),
+            )
             results = []
             for seed, teacher in enumerate(teachers):
                 x, _ = train_student(teacher, seed, args.steps, **parts)
                 results.append(measure(teacher, quantize_kernels(x, bits)))
-                print(f'{bits} bits, {name}, seed {seed}: {results[-1][0]:.1f} %', file=sys.stderr,
-                      flush=True)
+                print(
+                    f'{bits} bits, {name}, seed {seed}: {results[-1][0]:.1f} %',
+                    file=sys.stderr,
+                    flush=True,
+                )
             rows.append(row(bits, name, results, plain))
             plain = plain or results
-    print(tables.markdown(
-        ('bits', 'student', 'test accuracy (%)', 'gain over plain (%)', 'difference of logits'),
-        rows))
+    print(
+        tables.markdown(
+            ('bits', 'student', 'test accuracy (%)', 'gain over plain (%)', 'difference of logits'),
+            rows,
+        )
+    )
 
 
 if __name__ == '__main__':

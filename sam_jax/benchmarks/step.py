@@ -43,22 +43,37 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from sam_jax import convolutions, gradients, replicas, settings, tables, train, train_step
+from sam_jax import (
+    convolutions,
+    gradients,
+    replicas,
+    settings,
+    tables,
+    train,
+    train_state,
+    train_step,
+)
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
 _EPOCHS = flags.DEFINE_integer(
-    'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.')
+    'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.'
+)
 _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
 _METHODS = flags.DEFINE_list('methods', [], 'Methods to time over SGD.')
 _REPLICAS = flags.DEFINE_integer('replicas', 0, 'Time the step of so many replicas; 0: do not.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 
 # Dense bfloat16 FLOP/s by device kind.
-PEAK_FLOPS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100': 312e12,
-              'TPU v3': 61e12, 'TPU v4': 275e12}
+PEAK_FLOPS = {
+    'NVIDIA H200': 989e12,
+    'NVIDIA H100 80GB HBM3': 989e12,
+    'NVIDIA A100': 312e12,
+    'TPU v3': 61e12,
+    'TPU v4': 275e12,
+}
 
 
 def _config(case):
@@ -90,7 +105,7 @@ class Stepper:
         self._batch = functools.partial(_replica, layout=layout, dataset=dataset)
         state = experiment.create_state()
         if own_state:
-            hparams = train_step.HParams.from_config(config)
+            hparams = train_state.HParams.from_config(config)
             state = state.replace(opt_state=own_state(config, hparams).init(state.params))
         self.state = layout.replicate(jax.tree.map(jax.numpy.copy, state))
         feed = dataset.train_feed(config.seed, 0, layout)
@@ -107,9 +122,11 @@ class Stepper:
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images, labels) that the next step trains on, NumPy, as augmented and normalised."""
         feed, arrays, hparams = self._arguments
-        replica = jax.device_get(jax.pmap(
-            self._batch, axis_name=replicas.AXIS, in_axes=(None, 0, None, None))(
-                self.state.step, feed, arrays, hparams))
+        replica = jax.device_get(
+            jax.pmap(self._batch, axis_name=replicas.AXIS, in_axes=(None, 0, None, None))(
+                self.state.step, feed, arrays, hparams
+            )
+        )
         return replica['image'][0], replica['label'][0]
 
     def gradients_a_step(self) -> float:
@@ -127,8 +144,10 @@ class Stepper:
 
 def _replica(step, feed, arrays, hparams, *, layout, dataset):
     """The examples and keys of a step's only replica."""
-    return jax.tree.map(lambda x: x[0], train_step.keyed_replicas(
-        step, feed, arrays, hparams, layout, dataset.train_batch))
+    return jax.tree.map(
+        lambda x: x[0],
+        train_step.keyed_replicas(step, feed, arrays, hparams, layout, dataset.train_batch),
+    )
 
 
 def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset):
@@ -137,24 +156,31 @@ def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset)
     training = gradients.Training.from_config(config, model, hparams.weight_decay)
 
     def gradient(params):
-        return gradients.replica_gradient(
-            params, state.batch_stats, replica, training)[0]
+        return gradients.replica_gradient(params, state.batch_stats, replica, training)[0]
 
     grads, aux = gradient(state.params)
     updates, opt_state = _optax_sam(config, hparams).update(
-        grads, state.opt_state, state.params, grad_fn=lambda params, i: gradient(params)[0])
+        grads, state.opt_state, state.params, grad_fn=lambda params, i: gradient(params)[0]
+    )
     return state.replace(
-        step=state.step + 1, params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state, batch_stats=aux['batch_stats']), {
-            # What our step reports and optax's can.
-            'loss': aux['loss'], 'error_rate': aux['error_rate'],
-            'clean_grad_norm': optax.tree.norm(grads), 'param_norm': optax.tree.norm(state.params)}
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        batch_stats=aux['batch_stats'],
+    ), {
+        # What our step reports and optax's can.
+        'loss': aux['loss'],
+        'error_rate': aux['error_rate'],
+        'clean_grad_norm': optax.tree.norm(grads),
+        'param_norm': optax.tree.norm(state.params),
+    }
 
 
 def _optax_sam(config, hparams):
     descent = optax.chain(
         optax.clip_by_global_norm(config.optimizer.clip_norm),
-        optax.sgd(hparams.learning_rate, config.optimizer.momentum, config.optimizer.nesterov))
+        optax.sgd(hparams.learning_rate, config.optimizer.momentum, config.optimizer.nesterov),
+    )
     steps, size = (config.sam.steps, config.sam.step_size) if 'steps' in config.sam else (1, 1.0)
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(size * hparams.rho))
     return optax.contrib.sam(descent, ascent, sync_period=steps + 1, opaque_mode=True)
@@ -162,10 +188,16 @@ def _optax_sam(config, hparams):
 
 def _make_optax_step(model, config, layout, dataset):
     step = functools.partial(
-        _optax_step, model=model, config=config, layout=layout, dataset=dataset)
+        _optax_step, model=model, config=config, layout=layout, dataset=dataset
+    )
     return jax.pmap(
-        step, axis_name=replicas.AXIS, in_axes=(None, 0, None, None), out_axes=(None, None),
-        donate_argnums=0, devices=layout.devices)
+        step,
+        axis_name=replicas.AXIS,
+        in_axes=(None, 0, None, None),
+        out_axes=(None, None),
+        donate_argnums=0,
+        devices=layout.devices,
+    )
 
 
 def _using(config, method, **options):
@@ -180,18 +212,23 @@ def _using(config, method, **options):
 def _steppers(config):
     using = functools.partial(_using, config)
     two = using('multistep_sam', steps=2, step_size=0.5)
-    steppers = {'sgd': Stepper(using('sgd'), train_step.make_train_step),
-                'sam': Stepper(config, train_step.make_train_step),
-                'optax': Stepper(config, _make_optax_step, own_state=_optax_sam),
-                'two': Stepper(two, train_step.make_train_step),
-                'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
-                # Open at step 0 alone, which the first call below takes.
-                'shut': Stepper(using('periodic_sam', k=10 ** 6), train_step.make_train_step)}
+    steppers = {
+        'sgd': Stepper(using('sgd'), train_step.make_train_step),
+        'sam': Stepper(config, train_step.make_train_step),
+        'optax': Stepper(config, _make_optax_step, own_state=_optax_sam),
+        'two': Stepper(two, train_step.make_train_step),
+        'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
+        # Open at step 0 alone, which the first call below takes.
+        'shut': Stepper(using('periodic_sam', k=10**6), train_step.make_train_step),
+    }
     if jax.default_backend() == 'cpu':
         with convolutions.as_jax_does():
             steppers['sam_as_jax_does'] = Stepper(config, train_step.make_train_step)
-    steppers |= {name: Stepper(using(name), train_step.make_train_step)
-                 for name in _METHODS.value if name not in steppers}
+    steppers |= {
+        name: Stepper(using(name), train_step.make_train_step)
+        for name in _METHODS.value
+        if name not in steppers
+    }
     for stepper in steppers.values():
         stepper.time(2)
     return steppers
@@ -206,8 +243,11 @@ def _distance(ours, theirs):
 def _step_times(steppers, rounds):
     """Median seconds a step of each, the kinds taking turns."""
     # Whole periods of the gates.
-    steps = 5 * max(1, round(0.1 / steppers['sgd'].time(1))) if _METHODS.value else max(
-        1, round(0.5 / steppers['sgd'].time(1)))
+    steps = (
+        5 * max(1, round(0.1 / steppers['sgd'].time(1)))
+        if _METHODS.value
+        else max(1, round(0.5 / steppers['sgd'].time(1)))
+    )
     times = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():
@@ -218,20 +258,26 @@ def _step_times(steppers, rounds):
 def _against_pytorch(config, rounds):
     """Figures of our SAM step and PyTorch's, the three taking turns; not augmented."""
     from sam_jax.benchmarks import pytorch_peer
+
     config = config.copy_and_resolve_references()
     config.data.augment = 'none'
     ours = Stepper(config, train_step.make_train_step)
     variables = {'params': ours.state.params, 'batch_stats': ours.state.batch_stats}
     images, labels = ours.batch()
-    theirs = {name: pytorch_peer.Stepper(
-        ours.model, jax.device_get(variables), images, labels, config, name == 'channels_last')
-        for name in ('default', 'channels_last')}
+    theirs = {
+        name: pytorch_peer.Stepper(
+            ours.model, jax.device_get(variables), images, labels, config, name == 'channels_last'
+        )
+        for name in ('default', 'channels_last')
+    }
     ours.time(2)
     for peer in theirs.values():
         peer.step()
         peer.step()
-    expected = {'/'.join(k.key for k in path): np.asarray(x) for path, x in
-                jax.tree_util.tree_flatten_with_path(jax.device_get(ours.state.params))[0]}
+    expected = {
+        '/'.join(k.key for k in path): np.asarray(x)
+        for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(ours.state.params))[0]
+    }
     distance = _distance(theirs['default'].params(), expected)
     times = {'ours': [], **{name: [] for name in theirs}}
     for _ in range(rounds):
@@ -241,10 +287,18 @@ def _against_pytorch(config, rounds):
             peer.step()
             times[name].append(time.perf_counter() - then)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    return {'sam_not_augmented_ms': 1e3 * medians['ours'], 'pytorch_distance': distance, **{
-        figure: value for name in theirs for figure, value in (
-            (f'pytorch_{name}_ms', 1e3 * medians[name]),
-            (f'sam_over_pytorch_{name}', medians['ours'] / medians[name]))}}
+    return {
+        'sam_not_augmented_ms': 1e3 * medians['ours'],
+        'pytorch_distance': distance,
+        **{
+            figure: value
+            for name in theirs
+            for figure, value in (
+                (f'pytorch_{name}_ms', 1e3 * medians[name]),
+                (f'sam_over_pytorch_{name}', medians['ours'] / medians[name]),
+            )
+        },
+    }
 
 
 def _of_replicas(config, count, rounds):
@@ -260,9 +314,14 @@ def _of_replicas(config, count, rounds):
     for _ in range(rounds):
         for loop, stepper in steppers.items():
             times[loop].append(stepper.time(1))
-    return {f'{count}_replicas_{loop}_{unit}': value for loop, stepper in steppers.items()
-            for unit, value in (('compile_s', stepper.compile_seconds),
-                                ('step_ms', 1e3 * statistics.median(times[loop])))}
+    return {
+        f'{count}_replicas_{loop}_{unit}': value
+        for loop, stepper in steppers.items()
+        for unit, value in (
+            ('compile_s', stepper.compile_seconds),
+            ('step_ms', 1e3 * statistics.median(times[loop])),
+        )
+    }
 
 
 def _epoch_ratio(config, rounds):
@@ -288,18 +347,27 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     config = _config(case)
     device = jax.devices()[0]
     steppers = _steppers(config)
-    distances = {'sam_optax_distance': _distance(
-        steppers['sam'].state.params, steppers['optax'].state.params),
-                 'two_steps_optax_distance': _distance(
-                     steppers['two'].state.params, steppers['optax_two'].state.params)}
+    distances = {
+        'sam_optax_distance': _distance(
+            steppers['sam'].state.params, steppers['optax'].state.params
+        ),
+        'two_steps_optax_distance': _distance(
+            steppers['two'].state.params, steppers['optax_two'].state.params
+        ),
+    }
     times = _step_times(steppers, rounds)
     figures = {
-        'case': case, 'device': device.device_kind, 'dtype': config.model.dtype,
-        'batch_size': config.batch_size, 'sgd_step_ms': 1e3 * times['sgd'],
-        'sam_step_ms': 1e3 * times['sam'], 'sam_over_sgd': times['sam'] / times['sgd'],
+        'case': case,
+        'device': device.device_kind,
+        'dtype': config.model.dtype,
+        'batch_size': config.batch_size,
+        'sgd_step_ms': 1e3 * times['sgd'],
+        'sam_step_ms': 1e3 * times['sam'],
+        'sam_over_sgd': times['sam'] / times['sgd'],
         'sam_over_optax': times['sam'] / times['optax'],
         'two_steps_over_optax': times['two'] / times['optax_two'],
-        'shut_gate_over_sgd': times['shut'] / times['sgd'], **distances,
+        'shut_gate_over_sgd': times['shut'] / times['sgd'],
+        **distances,
         'sam_images_per_second': config.batch_size / times['sam'],
     }
     if 'sam_as_jax_does' in times:
@@ -311,15 +379,14 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / PEAK_FLOPS[device.device_kind]
     memory = device.memory_stats() or {}
     if 'peak_bytes_in_use' in memory:
-        figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2 ** 30
+        figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2**30
     del steppers
     if _REPLICAS.value:
         figures.update(_of_replicas(config, _REPLICAS.value, rounds))
     if 'pytorch' in _PEERS.value and case.startswith('wrn'):
         figures.update(_against_pytorch(config, rounds))
     if _EPOCHS.value >= 0:
-        figures['epoch_over_bare_steps'] = _epoch_ratio(
-            config, rounds=5 if case == 'digits' else 1)
+        figures['epoch_over_bare_steps'] = _epoch_ratio(config, rounds=5 if case == 'digits' else 1)
     return figures
 
 
@@ -329,14 +396,25 @@ def main(argv: list[str]) -> None:
     logging.getLogger('sam_jax').setLevel(logging.WARNING)
     logging.getLogger('absl').setLevel(logging.WARNING)
     cases = _CASES.value or ['digits', 'wrn16_4'] + (
-        ['wrn28_10'] if jax.default_backend() != 'cpu' else [])
+        ['wrn28_10'] if jax.default_backend() != 'cpu' else []
+    )
     rows = []
     for case in cases:
         rows.append(measure(case, _ROUNDS.value))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    print(tables.markdown(names, [[f'{row[name]:.4g}' if isinstance(row.get(name), float)
-                                   else row.get(name, '') for name in names] for row in rows]))
+    print(
+        tables.markdown(
+            names,
+            [
+                [
+                    f'{row[name]:.4g}' if isinstance(row.get(name), float) else row.get(name, '')
+                    for name in names
+                ]
+                for row in rows
+            ],
+        )
+    )
     if _JSON.value:
         with open(_JSON.value, 'w') as f:
             json.dump(rows, f, indent=2)

@@ -32,29 +32,39 @@ _RUNS = flags.DEFINE_string('runs', '', 'Folder of many runs, each to be measure
 _COMPARE = flags.DEFINE_string('compare', '', 'Folder of another run, to be drawn beside it.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for the results; default WORKDIR/analysis.')
 _DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the datasets lie; default the run's own.")
-_SPLIT = flags.DEFINE_string('split', study.SPLIT, "Split: 'train' with the labels trained on, "
-                             'or one that the run evaluates on, such as test.')
+_SPLIT = flags.DEFINE_string(
+    'split',
+    study.SPLIT,
+    "Split: 'train' with the labels trained on, or one that the run evaluates on, such as test.",
+)
 _EXAMPLES = flags.DEFINE_integer('examples', study.EXAMPLES, 'Examples of it; 0 for all.')
-_EPOCH = flags.DEFINE_integer('epoch', None, 'After which epoch (checkpoint.keep_epochs keeps '
-                              'some); default the newest checkpoint.')
+_EPOCH = flags.DEFINE_integer(
+    'epoch',
+    None,
+    'After which epoch (checkpoint.keep_epochs keeps some); default the newest checkpoint.',
+)
 _BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 0, "Examples computed at once; 0 for the run's eval.batch_size.")
+    'batch_size', 0, "Examples computed at once; 0 for the run's eval.batch_size."
+)
 _PENALTY = flags.DEFINE_bool('penalty', False, "Whether the run's L2 penalty is part of the loss.")
-_WHAT = flags.DEFINE_list('what', list(_DEFAULT.what),
-                          f'What to measure: {", ".join(study.WHAT)}.')
+_WHAT = flags.DEFINE_list('what', list(_DEFAULT.what), f'What to measure: {", ".join(study.WHAT)}.')
 _M = flags.DEFINE_list('m', [str(m) for m in _DEFAULT.m], 'Group sizes of m-sharpness.')
-_DIRECTIONS = flags.DEFINE_enum('directions', _DEFAULT.directions, ['random', 'eigenvectors'],
-                                'Axes of the landscape.')
+_DIRECTIONS = flags.DEFINE_enum(
+    'directions', _DEFAULT.directions, ['random', 'eigenvectors'], 'Axes of the landscape.'
+)
 _NUMBERS = [
     flags.DEFINE_integer('steps', _DEFAULT.steps, 'Products of Lanczos, at most.'),
-    flags.DEFINE_integer('probes', _DEFAULT.probes,
-                         'Starts of the density; the trace takes five times as many.'),
+    flags.DEFINE_integer(
+        'probes', _DEFAULT.probes, 'Starts of the density; the trace takes five times as many.'
+    ),
     flags.DEFINE_float('rho', _DEFAULT.rho, 'Radius of the ball.'),
-    flags.DEFINE_float('adaptive_rho', _DEFAULT.adaptive_rho,
-                       "Radius of ASAM's ellipsoid, in its own units."),
+    flags.DEFINE_float(
+        'adaptive_rho', _DEFAULT.adaptive_rho, "Radius of ASAM's ellipsoid, in its own units."
+    ),
     flags.DEFINE_integer('points', _DEFAULT.points, 'Places along each axis of the landscape.'),
-    flags.DEFINE_float('extent', _DEFAULT.extent,
-                       'How far it goes along each filter-normalised axis.'),
+    flags.DEFINE_float(
+        'extent', _DEFAULT.extent, 'How far it goes along each filter-normalised axis.'
+    ),
     flags.DEFINE_integer('seed', _DEFAULT.seed, 'Of the examples, the probes and the directions.'),
 ]
 
@@ -66,14 +76,18 @@ def main() -> None:
     if jax.process_count() > 1:
         raise UserError(f'There are {jax.process_count()} processes; a run is analysed by one.')
     if not all(m.isdigit() for m in _M.value):
-        raise UserError(f'--m is {",".join(_M.value)!r}; it must be numbers of examples, such as '
-                        '1,16,64.')
+        raise UserError(
+            f'--m is {",".join(_M.value)!r}; it must be numbers of examples, such as 1,16,64.'
+        )
     for flag in (_EXAMPLES, _BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f'--{flag.name} is {flag.value}; it must be at least 0.')
     settings = study.Settings(
-        tuple(_WHAT.value), m=tuple(map(int, _M.value)), directions=_DIRECTIONS.value,
-        **{flag.name: flag.value for flag in _NUMBERS})
+        tuple(_WHAT.value),
+        m=tuple(map(int, _M.value)),
+        directions=_DIRECTIONS.value,
+        **{flag.name: flag.value for flag in _NUMBERS},
+    )
     with contextlib.closing(Bars()) as bars:
         if _RUNS.value:
             _all_of(_RUNS.value, settings, bars)
@@ -86,15 +100,24 @@ def main() -> None:
 
 
 def _open(folder, settings):
-    return study.open_run(folder, _SPLIT.value, _EXAMPLES.value, _PENALTY.value, settings.seed,
-                          _DATA_DIR.value, _EPOCH.value, _BATCH_SIZE.value)
+    return study.open_run(
+        folder,
+        _SPLIT.value,
+        _EXAMPLES.value,
+        _PENALTY.value,
+        settings.seed,
+        _DATA_DIR.value,
+        _EPOCH.value,
+        _BATCH_SIZE.value,
+    )
 
 
 def _all_of(folder, settings, bars):
     for flag in (_WORKDIR, _COMPARE, _OUT):
         if flag.value:
-            raise UserError(f'--{flag.name} is {flag.value!r} and --runs is {folder!r}; give one '
-                            'of them.')
+            raise UserError(
+                f'--{flag.name} is {flag.value!r} and --runs is {folder!r}; give one of them.'
+            )
     finished = [record.workdir for record in results.find([folder]) if record.result]
     if not finished:
         raise UserError(f'--runs is {folder!r}; none of the runs in it is finished.')

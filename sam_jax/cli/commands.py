@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags
+from ml_collections import config_flags
 
 from sam_jax import settings
 from sam_jax.errors import EXIT_USER_ERROR, UserError
@@ -22,6 +23,16 @@ EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
 # oneDNN has nothing to offer.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+
+flags.disclaim_key_flags()  # --config below is one of the module that asks for it
+
+
+def define_config(meaning: str) -> flags.FlagHolder:
+    """Defines the flag --config: a config by name, or a file, with an argument behind a colon."""
+    # With --help the default is loaded at once.
+    with shipped.importable(DEFAULT_CONFIG):
+        return config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, meaning, lock_config=True)
 
 
 def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
@@ -45,9 +56,13 @@ def _parse(argv):
 
 def with_paths(argv: list[str]) -> list[str]:
     """Returns a command line with the path of the file in place of the name of a config of ours."""
-    argv = [f'{flag}={shipped.resolve(value)}' if equals and flag in ('--config', '-config')
-            else argument for argument in argv
-            for flag, equals, value in [argument.partition('=')]]
+    argv = [
+        f'{flag}={shipped.resolve(value)}'
+        if equals and flag in ('--config', '-config')
+        else argument
+        for argument in argv
+        for flag, equals, value in [argument.partition('=')]
+    ]
     for i, flag in enumerate(argv[:-1]):
         if flag in ('--config', '-config'):  # the form with a space
             argv[i + 1] = shipped.resolve(argv[i + 1])
@@ -67,6 +82,11 @@ def run(main: Callable[..., None], positional: bool = False) -> None:
     With positional, main is called with the list of the arguments that are no flags; without, there
     must be none.
     """
+    # --help shows the flags and the docstring of the command, also when a script of pip's calls it.
+    entry = sys.modules['__main__']
+    entry.__doc__ = entry.__doc__ or sys.modules[main.__module__].__doc__
+    for flag in flags.FLAGS.get_key_flags_for_module(main.__module__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(functools.partial(_call, main, positional), flags_parser=_parse)
 
 

@@ -30,7 +30,8 @@ OPTIONAL = {
     'submitit': 'sweeps on Slurm',
     'libtpu': 'TPUs',
     'jax-cuda13-plugin': 'NVIDIA GPUs',
-    'jax-cuda12-plugin': 'NVIDIA GPUs'}
+    'jax-cuda12-plugin': 'NVIDIA GPUs',
+}
 SECONDS = 5
 
 
@@ -45,14 +46,16 @@ def facts() -> dict[str, str]:
     """Returns {what: how it is} of this environment, in the order of the report."""
     found = {
         'sam_jax': f'{sam_jax.__version__} in {os.path.dirname(os.path.abspath(sam_jax.__file__))}',
-        'python': f'{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores'}
+        'python': f'{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores',
+    }
     found |= {name: _version(name) or 'MISSING' for name in LIBRARIES}
-    found |= {name: f'{_version(name) or "not there"} (for {what})'
-              for name, what in OPTIONAL.items()}
+    found |= {
+        name: f'{_version(name) or "not there"} (for {what})' for name, what in OPTIONAL.items()
+    }
     devices = jax.devices()
     found['devices'] = f'{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process'
     free, _ = replicas.free_memory(devices)
-    found['free memory'] = f'{free / 2 ** 30:.3g} GiB'
+    found['free memory'] = f'{free / 2**30:.3g} GiB'
     folder = os.environ.get('TFDS_DATA_DIR') or os.path.expanduser('~/tensorflow_datasets')
     sets = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     found['datasets'] = f'{folder}: {", ".join(sets) or "none"}'
@@ -88,9 +91,12 @@ def try_steps(seconds: float = SECONDS) -> dict[str, float]:
         steps += 1
     if int(metrics['bad_step']):
         raise FloatingPointError(f'step {int(metrics["bad_step"])} is not finite')
-    return {'compile_s': compiled - began,
-            'step_ms': 1e3 * (time.perf_counter() - compiled) / steps, 'steps': steps,
-            'loss': float(metrics['train/loss'])}
+    return {
+        'compile_s': compiled - began,
+        'step_ms': 1e3 * (time.perf_counter() - compiled) / steps,
+        'steps': steps,
+        'loss': float(metrics['train/loss']),
+    }
 
 
 def main() -> None:
@@ -102,8 +108,10 @@ def main() -> None:
     except Exception as e:  # whatever is wrong here is what this is for
         print(f'{"SAM on the digits":22}FAILED: {type(e).__name__}: {e}')
         sys.exit(1)
-    print(f'{"SAM on the digits":22}compiled in {found["compile_s"]:.1f} s, {found["steps"]} steps '
-          f'of {found["step_ms"]:.1f} ms, loss {found["loss"]:.4f}')
+    print(
+        f'{"SAM on the digits":22}compiled in {found["compile_s"]:.1f} s, {found["steps"]} steps '
+        f'of {found["step_ms"]:.1f} ms, loss {found["loss"]:.4f}'
+    )
 
 
 def run() -> None:

@@ -44,8 +44,13 @@ def predictions(experiment: Experiment, workdir: str) -> dict[str, Any]:
     dataset = experiment.dataset
     probabilities, labels = experiment.probabilities(state, dataset.train)
     true = labels if labels.ndim == 1 else labels.argmax(-1)
-    return {'probabilities': probabilities, 'labels': labels, 'dataset': dataset.name,
-            'step': step, 'error_rate': float(np.mean(probabilities.argmax(-1) != true))}
+    return {
+        'probabilities': probabilities,
+        'labels': labels,
+        'dataset': dataset.name,
+        'step': step,
+        'error_rate': float(np.mean(probabilities.argmax(-1) != true)),
+    }
 
 
 def main() -> None:
@@ -57,9 +62,14 @@ def main() -> None:
     out = _OUT.value or os.path.join(_WORKDIR.value, 'predictions.npz')
     out = out if out.endswith('.npz') else out + '.npz'
     np.savez(out, **result)
-    _log.info('%s: %d predictions of step %d for %s, %.2f %% of them other than the labels of the '
-              'run.', out, len(result['labels']), result['step'], result['dataset'],
-              100 * result['error_rate'])
+    _log.info(
+        '%s: %d predictions of step %d for %s, %.2f %% of them other than the labels of the run.',
+        out,
+        len(result['labels']),
+        result['step'],
+        result['dataset'],
+        100 * result['error_rate'],
+    )
 
 
 def run() -> None:

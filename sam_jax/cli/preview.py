@@ -13,16 +13,13 @@ import os
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from sam_jax.cli import commands
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'File with get_config(), as of sam_jax.main.',
-    lock_config=True)
+_CONFIG = commands.define_config('File with get_config(), as of sam_jax.main.')
 _OUT = flags.DEFINE_string('out', 'grid.png', 'Picture to write.')
 _WHAT = flags.DEFINE_enum('what', 'batch', ['batch', 'ops'], 'What to draw.')
 _STEP = flags.DEFINE_integer('step', 0, 'Training step of the batch, counted from 0.', 0)
@@ -42,8 +39,7 @@ def main() -> None:
     experiment = Experiment.from_config(config, jax.devices()[:1], to_train=False)
     dataset, layout = experiment.dataset, experiment.layout
     if _WHAT.value == 'batch':
-        images = pictures.training_images(
-            dataset, config.seed, _STEP.value, layout, _IMAGES.value)
+        images = pictures.training_images(dataset, config.seed, _STEP.value, layout, _IMAGES.value)
         names, columns = [], None
     else:
         pixels = dataset.original_images(8)
@@ -65,9 +61,13 @@ def main() -> None:
         picture.save(out)
     except OSError as e:
         raise UserError(f'--out is {out!r}; it cannot be written: {e}.') from e
-    _log.info('%s: %s of %s, %d images.', out,
-              f'step {_STEP.value}' if not names else 'the operations on images', dataset.name,
-              len(images))
+    _log.info(
+        '%s: %s of %s, %d images.',
+        out,
+        f'step {_STEP.value}' if not names else 'the operations on images',
+        dataset.name,
+        len(images),
+    )
 
 
 def run() -> None:

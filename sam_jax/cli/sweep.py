@@ -1,4 +1,4 @@
-"""Runs a sweep: a folder, with the folder of a run for each of its settings.
+r"""Runs a sweep: a folder, with the folder of a run for each of its settings.
 
     sam-jax-sweep --config=configs/digits.py --sweep=sam.rho=0,0.05,0.1 --seeds=5 \
         --workdir=runs/rho [--config.total_epochs=20] [--engine=local --parallel=2]
@@ -12,6 +12,9 @@ The same command goes on where a sweep was stopped: finished runs are skipped, b
 Engines: `local` runs --parallel runs at once, each on a GPU or a share of the cores of its own;
 `slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
 commands. Ends with status 1 if a run failed, and names it.
+
+Meanwhile WORKDIR/index.html, one file that loads itself anew, shows how far the runs are.
+`tensorboard --logdir=WORKDIR` compares them in its HParams tab.
 """
 
 import collections
@@ -26,18 +29,21 @@ from sam_jax.cli import commands
 from sam_jax.errors import UserError
 from sam_jax.experiments import engines, grid
 
-_CONFIG = config_flags.DEFINE_config_file(
-    'config', commands.DEFAULT_CONFIG, 'Config file of the runs.', lock_config=True)
+_CONFIG = commands.define_config('Config file of the runs.')
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
 _SEEDS = flags.DEFINE_integer('seeds', 0, "Seeds 0, 1, ...: the config's argument `seed`.", 0)
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the sweep.')
 _ENGINE = flags.DEFINE_enum('engine', 'local', ['local', 'slurm', 'print'], 'What runs the runs.')
 _PARALLEL = flags.DEFINE_integer(
-    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0)
+    'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0
+)
 _RETRIES = flags.DEFINE_integer('retries', 1, 'How often a run that broke is started again.', 0)
 _SLURM = flags.DEFINE_multi_string(
-    'slurm', [], "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
-    'timeout_min=600; several times.')
+    'slurm',
+    [],
+    "submitit's parameters, such as slurm_partition=gpu, gpus_per_node=1, "
+    'timeout_min=600; several times.',
+)
 
 
 def _engine():
@@ -64,8 +70,9 @@ def main() -> None:
     if _SEEDS.value:
         hyper.append(grid.sweep(':seed', range(_SEEDS.value)))
     if not hyper:
-        raise UserError('Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in '
-                        f'{config_flag}.')
+        raise UserError(
+            f'Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in {config_flag}.'
+        )
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     runs = grid.make_runs(config_flag, grid.product(hyper), overrides, _WORKDIR.value)
     if _ENGINE.value == 'print':

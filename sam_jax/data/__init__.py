@@ -7,5 +7,12 @@ from sam_jax.data.resident import ResidentDataset
 from sam_jax.data.sources import SOURCES
 from sam_jax.data.streaming import StreamingDataset
 
-__all__ = ['LABEL_NOISE', 'NAMES', 'RECIPES', 'SOURCES', 'ResidentDataset', 'StreamingDataset',
-           'load_dataset']
+__all__ = [
+    'LABEL_NOISE',
+    'NAMES',
+    'RECIPES',
+    'SOURCES',
+    'ResidentDataset',
+    'StreamingDataset',
+    'load_dataset',
+]

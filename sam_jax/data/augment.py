@@ -90,14 +90,22 @@ def augment(images: jax.Array, keys: jax.Array, augmentation: Augmentation) -> j
     parts = augmentation.parts
     policies = [part for part in parts if part in ('autoaugment', 'randaugment')]
     for policy in policies:
-        constants = (ops.corrected(min(images.shape[1:3])) if augmentation.corrected else
-                     ops.FAITHFUL if policy == 'autoaugment' else ops.FAITHFUL_RANDAUGMENT)
+        constants = (
+            ops.corrected(min(images.shape[1:3]))
+            if augmentation.corrected
+            else ops.FAITHFUL
+            if policy == 'autoaugment'
+            else ops.FAITHFUL_RANDAUGMENT
+        )
         if policy == 'autoaugment':
             table, draw = autoaugment(POLICIES[augmentation.policy], images.shape[1:], constants)
         else:
-            table, draw = randaugment(augmentation.randaugment_layers,
-                                      augmentation.randaugment_magnitude, images.shape[1:],
-                                      constants)
+            table, draw = randaugment(
+                augmentation.randaugment_layers,
+                augmentation.randaugment_magnitude,
+                images.shape[1:],
+                constants,
+            )
         policy_keys = jax.vmap(functools.partial(jax.random.fold_in, data=1))(keys)
         images = apply_ops(images, table, *jax.vmap(draw)(policy_keys))
     if 'flip' in parts:
@@ -107,8 +115,14 @@ def augment(images: jax.Array, keys: jax.Array, augmentation: Augmentation) -> j
     return images
 
 
-def finish(images: jax.Array, keys: jax.Array, batch_key: jax.Array, augmentation: Augmentation,
-           mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+def finish(
+    images: jax.Array,
+    keys: jax.Array,
+    batch_key: jax.Array,
+    augmentation: Augmentation,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> jax.Array:
     """Normalises, and empties cutout's squares: 0 there, which is the mean colour.
 
     Args:
@@ -157,8 +171,9 @@ def basic(image: jax.Array, key: jax.Array, padding: int) -> jax.Array:
 # Policies: a table of operations, of which each image gets some
 
 
-def autoaugment(policy: tuple, shape: tuple[int, ...],
-                constants: ops.Constants) -> tuple[ops.Op, Draw]:
+def autoaugment(
+    policy: tuple, shape: tuple[int, ...], constants: ops.Constants
+) -> tuple[ops.Op, Draw]:
     """Returns (table, draw) of an AutoAugment policy.
 
     Args:
@@ -191,14 +206,18 @@ def autoaugment(policy: tuple, shape: tuple[int, ...],
     return _stack(table), draw
 
 
-def randaugment(layers: int, magnitude: int, shape: tuple[int, ...],
-                constants: ops.Constants) -> tuple[ops.Op, Draw]:
+def randaugment(
+    layers: int, magnitude: int, shape: tuple[int, ...], constants: ops.Constants
+) -> tuple[ops.Op, Draw]:
     """Returns (table, draw) of RandAugment (Cubuk et al. 2020): `layers` operations, each uniform.
 
     All have the same magnitude; signs are turned with chance 1/2. As `autoaugment` otherwise.
     """
-    table = [ops.resolve(name, magnitude, negative, shape, constants)
-             for name in ops.NAMES for negative in (False, True)]
+    table = [
+        ops.resolve(name, magnitude, negative, shape, constants)
+        for name in ops.NAMES
+        for negative in (False, True)
+    ]
 
     def draw(key):
         op_key, sign_key, place_key = jax.random.split(key, 3)
@@ -234,16 +253,21 @@ def apply_ops(images: jax.Array, table: ops.Op, rows: jax.Array, places: jax.Arr
         return image
 
     return lax.platform_dependent(
-        images, rows, places, cpu=lambda *args: lax.map(lambda x: one(*x), args),
-        default=lambda *args: jax.vmap(one)(*args))
+        images,
+        rows,
+        places,
+        cpu=lambda *args: lax.map(lambda x: one(*x), args),
+        default=lambda *args: jax.vmap(one)(*args),
+    )
 
 
 # After the pixels
 
 
 def _center(key, shape):
-    return jnp.stack([jax.random.randint(k, (), 0, n)
-                      for k, n in zip(jax.random.split(key), shape)])
+    return jnp.stack(
+        [jax.random.randint(k, (), 0, n) for k, n in zip(jax.random.split(key), shape)]
+    )
 
 
 def cutout(image: jax.Array, center: jax.Array, size: int) -> jax.Array:
@@ -272,9 +296,15 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 # Pairs of examples
 
 
-def mix(images: jax.Array, labels: jax.Array, keys: jax.Array, batch_key: jax.Array,
-        augmentation: Augmentation, num_classes: int,
-        axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+def mix(
+    images: jax.Array,
+    labels: jax.Array,
+    keys: jax.Array,
+    batch_key: jax.Array,
+    augmentation: Augmentation,
+    num_classes: int,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Mixes each example with the one at the mirrored place of the global batch.
 
     With w ~ Beta(alpha, alpha), one for the batch or one an image:
@@ -332,8 +362,9 @@ def mixup(image: jax.Array, other: jax.Array, weight: jax.Array) -> tuple[jax.Ar
     return weight * image + (1 - weight) * other, weight
 
 
-def cutmix(image: jax.Array, other: jax.Array, weight: jax.Array,
-           center: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cutmix(
+    image: jax.Array, other: jax.Array, weight: jax.Array, center: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns (the image with a box of the other one around `center`, its share outside of it)."""
     inside = True
     share = 1.0

@@ -70,8 +70,9 @@ class Dataset:
         """Returns what a training step (0-based) of this process's devices receives."""
         raise NotImplementedError
 
-    def eval_feeds(self, split: Any, batch_size: int,
-                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
+    def eval_feeds(
+        self, split: Any, batch_size: int, layout: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the evaluation steps of this process's devices receive."""
         raise NotImplementedError
 
@@ -94,12 +95,14 @@ class Dataset:
         batch_size = layout.num_replicas * layout.replica_batch_size
         epoch, i = divmod(step, self.num_train_examples // batch_size)
         order = _epoch_order(seed, epoch, self.num_train_examples)
-        index = order[i * batch_size:(i + 1) * batch_size]
+        index = order[i * batch_size : (i + 1) * batch_size]
         return index.reshape(len(layout.devices), layout.replicas_per_device, -1)[
-            layout.local_positions]
+            layout.local_positions
+        ]
 
-    def eval_index(self, split: Any, batch_size: int,
-                   layout: Any) -> Iterator[tuple[np.ndarray, ...]]:
+    def eval_index(
+        self, split: Any, batch_size: int, layout: Any
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the examples of evaluation steps: every one once, padded under a mask.
 
         Yields:
@@ -111,11 +114,14 @@ class Dataset:
         for start in range(0, len(split), per_device * num_devices):
             index = np.arange(start, start + per_device * num_devices, dtype=np.int32)
             mask = (index < len(split)).astype(np.float32)
-            yield tuple(x.reshape(num_devices, per_device)[layout.local_positions]
-                        for x in (np.minimum(index, len(split) - 1), mask))
+            yield tuple(
+                x.reshape(num_devices, per_device)[layout.local_positions]
+                for x in (np.minimum(index, len(split) - 1), mask)
+            )
 
-    def train_feeds(self, seed: int, first_step: int, last_step: int,
-                    layout: Any) -> Iterator[dict[str, np.ndarray]]:
+    def train_feeds(
+        self, seed: int, first_step: int, last_step: int, layout: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the training steps first_step ... last_step - 1 of this process receive.
 
         Whatever is read ahead, feed t is a function of (seed, t) alone.
@@ -123,8 +129,14 @@ class Dataset:
         for step in range(first_step, last_step):
             yield self.train_feed(seed, step, layout)
 
-    def train_batch(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array], keys: jax.Array,
-                    batch_key: jax.Array, axis_name: str | None = None) -> dict[str, jax.Array]:
+    def train_batch(
+        self,
+        arrays: dict[str, jax.Array],
+        feed: dict[str, jax.Array],
+        keys: jax.Array,
+        batch_key: jax.Array,
+        axis_name: str | None = None,
+    ) -> dict[str, jax.Array]:
         """Augments and normalises; runs inside the compiled step.
 
         Args:
@@ -137,18 +149,22 @@ class Dataset:
         Returns:
           {'image': (..., H, W, C) float, 'label': (...) int32, or distributions (..., classes)}.
         """
-        shape, keys = feed['label'].shape[:keys.ndim], keys.reshape(-1)
-        labels = feed['label'].reshape(len(keys), *feed['label'].shape[len(shape):])
+        shape, keys = feed['label'].shape[: keys.ndim], keys.reshape(-1)
+        labels = feed['label'].reshape(len(keys), *feed['label'].shape[len(shape) :])
         images = augment.augment(self.pixels(arrays, feed), keys, self.augmentation)
         images = augment.finish(images, keys, batch_key, self.augmentation, self.mean, self.std)
         images, labels = augment.mix(
-            images, labels, keys, batch_key, self.augmentation, self.num_classes, axis_name)
+            images, labels, keys, batch_key, self.augmentation, self.num_classes, axis_name
+        )
         images = augment.enlarge(images, self.augmentation.image_size)
-        return {'image': images.reshape(*shape, *self.image_shape),
-                'label': labels.reshape(*shape, *labels.shape[1:])}
+        return {
+            'image': images.reshape(*shape, *self.image_shape),
+            'label': labels.reshape(*shape, *labels.shape[1:]),
+        }
 
-    def eval_batch(self, arrays: dict[str, jax.Array],
-                   feed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def eval_batch(
+        self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
         """Normalises; runs inside the compiled evaluation step.
 
         Returns:
@@ -157,8 +173,11 @@ class Dataset:
         shape = feed['mask'].shape
         images = augment.normalize(self.pixels(arrays, feed), self.mean, self.std)
         images = augment.enlarge(images, self.augmentation.image_size)
-        return {'image': images.reshape(*shape, *self.image_shape), 'label': feed['label'],
-                'mask': feed['mask']}
+        return {
+            'image': images.reshape(*shape, *self.image_shape),
+            'label': feed['label'],
+            'mask': feed['mask'],
+        }
 
     def to_pixels(self, images: jax.Array | np.ndarray) -> np.ndarray:
         """Undoes the normalisation: float images -> NumPy images in [0, 1], for pictures."""

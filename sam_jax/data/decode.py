@@ -27,11 +27,14 @@ CROP_PADDING = 32
 
 
 @functools.cache
-def _has_tensorflow():
+def has_tensorflow() -> bool:
+    """Whether TensorFlow decodes the images; says it if not."""
     if importlib.util.find_spec('tensorflow'):
         return True
-    _log.info('TensorFlow is not installed: Pillow decodes the images. JPEG files differ by a few '
-              'of 255 levels in single pixels from what TensorFlow makes of them.')
+    _log.info(
+        'TensorFlow is not installed: Pillow decodes the images. JPEG files differ by a few '
+        'of 255 levels in single pixels from what TensorFlow makes of them.'
+    )
     return False
 
 
@@ -58,7 +61,7 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: the bytes are no image.
     """
-    if _has_tensorflow():
+    if has_tensorflow():
         return _run(_function(random_window, size), encoded, seed)
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape
@@ -71,7 +74,7 @@ def center_crop(encoded: bytes, size: int) -> np.ndarray:
 
     Arguments and errors as of `random_crop`.
     """
-    if _has_tensorflow():
+    if has_tensorflow():
         return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape
@@ -83,13 +86,20 @@ def random_window(shape: Any, size: int, seed: Any) -> Any:
     tf = tensorflow()
 
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed, min_object_covered=COVERED,
-        aspect_ratio_range=ASPECT, area_range=AREA, max_attempts=pillow.ATTEMPTS,
-        use_image_if_no_bounding_boxes=True)
+        shape,
+        tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
+        seed,
+        min_object_covered=COVERED,
+        aspect_ratio_range=ASPECT,
+        area_range=AREA,
+        max_attempts=pillow.ATTEMPTS,
+        use_image_if_no_bounding_boxes=True,
+    )
     # The whole image is what TensorFlow gives when all attempts have failed.
     failed = tf.reduce_all(extent[:2] == shape[:2])
-    return tf.where(failed, center_window(shape, size, seed),
-                    tf.concat([begin[:2], extent[:2]], axis=0))
+    return tf.where(
+        failed, center_window(shape, size, seed), tf.concat([begin[:2], extent[:2]], axis=0)
+    )
 
 
 def center_window(shape: Any, size: int, seed: Any) -> Any:
@@ -120,18 +130,23 @@ def _function(window_of, size):
     def other(encoded, seed):
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         y, x, height, width = tf.unstack(window_of(tf.shape(image), size, seed))
-        return image[y:y + height, x:x + width]
+        return image[y : y + height, x : x + width]
 
     def crop(encoded, seed):
         # Not tf.io.is_jpeg, which wants a third byte that some files do not have.
-        image = tf.cond(tf.strings.substr(encoded, 0, 2) == b'\xff\xd8',
-                        lambda: jpeg(encoded, seed), lambda: other(encoded, seed))
+        image = tf.cond(
+            tf.strings.substr(encoded, 0, 2) == b'\xff\xd8',
+            lambda: jpeg(encoded, seed),
+            lambda: other(encoded, seed),
+        )
         resized = tf.raw_ops.ResizeBicubic(
-            images=image[None], size=(size, size), align_corners=False, half_pixel_centers=False)
+            images=image[None], size=(size, size), align_corners=False, half_pixel_centers=False
+        )
         return tf.cast(tf.clip_by_value(resized[0] + 0.5, 0.0, 255.0), tf.uint8)
 
     return tf.function(crop).get_concrete_function(
-        tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int32))
+        tf.TensorSpec((), tf.string), tf.TensorSpec((2,), tf.int32)
+    )
 
 
 def _run(function, encoded, seed):

@@ -33,8 +33,9 @@ def unchanged(index: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-def noise(num_examples: int, rate: float, num_classes: int, seed: int,
-          kind: str = 'uniform') -> Relabelling:
+def noise(
+    num_examples: int, rate: float, num_classes: int, seed: int, kind: str = 'uniform'
+) -> Relabelling:
     """Returns the relabelling that gives a fraction `rate` of the examples another label.
 
     Args:
@@ -45,7 +46,7 @@ def noise(num_examples: int, rate: float, num_classes: int, seed: int,
       kind: one of LABEL_NOISE.
     """
     hit = np.zeros(num_examples, bool)
-    hit[rngs.permutation(seed, 'noisy_examples', num_examples)[:round(rate * num_examples)]] = True
+    hit[rngs.permutation(seed, 'noisy_examples', num_examples)[: round(rate * num_examples)]] = True
     draws = rngs.integers(seed, 'noisy_labels', num_examples, num_classes * (num_classes - 1))
 
     def relabel(index, labels):
@@ -71,19 +72,20 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
         with np.load(os.path.expanduser(path)) as file:
             probabilities, dataset = file['probabilities'], str(file['dataset'])
     except FileNotFoundError as e:
-        raise UserError(f'{key}; there is no such file. `sam-jax-predict` writes '
-                        'one.') from e
+        raise UserError(f'{key}; there is no such file. `sam-jax-predict` writes one.') from e
     except Exception as e:  # whatever NumPy and zipfile find wrong
         raise UserError(f'{key}; it cannot be read as a file of predictions: {e!r}.') from e
     if (dataset, *probabilities.shape) != (name, num_examples, num_classes):
         n, classes = probabilities.shape
         raise UserError(
             f'{key}; it holds predictions for {n} examples of {dataset} in {classes} classes, and '
-            f'the training set is {num_examples} examples of {name} in {num_classes} classes.')
+            f'the training set is {num_examples} examples of {name} in {num_classes} classes.'
+        )
     if not np.isfinite(probabilities).all():
         raise UserError(f'{key}; some of its probabilities are not finite.')
-    table = (probabilities.astype(np.float32) if soft
-             else probabilities.argmax(axis=1).astype(np.int32))
+    table = (
+        probabilities.astype(np.float32) if soft else probabilities.argmax(axis=1).astype(np.int32)
+    )
     return lambda index, labels: table[index]
 
 
@@ -95,11 +97,17 @@ def create(settings: Any, name: str, num_examples: int, num_classes: int) -> Rel
       name, num_examples, num_classes: of the training set.
     """
     if settings.labels_from:
-        return predicted(settings.labels_from, name, num_examples, num_classes,
-                         settings.soft_labels)
+        return predicted(
+            settings.labels_from, name, num_examples, num_classes, settings.soft_labels
+        )
     if settings.label_noise:
-        return noise(num_examples, settings.label_noise, num_classes, settings.label_noise_seed,
-                     settings.label_noise_kind)
+        return noise(
+            num_examples,
+            settings.label_noise,
+            num_classes,
+            settings.label_noise_seed,
+            settings.label_noise_kind,
+        )
     return unchanged
 
 

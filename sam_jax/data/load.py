@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax.data import augment, labels, records
+from sam_jax.data import augment, decode, labels, records
 from sam_jax.data.resident import ResidentDataset
-from sam_jax.data.sources import SOURCES, check_labels
+from sam_jax.data.sources import SOURCES, check_split
 from sam_jax.data.streaming import StreamingDataset
 from sam_jax.errors import UserError
 
@@ -32,9 +32,7 @@ def load_dataset(settings: Any) -> ResidentDataset | StreamingDataset:
 def _resident(settings, source):
     train, test = source.read(settings.dir)
     for name, split in [('train', train), ('test', test)]:
-        if not len(split):
-            raise UserError(f'The {name} split of {settings.name} is empty.')
-        check_labels(split.labels, source.num_classes, f'the {name} split of {settings.name}')
+        check_split(split, source, f'{name} split of {settings.name}')
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)
@@ -48,11 +46,19 @@ def _resident(settings, source):
         evals['train_true_labels'] = true
     evals['train'] = train
     return ResidentDataset(
-        settings.name, source.num_classes, source.mean, source.std, train.images.shape[1:], train,
-        evals, _augmentation(settings, source.policy, settings.image_size))
+        settings.name,
+        source.num_classes,
+        source.mean,
+        source.std,
+        train.images.shape[1:],
+        train,
+        evals,
+        _augmentation(settings, source.policy, settings.image_size),
+    )
 
 
 def _streaming(settings, stream):
+    decode.has_tensorflow()  # says so once, before several threads ask
     train, test, num_classes = stream.open(settings.dir)
     train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
     evals = {'test': test}
@@ -64,9 +70,17 @@ def _streaming(settings, stream):
         train = train.relabelled(relabel)
     evals['train'] = train
     return StreamingDataset(
-        settings.name, num_classes, records.IMAGENET_MEAN, records.IMAGENET_STD,
-        (settings.image_size, settings.image_size, 3), train, evals,
-        _augmentation(settings, 'imagenet', 0), settings.skip_corrupt, settings.threads)
+        settings.name,
+        num_classes,
+        records.IMAGENET_MEAN,
+        records.IMAGENET_STD,
+        (settings.image_size, settings.image_size, 3),
+        train,
+        evals,
+        _augmentation(settings, 'imagenet', 0),
+        settings.skip_corrupt,
+        settings.threads,
+    )
 
 
 def _held_out(train, size=0):
@@ -77,6 +91,16 @@ def _held_out(train, size=0):
 
 def _augmentation(settings, policy, image_size):
     return augment.Augmentation(
-        settings.augment, settings.padding, policy, settings.corrected_ops, settings.cutout_size,
-        settings.cutout_per_image, settings.randaugment_layers, settings.randaugment_magnitude,
-        settings.mixup_alpha, settings.cutmix_alpha, settings.mix_per_image, image_size)
+        settings.augment,
+        settings.padding,
+        policy,
+        settings.corrected_ops,
+        settings.cutout_size,
+        settings.cutout_per_image,
+        settings.randaugment_layers,
+        settings.randaugment_magnitude,
+        settings.mixup_alpha,
+        settings.cutmix_alpha,
+        settings.mix_per_image,
+        image_size,
+    )

@@ -21,9 +21,24 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 GREY = 128  # what warps move in and cutout leaves
 
-NAMES = ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'Posterize', 'Solarize', 'Color',
-         'Contrast', 'Brightness', 'Sharpness', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY',
-         'Cutout', 'SolarizeAdd')
+NAMES = (
+    'AutoContrast',
+    'Equalize',
+    'Invert',
+    'Rotate',
+    'Posterize',
+    'Solarize',
+    'Color',
+    'Contrast',
+    'Brightness',
+    'Sharpness',
+    'ShearX',
+    'ShearY',
+    'TranslateX',
+    'TranslateY',
+    'Cutout',
+    'SolarizeAdd',
+)
 
 
 class Constants(NamedTuple):
@@ -55,8 +70,7 @@ def corrected(side: int) -> Constants:
 
     AutoAugment's paper moves by up to 150 of 331 pixels and cuts a square of up to 60.
     """
-    return Constants(translate=150 / 331 * side, cutout=30 / 331 * side, true_mean=True,
-                     wrap=False)
+    return Constants(translate=150 / 331 * side, cutout=30 / 331 * side, true_mean=True, wrap=False)
 
 
 # Of `resolve` they are NumPy's.
@@ -85,8 +99,17 @@ class Op(NamedTuple):
     size: Int32[Numbers, '*stack']
 
 
-_KINDS = ('identity', 'warp', 'table', 'AutoContrast', 'Equalize', 'Color', 'Sharpness', 'Contrast',
-          'Cutout')
+_KINDS = (
+    'identity',
+    'warp',
+    'table',
+    'AutoContrast',
+    'Equalize',
+    'Color',
+    'Sharpness',
+    'Contrast',
+    'Cutout',
+)
 _VALUES = np.arange(256)
 _FLOATS = np.arange(256, dtype=np.float32)
 _THIRTEENTHS = _FLOATS * (np.float32(1) / np.float32(13))
@@ -94,13 +117,13 @@ _FIVE_THIRTEENTHS = _FLOATS * (np.float32(5) / np.float32(13))
 # Of AutoContrast: values times 255 / range, by (range, value).
 _STRETCHED = (np.float32(255) / np.maximum(_FLOATS, 1))[:, None] * _FLOATS
 # What each channel's values give to the luminance, in [0, 1].
-_LUMINANCE = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (
-    _FLOATS * np.float32(1 / 255))
+_LUMINANCE = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (_FLOATS * np.float32(1 / 255))
 _DIFFERENCES = np.arange(-255, 256, dtype=np.float32)
 
 
-def resolve(name: str, level: float, negative: bool, shape: tuple[int, int, int],
-            constants: Constants) -> Op:
+def resolve(
+    name: str, level: float, negative: bool, shape: tuple[int, int, int], constants: Constants
+) -> Op:
     """Returns the Op `name` at a level, of NumPy arrays.
 
     Args:
@@ -151,8 +174,15 @@ def resolve(name: str, level: float, negative: bool, shape: tuple[int, int, int]
         kind = 'identity'
     matrix = np.array(matrix, np.float32).reshape(2, 3)
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)
-    return Op(np.int32(_KINDS.index(kind)), matrix[:, :1] * x, matrix[:, 1:2] * y, matrix[:, 2],
-              np.asarray(table).astype(np.uint8), scaled, np.int32(size))
+    return Op(
+        np.int32(_KINDS.index(kind)),
+        matrix[:, :1] * x,
+        matrix[:, 1:2] * y,
+        matrix[:, 2],
+        np.asarray(table).astype(np.uint8),
+        scaled,
+        np.int32(size),
+    )
 
 
 def _rotation(degrees, height, width):
@@ -163,8 +193,9 @@ def _rotation(degrees, height, width):
     return (cos, -sin, (w - (cos * w - sin * h)) / 2, sin, cos, (h - (sin * w + cos * h)) / 2)
 
 
-def apply(op: Op, image: UInt8[Array, 'height width channels'],
-          center: Float[Array, '2']) -> UInt8[Array, 'height width channels']:
+def apply(
+    op: Op, image: UInt8[Array, 'height width channels'], center: Float[Array, '2']
+) -> UInt8[Array, 'height width channels']:
     """Carries out an operation on one image.
 
     Args:
@@ -172,11 +203,17 @@ def apply(op: Op, image: UInt8[Array, 'height width channels'],
       image: uint8 (H, W, C).
       center: uniform numbers in [0, 1), (2,): where a square is cut, (y, x).
     """
-    branches = (lambda: image, lambda: _warp(image, op), lambda: jnp.asarray(op.table)[image],
-                lambda: _autocontrast(image), lambda: _equalize(image),
-                lambda: _blend(jnp, _grey(image), image, op.scaled),
-                lambda: _sharpness(image, op.scaled), lambda: _contrast(image, op.scaled),
-                lambda: _cut(image, op.size, center))
+    branches = (
+        lambda: image,
+        lambda: _warp(image, op),
+        lambda: jnp.asarray(op.table)[image],
+        lambda: _autocontrast(image),
+        lambda: _equalize(image),
+        lambda: _blend(jnp, _grey(image), image, op.scaled),
+        lambda: _sharpness(image, op.scaled),
+        lambda: _contrast(image, op.scaled),
+        lambda: _cut(image, op.size, center),
+    )
     return lax.switch(op.kind, branches)
 
 
@@ -204,8 +241,9 @@ def _warp(image, op):
         place = jnp.asarray(op.columns)[i][None] + jnp.asarray(op.rows)[i][:, None] + op.offset[i]
         # Halves are rounded away from zero.
         place = jnp.where(place < 0, jnp.ceil(place - 0.5), jnp.floor(place + 0.5))
-        places.append((jnp.clip(place, 0, size - 1).astype(jnp.int32),
-                       (place >= 0) & (place < size)))
+        places.append(
+            (jnp.clip(place, 0, size - 1).astype(jnp.int32), (place >= 0) & (place < size))
+        )
     (x, x_inside), (y, y_inside) = places
     moved = image.reshape(-1, channels)[(y * width + x).reshape(-1)].reshape(image.shape)
     return jnp.where((x_inside & y_inside)[..., None], moved, jnp.uint8(GREY))
@@ -221,6 +259,7 @@ def _autocontrast(image):
 
 def _equalize(image):
     """Makes each channel's histogram flat, by integer arithmetic as PIL does."""
+
     def channel(values):
         counts = jnp.zeros(256, jnp.int32).at[values.reshape(-1)].add(1)
         step = (values.size - counts[values.max()]) // 255
@@ -240,7 +279,7 @@ def _sharpness(image, scaled):
     for dy in range(3):
         for dx in range(3):
             term = five_times if dy == dx == 1 else once
-            total += term[dy:dy + height, dx:dx + width]
+            total += term[dy : dy + height, dx : dx + width]
     smooth = image.at[1:-1, 1:-1].set(jnp.clip(total, 0, 255).astype(jnp.uint8))
     return _blend(jnp, smooth, image, scaled)
 

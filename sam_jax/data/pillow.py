@@ -43,7 +43,7 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
 def crop(pixels: np.ndarray, window: tuple[int, ...], size: int) -> np.ndarray:
     """The window (y, x, height, width) of an image, resized: uint8 (size, size, 3)."""
     y, x, height, width = window
-    return resize(pixels[y:y + height, x:x + width], size)
+    return resize(pixels[y : y + height, x : x + width], size)
 
 
 def _sum(terms):
@@ -58,8 +58,7 @@ def _taps(side, size):
     whole = np.floor(at).astype(np.int64)
     offset = np.rint((at - whole.astype(np.float32)) * np.float32(TABLE)).astype(np.int64)
     inner, outer = _coefficients()
-    weights = np.stack([outer[offset], inner[offset], inner[TABLE - offset],
-                        outer[TABLE - offset]])
+    weights = np.stack([outer[offset], inner[offset], inner[TABLE - offset], outer[TABLE - offset]])
     places = np.clip(whole + np.arange(-1, 3)[:, None], 0, side - 1)
     return places, weights
 
@@ -79,9 +78,10 @@ class _Philox:
     """TensorFlow's stateless random numbers of a seed, two int32."""
 
     def __init__(self, seed):
-        low, high = (int(s) & 0xffffffffffffffff for s in seed)  # int32 with its sign
-        mixed = _philox((low & 0xffffffff, low >> 32, high & 0xffffffff, high >> 32),
-                        (0x3ec8f720, 0x02461e29))
+        low, high = (int(s) & 0xFFFFFFFFFFFFFFFF for s in seed)  # int32 with its sign
+        mixed = _philox(
+            (low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF, high >> 32), (0x3EC8F720, 0x02461E29)
+        )
         self._key, self._counter = mixed[:2], [0, 0, *mixed[2:]]
         self._left = []
 
@@ -90,7 +90,7 @@ class _Philox:
         if not self._left:
             self._left = list(_philox(self._counter, self._key))
             for i in range(4):
-                self._counter[i] = (self._counter[i] + 1) & 0xffffffff
+                self._counter[i] = (self._counter[i] + 1) & 0xFFFFFFFF
                 if self._counter[i]:
                     break
         return self._left.pop(0)
@@ -99,14 +99,14 @@ class _Philox:
         """Uniform in 0, ..., n - 1."""
         if n & (n - 1) == 0:
             return self.integer() & (n - 1)
-        left_over = 0xffffffff % n + 1
+        left_over = 0xFFFFFFFF % n + 1
         while (number := self.integer()) < left_over:
             pass
         return number % n
 
     def share(self):
         """Uniform in [0, 1), float32."""
-        bits = np.uint32(0x3f800000 | (self.integer() & 0x7fffff))
+        bits = np.uint32(0x3F800000 | (self.integer() & 0x7FFFFF))
         return bits.view(np.float32) - np.float32(1)
 
 
@@ -115,15 +115,25 @@ def _philox(counter, key):
     a, b, c, d = counter
     low, high = key
     for _ in range(10):
-        first, second = 0xd2511f53 * a, 0xcd9e8d57 * c
-        a, b, c, d = ((second >> 32) ^ b ^ low, second & 0xffffffff,
-                      (first >> 32) ^ d ^ high, first & 0xffffffff)
-        low, high = (low + 0x9e3779b9) & 0xffffffff, (high + 0xbb67ae85) & 0xffffffff
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (
+            (second >> 32) ^ b ^ low,
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ d ^ high,
+            first & 0xFFFFFFFF,
+        )
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
     return a, b, c, d
 
 
-def random_window(height: int, width: int, seed: np.ndarray, area: tuple[float, float],
-                  aspect: tuple[float, float], covered: float) -> tuple[int, ...] | None:
+def random_window(
+    height: int,
+    width: int,
+    seed: np.ndarray,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    covered: float,
+) -> tuple[int, ...] | None:
     """TensorFlow's `stateless_sample_distorted_bounding_box` with the whole image as the box.
 
     Args:
@@ -143,14 +153,16 @@ def random_window(height: int, width: int, seed: np.ndarray, area: tuple[float, 
         ratio = random.share() * (most - least) + least
         window = _attempt(height, width, ratio, smallest, largest, random)
         if window and np.float32(window[2] * window[3]) >= np.float32(covered) * np.float32(
-                height * width):
+            height * width
+        ):
             return window
     return None
 
 
 def _attempt(height, width, ratio, least, most, random):
-    least, most = (np.float32(share * np.float32(width)) * np.float32(height)
-                   for share in (least, most))
+    least, most = (
+        np.float32(share * np.float32(width)) * np.float32(height) for share in (least, most)
+    )
 
     def rounded(x):
         return int(np.rint(x))

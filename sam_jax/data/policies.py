@@ -10,7 +10,7 @@ def _read(text):
     return tuple(tuple((w[i], float(w[i + 1]), int(w[i + 2])) for i in (0, 3)) for w in words)
 
 
-CIFAR = _read('''
+CIFAR = _read("""
 Invert 0.1 7  Contrast 0.2 6
 Rotate 0.7 2  TranslateX 0.3 9
 Sharpness 0.8 1  Sharpness 0.9 3
@@ -106,9 +106,9 @@ Solarize 0.5 5  AutoContrast 0.9 5
 AutoContrast 0.6 1  AutoContrast 0.7 8
 Equalize 0.2 0  AutoContrast 0.1 2
 Equalize 0.6 9  Equalize 0.4 4
-''')
+""")
 
-SVHN = _read('''
+SVHN = _read("""
 ShearX 0.9 4  Invert 0.2 3
 ShearY 0.9 8  Invert 0.7 5
 Equalize 0.6 5  Solarize 0.6 6
@@ -134,9 +134,9 @@ ShearY 0.8 4  Invert 0.8 8
 ShearX 0.7 9  TranslateY 0.8 3
 ShearY 0.8 5  AutoContrast 0.7 3
 ShearX 0.7 2  Invert 0.1 5
-''')
+""")
 
-IMAGENET = _read('''
+IMAGENET = _read("""
 Equalize 0.8 1  ShearY 0.8 4
 Color 0.4 9  Equalize 0.6 3
 Color 0.4 1  Rotate 0.6 8
@@ -162,6 +162,6 @@ ShearY 0.4 7  SolarizeAdd 0.6 7
 Posterize 0.8 2  Solarize 0.6 10
 Solarize 0.6 8  Equalize 0.6 1
 Color 0.8 6  Rotate 0.4 5
-''')
+""")
 
 POLICIES = {'cifar': CIFAR, 'svhn': SVHN, 'imagenet': IMAGENET}

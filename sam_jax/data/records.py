@@ -49,7 +49,8 @@ class Records:
         """Returns the chosen examples with the labels that they have here."""
         places = np.arange(len(self))[chosen]
         return dataclasses.replace(
-            self, index=self.index[chosen], relabel=lambda i, true: self.relabel(places[i], true))
+            self, index=self.index[chosen], relabel=lambda i, true: self.relabel(places[i], true)
+        )
 
     def relabelled(self, relabel: labels_lib.Relabelling) -> 'Records':
         return dataclasses.replace(self, relabel=relabel)
@@ -72,8 +73,10 @@ class Stream:
 
     def open(self, data_dir: str) -> tuple['TfdsSource', 'TfdsSource', int]:
         """Returns (training source, test source, class names' number)."""
-        train, test = (TfdsSource(self.tfds_name, data_dir, split, self.num_classes)
-                       for split in (self.train, self.test))
+        train, test = (
+            TfdsSource(self.tfds_name, data_dir, split, self.num_classes)
+            for split in (self.train, self.test)
+        )
         return train, test, self.num_classes
 
 
@@ -86,22 +89,34 @@ class FolderStream:
         if not data_dir or not os.path.isdir(root):
             raise UserError(
                 f"data.dir is {data_dir!r}; with data.name='folder' it must be a folder with "
-                'train/CLASS/IMAGE and test/CLASS/IMAGE (or validation, or val).')
+                'train/CLASS/IMAGE and test/CLASS/IMAGE (or validation, or val).'
+            )
         splits = sorted(e.name for e in os.scandir(root) if e.is_dir())
         test = next((s for s in ('test', 'validation', 'val') if s in splits), None)
         if 'train' not in splits or test is None:
             raise UserError(
                 f'data.dir {data_dir!r} holds the folders {", ".join(splits) or "none"}; it needs '
-                'train and one of test, validation, val.')
-        classes = sorted({e.name for split in ('train', test)
-                          for e in os.scandir(os.path.join(root, split)) if e.is_dir()})
+                'train and one of test, validation, val.'
+            )
+        classes = sorted(
+            {
+                e.name
+                for split in ('train', test)
+                for e in os.scandir(os.path.join(root, split))
+                if e.is_dir()
+            }
+        )
         if len(classes) < 2:
             raise UserError(
                 f'data.dir {data_dir!r} has {len(classes)} class folder'
                 f'{"s" if not classes else f" ({classes[0]})"}; training needs two or more, '
-                'train/CLASS/IMAGE.')
-        return (FolderSource(os.path.join(root, 'train'), classes),
-                FolderSource(os.path.join(root, test), classes), len(classes))
+                'train/CLASS/IMAGE.'
+            )
+        return (
+            FolderSource(os.path.join(root, 'train'), classes),
+            FolderSource(os.path.join(root, test), classes),
+            len(classes),
+        )
 
 
 STREAMS = {
@@ -129,15 +144,19 @@ class TfdsSource:
                 f'Dataset {name} in {builder.data_dir} is in {builder.info.file_format.value} '
                 'files, which cannot be read at random; convert it with `tfds convert_format`, or '
                 'prepare it again in another data.dir (TFDS keeps what it has downloaded) with: '
-                f'{sources.prepare_command(name, "DIR", "array_record")}')
+                f'{sources.prepare_command(name, "DIR", "array_record")}'
+            )
         sources.tfds_splits(builder, [split])
         self._what = f'{name} ({split})'
         self._num_classes = num_classes
-        undecoded = {feature: tfds.decode.SkipDecoding()
-                     for feature, kind in builder.info.features.items()
-                     if isinstance(kind, tfds.features.Image)}
-        self._parts = [builder.as_data_source(part, decoders=undecoded)
-                       for part in split.split('+')]
+        undecoded = {
+            feature: tfds.decode.SkipDecoding()
+            for feature, kind in builder.info.features.items()
+            if isinstance(kind, tfds.features.Image)
+        }
+        self._parts = [
+            builder.as_data_source(part, decoders=undecoded) for part in split.split('+')
+        ]
         self._starts = np.cumsum([0, *map(len, self._parts)])
 
     def __len__(self):
@@ -148,12 +167,16 @@ class TfdsSource:
         try:
             example = self._parts[part][int(i - self._starts[part])]
         except Exception as e:  # whatever array_record or the parser find wrong
-            raise UserError(f'Example {i} of {self._what} cannot be read ({first_line(e)}); '
-                            'prepare the dataset again.') from e
+            raise UserError(
+                f'Example {i} of {self._what} cannot be read ({first_line(e)}); '
+                'prepare the dataset again.'
+            ) from e
         label = int(example['label'])
         if not 0 <= label < self._num_classes:
-            raise UserError(f'Example {i} of {self._what} has the label {label}; labels must be at '
-                            f'least 0 and below {self._num_classes}, the number of classes.')
+            raise UserError(
+                f'Example {i} of {self._what} has the label {label}; labels must be at '
+                f'least 0 and below {self._num_classes}, the number of classes.'
+            )
         return example['image'], label, f'example {i} of {self._what}'
 
 
@@ -165,8 +188,11 @@ class FolderSource:
         for label, name in enumerate(classes):
             place = os.path.join(folder, name)
             if os.path.isdir(place):
-                files += [(e.path, label) for e in sorted(os.scandir(place), key=lambda e: e.name)
-                          if e.name.lower().endswith(EXTENSIONS)]
+                files += [
+                    (e.path, label)
+                    for e in sorted(os.scandir(place), key=lambda e: e.name)
+                    if e.name.lower().endswith(EXTENSIONS)
+                ]
         if not files:
             raise UserError(f'{folder} holds no images CLASS/IMAGE ({", ".join(EXTENSIONS)}).')
         # Mixed once, so that the last tenth (the validation split) is not the last classes.

@@ -71,8 +71,9 @@ class ResidentDataset(Dataset):
         index = self.train_index(seed, step, layout)
         return {'index': self.train.index[index], 'label': self.train.labels[index]}
 
-    def eval_feeds(self, split: Split, batch_size: int,
-                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
+    def eval_feeds(
+        self, split: Split, batch_size: int, layout: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields {'index', 'label', 'mask'} of the evaluation steps, see `eval_index`."""
         for index, mask in self.eval_index(split, batch_size, layout):
             yield {'index': split.index[index], 'label': split.labels[index], 'mask': mask}
@@ -95,7 +96,8 @@ class ResidentDataset(Dataset):
         size = sum({id(s.images): s.images.nbytes for s in splits}.values())
         if size * num_devices > memory:
             raise UserError(
-                f'data.name is {self.name!r}; its images are {size / 2 ** 30:.3g} GiB, which each '
+                f'data.name is {self.name!r}; its images are {size / 2**30:.3g} GiB, which each '
                 f'device holds whole: the {num_devices} on this memory need '
-                f'{size * num_devices / 2 ** 30:.3g} GiB, and {memory / 2 ** 30:.3g} are free. Use '
-                "fewer devices, one with more memory, or image files with data.name='folder'.")
+                f'{size * num_devices / 2**30:.3g} GiB, and {memory / 2**30:.3g} are free. Use '
+                "fewer devices, one with more memory, or image files with data.name='folder'."
+            )

@@ -48,7 +48,7 @@ def read_digits(data_dir: str) -> tuple[Split, Split]:
     labels = digits.target.astype(np.int32)
     shares = np.bincount(labels) * 500 / len(labels)
     counts = np.floor(shares).astype(int)
-    counts[np.argsort(counts - shares, kind='stable')[:500 - counts.sum()]] += 1
+    counts[np.argsort(counts - shares, kind='stable')[: 500 - counts.sum()]] += 1
     test = np.zeros(len(labels), bool)
     for digit, count in enumerate(counts):
         members = np.flatnonzero(labels == digit)
@@ -84,7 +84,8 @@ def tfds_builder(name: str, data_dir: str, file_format: str = '') -> Any:
         shown = data_dir or tfds.core.constants.DATA_DIR
         raise UserError(
             f'Dataset {name} is not in {shown} (config.data.dir is {data_dir!r}); prepare it '
-            f'there with: {prepare_command(name, data_dir, file_format)}')
+            f'there with: {prepare_command(name, data_dir, file_format)}'
+        )
     return builder
 
 
@@ -92,8 +93,10 @@ def prepare_command(name: str, data_dir: str, file_format: str = '') -> str:
     """Returns the shell command that prepares a TensorFlow dataset."""
     where = f", data_dir='{data_dir}'" if data_dir else ''
     form = f", file_format='{file_format}'" if file_format else ''
-    return ('python -c "import tensorflow_datasets as tfds; '
-            f"tfds.builder('{name}'{where}{form}).download_and_prepare()\"")
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}'{where}{form}).download_and_prepare()\""
+    )
 
 
 def tfds_splits(builder: Any, splits: list[str]) -> None:
@@ -102,7 +105,36 @@ def tfds_splits(builder: Any, splits: list[str]) -> None:
     if absent:
         raise UserError(
             f'Dataset {builder.name} in {builder.data_dir} has no split {absent[0]}; it has '
-            f'{", ".join(sorted(builder.info.splits)) or "none"}.')
+            f'{", ".join(sorted(builder.info.splits)) or "none"}.'
+        )
+
+
+def check_split(split: Split, source: Source, what: str) -> None:
+    """Checks what a Source has read.
+
+    Raises:
+      UserError: no examples, images that are not uint8 (N, H, W, C) or of other channels than the
+        Source's mean and std, labels that are not a class for each image.
+    """
+    images, labels, channels = split.images, split.labels, len(source.mean)
+    if not len(split):
+        raise UserError(f'The {what} is empty.')
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(
+            f'The images of the {what} are {images.dtype} {images.shape}; they must be uint8 '
+            '(N, height, width, channels), from 0 to 255.'
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f'The labels of the {what} are {labels.dtype} {labels.shape}; they must be integers, '
+            f'one for each of the {len(images)} images.'
+        )
+    if not images.shape[-1] == channels == len(source.std):
+        raise UserError(
+            f'The images of the {what} have {images.shape[-1]} channels, and its Source {channels} '
+            f'means and {len(source.std)} deviations; it must have one of each a channel.'
+        )
+    check_labels(labels, source.num_classes, f'the {what}')
 
 
 def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
@@ -111,7 +143,8 @@ def check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
     if len(wrong):
         raise UserError(
             f'Example {wrong[0]} of {what} has the label {labels[wrong[0]]}; labels must be at '
-            f'least 0 and below {num_classes}, the number of classes.')
+            f'least 0 and below {num_classes}, the number of classes.'
+        )
 
 
 def read_tfds(name: str, data_dir: str, extra: str = '') -> tuple[Split, Split]:
@@ -129,9 +162,12 @@ def read_tfds(name: str, data_dir: str, extra: str = '') -> tuple[Split, Split]:
     splits = [*([extra] if extra else []), 'train', 'test']
     tfds_splits(builder, splits)
     *train, test = (_read_split(builder, split) for split in splits)
-    images, labels = (np.concatenate([getattr(s, part) for s in train])
-                      if len(train) > 1 else getattr(train[0], part)
-                      for part in ('images', 'labels'))
+    images, labels = (
+        np.concatenate([getattr(s, part) for s in train])
+        if len(train) > 1
+        else getattr(train[0], part)
+        for part in ('images', 'labels')
+    )
     return Split(images, labels), test
 
 
@@ -141,7 +177,8 @@ def _read_split(builder, split):
     except Exception as e:  # whatever TensorFlow or array_record find wrong
         raise UserError(
             f'The {split} split of {builder.name} in {builder.data_dir} cannot be read '
-            f'({first_line(e)}); prepare it again.') from e
+            f'({first_line(e)}); prepare it again.'
+        ) from e
 
 
 def _decoded_split(builder, split):
@@ -174,16 +211,27 @@ SOURCES = {
     'digits': Source(read_digits, 10, (0.30533,), (0.37669,)),
     'fake_cifar10': Source(read_fake_cifar, 10, (0.5,) * 3, (0.289,) * 3),
     'cifar10': Source(
-        lambda data_dir: read_tfds('cifar10', data_dir), 10,
-        (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)),
+        lambda data_dir: read_tfds('cifar10', data_dir),
+        10,
+        (0.49139968, 0.48215841, 0.44653091),
+        (0.24703223, 0.24348513, 0.26158784),
+    ),
     'cifar100': Source(
-        lambda data_dir: read_tfds('cifar100', data_dir), 100,
-        (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
+        lambda data_dir: read_tfds('cifar100', data_dir),
+        100,
+        (0.50707516, 0.48654887, 0.44091784),
+        (0.26733429, 0.25643846, 0.27615047),
+    ),
     # 73,257 + 531,131 examples; the paper's code validates on train[65929:], without `extra`.
     'svhn': Source(
-        lambda data_dir: read_tfds('svhn_cropped', data_dir, extra='extra'), 10,
-        (0.43090966, 0.4302428, 0.44634357), (0.19759192, 0.20029082, 0.19811132),
-        policy='svhn', validation_size=73257 - 65929),
+        lambda data_dir: read_tfds('svhn_cropped', data_dir, extra='extra'),
+        10,
+        (0.43090966, 0.4302428, 0.44634357),
+        (0.19759192, 0.20029082, 0.19811132),
+        policy='svhn',
+        validation_size=73257 - 65929,
+    ),
     'fashion_mnist': Source(
-        lambda data_dir: read_tfds('fashion_mnist', data_dir), 10, (0.1307,), (0.3081,)),
+        lambda data_dir: read_tfds('fashion_mnist', data_dir), 10, (0.1307,), (0.3081,)
+    ),
 }

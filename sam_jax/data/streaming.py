@@ -63,8 +63,9 @@ class StreamingDataset(Dataset):
         examples = (self.decoded(self.train, i, crop) for i in range(len(self.train)))
         return np.stack([e['pixels'] for e in itertools.islice(filter(None, examples), count)])
 
-    def train_feeds(self, seed: int, first_step: int, last_step: int,
-                    layout: Any) -> Iterator[dict[str, np.ndarray]]:
+    def train_feeds(
+        self, seed: int, first_step: int, last_step: int, layout: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields what the training steps of this process's devices receive, read ahead.
 
         Yields:
@@ -81,12 +82,14 @@ class StreamingDataset(Dataset):
         """Returns one of `train_feeds`."""
         return next(iter(self.train_feeds(seed, step, step + 1, layout)))
 
-    def eval_feeds(self, split: records.Records, batch_size: int,
-                   layout: Any) -> Iterator[dict[str, np.ndarray]]:
+    def eval_feeds(
+        self, split: records.Records, batch_size: int, layout: Any
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields {'pixels', 'label', 'mask'} of the evaluation steps, see `eval_index`."""
         batches = list(self.eval_index(split, batch_size, layout))
-        examples = _EvalExamples(self, split, *(np.concatenate([x.ravel() for x in part])
-                                                for part in zip(*batches)))
+        examples = _EvalExamples(
+            self, split, *(np.concatenate([x.ravel() for x in part]) for part in zip(*batches))
+        )
         return self._read(examples, batches[0][0].shape)
 
     def _read(self, examples, shape):
@@ -99,8 +102,9 @@ class StreamingDataset(Dataset):
         for feed in grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1):
             yield {name: x.reshape(*shape, *x.shape[1:]) for name, x in feed.items()}
 
-    def decoded(self, split: records.Records, i: int,
-                crop: Callable[[bytes], np.ndarray]) -> dict[str, Any] | None:
+    def decoded(
+        self, split: records.Records, i: int, crop: Callable[[bytes], np.ndarray]
+    ) -> dict[str, Any] | None:
         """Returns {'pixels', 'label'} of the i-th example, None if it is passed over.
 
         Args:
@@ -113,8 +117,10 @@ class StreamingDataset(Dataset):
             return {'pixels': crop(encoded), 'label': label}
         except ValueError as e:
             if not self.skip_corrupt:
-                raise UserError(f'{name} cannot be decoded ({e}); data.skip_corrupt=True passes '
-                                'over damaged images.') from e
+                raise UserError(
+                    f'{name} cannot be decoded ({e}); data.skip_corrupt=True passes '
+                    'over damaged images.'
+                ) from e
             self.corrupt.note(name, e)
             return None
 
@@ -134,8 +140,12 @@ class Corrupt:
             if name in self._names:
                 return
             self._names.add(name)
-            _log.warning('%s cannot be decoded (%s); it is passed over, number %d so far.',
-                         name, error, len(self._names))
+            _log.warning(
+                '%s cannot be decoded (%s); it is passed over, number %d so far.',
+                name,
+                error,
+                len(self._names),
+            )
 
 
 class _TrainExamples:
@@ -144,11 +154,15 @@ class _TrainExamples:
     def __init__(self, dataset, seed, first_step, last_step, layout):
         self._dataset, self._seed, self._layout = dataset, seed, layout
         self._first_step, self._steps = first_step, last_step - first_step
-        self.shape = (len(layout.local_positions), layout.replicas_per_device,
-                      layout.replica_batch_size)
+        self.shape = (
+            len(layout.local_positions),
+            layout.replicas_per_device,
+            layout.replica_batch_size,
+        )
         per_device = layout.replicas_per_device * layout.replica_batch_size
         self._places = np.add.outer(
-            np.array(layout.local_positions) * per_device, np.arange(per_device)).ravel()
+            np.array(layout.local_positions) * per_device, np.arange(per_device)
+        ).ravel()
 
     def __len__(self):
         return self._steps * len(self._places)
@@ -161,7 +175,7 @@ class _TrainExamples:
         size = dataset.pixel_shape[0]
         crop = functools.partial(decode.center_crop, size=size)
         if 'resized_crop' in dataset.augmentation.parts:
-            window = rngs.integers(self._seed, 'crop', 2, 2 ** 31, step, self._places[j])
+            window = rngs.integers(self._seed, 'crop', 2, 2**31, step, self._places[j])
             crop = functools.partial(decode.random_crop, size=size, seed=window)
         for attempt in range(_PATIENCE):
             example = dataset.decoded(dataset.train, (i + attempt) % len(dataset.train), crop)

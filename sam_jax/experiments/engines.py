@@ -51,8 +51,9 @@ def last_line(log: str) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 
-def start(command: Sequence[str], log: str, environment: dict[str, str],
-          ignored: Sequence[int] = ()) -> subprocess.Popen:
+def start(
+    command: Sequence[str], log: str, environment: dict[str, str], ignored: Sequence[int] = ()
+) -> subprocess.Popen:
     """Starts a process whose output is added to a log, which is locked for as long as it lives.
 
     Args:
@@ -72,10 +73,17 @@ def start(command: Sequence[str], log: str, environment: dict[str, str],
             raise BlockingIOError(
                 f'{os.path.dirname(log)} is in use by another process; wait for it, or end it.'
             ) from e
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file,
-                                stdin=subprocess.DEVNULL, start_new_session=True,
-                                preexec_fn=(lambda: [signal.signal(s, signal.SIG_IGN)
-                                                     for s in ignored]) if ignored else None)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=(lambda: [signal.signal(s, signal.SIG_IGN) for s in ignored])
+            if ignored
+            else None,
+        )
 
 
 def python_path() -> dict[str, str]:
@@ -99,8 +107,10 @@ class Local:
         self._retries = retries
         self._parallel = parallel or max(1, len(gpus))
         if gpus and self._parallel > len(gpus):
-            raise UserError(f'--parallel is {parallel}; there are {len(gpus)} GPUs, and each run '
-                            'takes the memory of one.')
+            raise UserError(
+                f'--parallel is {parallel}; there are {len(gpus)} GPUs, and each run '
+                'takes the memory of one.'
+            )
         self._slots = queue.SimpleQueue()
         for slot in range(self._parallel):
             self._slots.put(_slot(slot, self._parallel, gpus))
@@ -137,8 +147,11 @@ class Local:
                 return Status('stopped', 'before it started')
             statuses[run.name] = Status('running')
             try:
-                process = start([*prefix, *command(run)], log_path(run),
-                                {**os.environ, **python_path(), **environment})
+                process = start(
+                    [*prefix, *command(run)],
+                    log_path(run),
+                    {**os.environ, **python_path(), **environment},
+                )
             except BlockingIOError as e:
                 return Status('failed', str(e))
             self._processes[run.name] = process
@@ -161,8 +174,12 @@ def _gpus():
         return [gpu for gpu in visible.split(',') if gpu]
     if not shutil.which('nvidia-smi'):
         return []
-    found = subprocess.run(['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'],
-                           capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ['nvidia-smi', '--query-gpu=index', '--format=csv,noheader'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return found.stdout.split() if found.returncode == 0 else []
 
 
@@ -190,8 +207,7 @@ class SlurmRun:
     def __call__(self):
         command, log, environment = self.parts
         # Slurm sends submitit's signal to all processes of the job; it is for submitit alone.
-        self.process = start(command, log, {**os.environ, **environment},
-                             ignored=[signal.SIGUSR2])
+        self.process = start(command, log, {**os.environ, **environment}, ignored=[signal.SIGUSR2])
         while self.process.poll() is None:
             time.sleep(0.2)
         if self.process.returncode:
@@ -214,8 +230,9 @@ class Slurm:
         try:
             import submitit
         except ImportError:
-            raise UserError('--engine is slurm; that needs submitit: pip install submitit.'
-                            ) from None
+            raise UserError(
+                '--engine is slurm; that needs submitit: pip install submitit.'
+            ) from None
         # Without Slurm's accounting it says so again and again; results tell as much.
         logging.getLogger('submitit').setLevel(logging.ERROR)
         self._submitit = submitit
@@ -266,8 +283,9 @@ class Slurm:
                 self._statuses[run.name] = Status('finished')
             else:
                 self._statuses[run.name] = Status(
-                    'failed', f'job {job.job_id} {job.state}: {last_line(log_path(run))} '
-                    f'({log_path(run)})')
+                    'failed',
+                    f'job {job.job_id} {job.state}: {last_line(log_path(run))} ({log_path(run)})',
+                )
         return any(s.state in ('waiting', 'running') for s in self._statuses.values())
 
     def stop(self) -> None:
@@ -295,8 +313,10 @@ class Display:
         if sys.stderr.isatty():
             import rich.console
             import rich.live
+
             self._live = rich.live.Live(
-                console=rich.console.Console(stderr=True), auto_refresh=False)
+                console=rich.console.Console(stderr=True), auto_refresh=False
+            )
             self._live.start()
 
     def update(self) -> None:
@@ -306,8 +326,11 @@ class Display:
         for run in self._runs:
             status = self._statuses[run.name]
             if self._shown.get(run.name, 'waiting') != status.state:
-                print(f'{run.name}: {" ".join(self._cells(run, status))}'.strip(),
-                      file=sys.stderr, flush=True)
+                print(
+                    f'{run.name}: {" ".join(self._cells(run, status))}'.strip(),
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._shown[run.name] = status.state
 
     def _table(self):
@@ -333,27 +356,33 @@ class Display:
 
 
 def execute(engine: Any, runs: list[grid.Run]) -> dict[str, Status]:
-    """Runs the runs that are not finished.
+    """Runs the runs that are not finished, and keeps the page of the sweep meanwhile.
 
     Returns:
       {name: Status} at the end.
     """
+    from sam_jax.experiments import page  # with matplotlib and scipy: slow
+
     statuses = {run.name: Status('finished' if run.result() else 'waiting') for run in runs}
     asked = []
-    previous = {s: signal.signal(s, lambda *_: asked.append(True))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-    display = Display(runs, statuses)
+    previous = {
+        s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    display, live = Display(runs, statuses), page.Live(runs, statuses)
     try:
         engine.submit([run for run in runs if statuses[run.name].state != 'finished'], statuses)
         while engine.working():
             display.update()
+            live.update()
             if asked:
                 asked.clear()
                 engine.stop()
             time.sleep(0.2)
         display.update()
+        live.update()
     finally:
         display.close()
+        live.close()
         for s, handler in previous.items():
             signal.signal(s, handler)
     return statuses

@@ -3,20 +3,22 @@
 import math
 import os
 
-from sam_jax import run_log
-from sam_jax.experiments.results import Group, Record, mean_and_interval
+from sam_jax.experiments.results import Group, Record, mean_and_interval, read
 
 
 def of_run(record: Record) -> dict[str, float]:
     """Returns {measure: value} of the run's analysis/analysis.json; nothing if there is none."""
-    said = run_log.read_json(os.path.join(record.workdir, 'analysis', 'analysis.json'))
+    said = read(os.path.join(record.workdir, 'analysis', 'analysis.json'))
     if not said:
         return {}
     run = said['runs'][0]
     found = {f'loss of {run["examples"]} examples, split {run["split"]}': float(run['loss'])}
     spectrum = run.get('spectrum', {})
-    for name, key in (('lambda_max', 'lambda_max'), ('lambda_max / lambda_5', 'lambda_ratio'),
-                      ('trace', 'trace')):
+    for name, key in (
+        ('lambda_max', 'lambda_max'),
+        ('lambda_max / lambda_5', 'lambda_ratio'),
+        ('trace', 'trace'),
+    ):
         if key in spectrum:
             found[name] = float(spectrum[key])
     for name, rise in run.get('sharpness', {}).items():
@@ -39,11 +41,18 @@ def rows(groups: list[Group], names: list[str]) -> list[dict[str, str]]:
     for group, name in zip(groups, names):
         measured = [found for found in map(of_run, group.finished) if found]
         if measured:
-            columns[name] = {measure: [found[measure] for found in measured if measure in found]
-                             for measure in measured[0]}
+            columns[name] = {
+                measure: [found[measure] for found in measured if measure in found]
+                for measure in dict.fromkeys(m for found in measured for m in found)
+            }
     measures = dict.fromkeys(measure for column in columns.values() for measure in column)
-    return [{'measure': measure, **{name: _shown(column.get(measure))
-                                    for name, column in columns.items()}} for measure in measures]
+    return [
+        {
+            'measure': measure,
+            **{name: _shown(column.get(measure)) for name, column in columns.items()},
+        }
+        for measure in measures
+    ]
 
 
 def _shown(values):

@@ -82,8 +82,10 @@ def parse(text: str) -> Sweep:
         key, equals, values = part.strip().partition('=')
         values = values.split(',')
         if not (key and equals and all(values)):
-            raise UserError(f"--sweep is {text!r}; it must be of the form KEY=VALUE,VALUE, such as "
-                            'sam.rho=0.05,0.1.')
+            raise UserError(
+                f'--sweep is {text!r}; it must be of the form KEY=VALUE,VALUE, such as '
+                'sam.rho=0.05,0.1.'
+            )
         sweeps.append(sweep(key, values))
     return zipit(sweeps)
 
@@ -149,8 +151,11 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
         except UserError as e:
             raise UserError(f'Run {name}: {e}') from e
         folder = os.path.join(workdir, name)
-        flags = [f'--config={flag}', f'--workdir={folder}',
-                 *(f'--config.{k}={v}' for k, v in changes.items())]
+        flags = [
+            f'--config={flag}',
+            f'--workdir={folder}',
+            *(f'--config.{k}={v}' for k, v in changes.items()),
+        ]
         runs.append(Run(name, folder, config, tuple(flags)))
     seen = set()
     for run in runs:
@@ -162,8 +167,11 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
 
 def _names(hyper):
     short = short_names(
-        list(dict.fromkeys(key.lstrip(':') for settings in hyper for key in settings)))
+        list(dict.fromkeys(key.lstrip(':') for settings in hyper for key in settings))
+    )
     # Of a name, only what every file system and shell takes as it is.
-    names = (','.join(f'{short[key.lstrip(":")]}={value}' for key, value in settings.items())
-             for settings in hyper)
+    names = (
+        ','.join(f'{short[key.lstrip(":")]}={value}' for key, value in settings.items())
+        for settings in hyper
+    )
     return [re.sub(r'[^\w.,=+-]', '_', name) or 'run' for name in names]

@@ -1,51 +1,38 @@
 """A report on finished runs: Markdown and HTML with tables and pictures, and CSV files."""
 
-import base64
 import collections
 import csv
-import html
-import io
 import json
 import os
 import statistics
 from typing import Any
 
-import markdown
-
 from sam_jax import tables
 from sam_jax.errors import UserError
-from sam_jax.experiments import figures, results
+from sam_jax.experiments import figures, flatness, results, web
 from sam_jax.experiments.results import TEST, VALIDATION
-from sam_jax.settings import short_names
 
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.csv')
 
 # Settings that name a panel of curves; what else differs names a curve in it.
 PANEL = ('model.name', 'data.name', 'data.augment', 'data.label_noise')
+# Settings whose values are names.
+NAMES = ('model.name', 'data.name', 'sam.method')
 # The rows of the paper's Figure 1.
-KINDS = {'imagenet': 'ImageNet', 'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100',
-         'svhn': 'SVHN, Fashion-MNIST', 'fashion_mnist': 'SVHN, Fashion-MNIST'}
+KINDS = {
+    'imagenet': 'ImageNet',
+    'cifar10': 'CIFAR-10',
+    'cifar100': 'CIFAR-100',
+    'svhn': 'SVHN, Fashion-MNIST',
+    'fashion_mnist': 'SVHN, Fashion-MNIST',
+}
 
 SWITCHES = (
     'As in Figure 1 of the paper: the reduction of the test error in percent of that of the '
     'baseline, which is the better one of those with as many epochs and with twice as many. rho is '
     'the best one of the validation split, or the only one. (On noisy labels that figure takes '
-    'mixup for the baseline; here everything but the method is the same.)')
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto }}
-th, td {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left;
-  font-variant-numeric: tabular-nums }}
-img {{ max-width: 100% }}
-</style></head><body>
-{body}
-</body></html>
-"""
+    'mixup for the baseline; here everything but the method is the same.)'
+)
 
 
 def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | None:
@@ -54,13 +41,14 @@ def mean_of(group: results.Group, metric: str, scale: float = 1.0) -> float | No
     return statistics.mean(values) * scale if values else None
 
 
-def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
-                  paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_table(
+    groups: list[results.Group], keys: list[str], best: Any, paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns a dict for each group, in the order of the columns."""
-    short = short_names(keys)
+    short = results.headings(keys)
     rows = []
     for g in groups:
-        row = {short[key]: _shown(g.settings.get(key)) for key in keys}
+        row = {short[key]: results.shown(g.settings.get(key)) for key in keys}
         runs = len(g.finished) + len(g.unfinished)
         row['runs'] = str(runs) if not g.unfinished else f'{len(g.finished)} of {runs}'
         row['test error (%)'] = results.interval(g.percent(TEST))
@@ -71,14 +59,13 @@ def rows_of_table(groups: list[results.Group], keys: list[str], best: Any,
         row['gradient evaluations'] = '' if evaluations is None else f'{evaluations:,.0f}'
         hours = mean_of(g, 'wall_time', 1 / 3600)
         row['hours'] = '' if hours is None else f'{hours:.3g}'
-        row['hardware'] = ', '.join(sorted({
-            f'{r.written["device_count"]} x {r.written["device_kind"]}' for r in g.finished}))
+        row['hardware'] = ', '.join(
+            sorted(
+                {f'{r.written["device_count"]} x {r.written["device_kind"]}' for r in g.finished}
+            )
+        )
         rows.append(row)
     return rows
-
-
-def _shown(value):
-    return '' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
@@ -89,8 +76,9 @@ def write_csv(path: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def rows_of_csv(groups: list[results.Group], keys: list[str], best: Any,
-                paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_csv(
+    groups: list[results.Group], keys: list[str], best: Any, paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns the same as numbers, for machines."""
     rows = []
     for g in groups:
@@ -108,34 +96,40 @@ def rows_of_csv(groups: list[results.Group], keys: list[str], best: Any,
 
 
 def rows_of_runs(groups: list[results.Group]) -> list[dict]:
-    """Returns a dict for each run: all its settings and results."""
-    rows = [{'workdir': r.workdir, **r.written['config'], **(r.result or {})}
-            for g in groups for r in (*g.finished, *g.unfinished)]
+    """Returns a dict for each run: its folder, all its settings and results."""
+    rows = [
+        {'workdir': r.name, **r.written['config'], **(r.result or {})}
+        for g in groups
+        for r in (*g.finished, *g.unfinished)
+    ]
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{column: row.get(column, '') for column in columns} for row in rows]
 
 
 def by_panel(groups: list[results.Group]) -> dict:
     """Returns {title: groups} of the panels of curves."""
-    differ = [key for key in results.varying(groups) if key in PANEL]
+    varying = results.varying(groups)
+    differ = [key for key in PANEL if key in varying]
     found = collections.defaultdict(list)
     for g in groups:
-        # A model and a dataset name themselves; a number says of what it is.
-        named = [_shown(g.settings.get(key)) if key in ('model.name', 'data.name') else
-                 f'{key.rpartition(".")[2].replace("_", " ")} {_shown(g.settings.get(key))}'
-                 for key in differ]
-        title = ', '.join(named) or f'{g.settings["model.name"]}, {g.settings["data.name"]}'
-        found[title].append(g)
+        found[_named(g, differ) or _named(g, ['model.name', 'data.name'])].append(g)
     return found
 
 
 def label(group: results.Group, keys: list[str]) -> str:
     """'sam, rho 0.1': what the keys say of a group."""
-    short = short_names(keys)
-    shown = {key: _shown(group.settings.get(key)) for key in keys if key in group.settings}
-    words = [value if key in ('sam.method', *PANEL) else f'{short[key]} {value}'
-             for key, value in shown.items() if value]
-    return ', '.join(words) or group.settings['sam.method']
+    return _named(group, keys) or group.settings['sam.method']
+
+
+def _named(group, keys):
+    short = results.headings(keys)
+    shown = {key: results.shown(group.settings.get(key)) for key in keys}
+    # What has a name of its own needs no other; a number says of what it is.
+    return ', '.join(
+        value if key in NAMES else f'{short[key].replace("_", " ")} {value}'
+        for key, value in shown.items()
+        if value
+    )
 
 
 def rho_panels(groups: list[results.Group]) -> Any:
@@ -146,8 +140,9 @@ def rho_panels(groups: list[results.Group]) -> Any:
         for g in inside:
             if 'sam.rho' in g.settings and g.values(TEST):
                 families[g.without('sam.rho')].append(g)
-        families = [sorted(f, key=lambda g: g.settings['sam.rho'])
-                    for f in families.values() if len(f) > 1]
+        families = [
+            sorted(f, key=lambda g: g.settings['sam.rho']) for f in families.values() if len(f) > 1
+        ]
         if not families:
             continue
         keys = [k for k in results.varying([f[0] for f in families]) if k != 'sam.rho']
@@ -158,13 +153,22 @@ def rho_panels(groups: list[results.Group]) -> Any:
                 if with_it:
                     means, halves = zip(*(g.percent(metric) for g in with_it))
                     name = f'{label(family[0], keys)}{", validation" if dashed else ""}'
-                    curves.append(figures.Curve(name, [g.settings['sam.rho'] for g in with_it],
-                                                means, halves, f'C{i}', dashed))
+                    curves.append(
+                        figures.Curve(
+                            name,
+                            [g.settings['sam.rho'] for g in with_it],
+                            means,
+                            halves,
+                            f'C{i}',
+                            dashed,
+                        )
+                    )
         sgd = [g for g in inside if g.settings['sam.method'] == 'sgd' and g.values(TEST)]
         level = min((g.percent(TEST) for g in sgd), default=None)
         name = 'error (%)' if any(curve.dashed for curve in curves) else 'test error (%)'
-        described.append(figures.Panel(
-            title, 'rho', name, curves, level and ('sgd', *level), log_x=True))
+        described.append(
+            figures.Panel(title, 'rho', name, curves, level and ('sgd', *level), log_x=True)
+        )
     return described
 
 
@@ -177,7 +181,9 @@ def training_panels(groups: list[results.Group]) -> Any:
             continue
         keys = [k for k in results.varying(inside) if k not in PANEL] or ['sam.method']
         for metric, name, scale in (
-                ('train/loss', 'training loss', 1), (TEST, 'test error (%)', 100)):
+            ('train/loss', 'training loss', 1),
+            (TEST, 'test error (%)', 100),
+        ):
             curves = []
             for i, g in enumerate(inside):
                 points = collections.defaultdict(list)
@@ -194,18 +200,23 @@ def training_panels(groups: list[results.Group]) -> Any:
     return described
 
 
-def rows_of_switches(switches: list[Any], keys: list[str],
-                     paper: list[results.PaperRow]) -> list[dict]:
+def rows_of_switches(
+    switches: list[Any], keys: list[str], paper: list[results.PaperRow]
+) -> list[dict]:
     """Returns a dict for each method beside its baseline."""
     rows = []
     for s in switches:
         theirs = reduction_of_paper(s, paper)
-        rows.append({
-            'from': label(s.baseline, keys), 'to': label(s.method, keys),
-            'test error (%)': f'{results.interval(s.baseline.percent(TEST))} to '
-                              f'{results.interval(s.method.percent(TEST))}',
-            'reduction (%)': f'{s.reduction:.1f}',
-            'paper (%)': '' if theirs is None else f'{theirs:.1f}'})
+        rows.append(
+            {
+                'from': label(s.baseline, keys),
+                'to': label(s.method, keys),
+                'test error (%)': f'{results.interval(s.baseline.percent(TEST))} to '
+                f'{results.interval(s.method.percent(TEST))}',
+                'reduction (%)': f'{s.reduction:.1f}',
+                'paper (%)': '' if theirs is None else f'{theirs:.1f}',
+            }
+        )
     return rows
 
 
@@ -234,8 +245,7 @@ def rows_of_figure_1(switches: list[Any], paper: list[results.PaperRow]) -> list
 
 def notes_of(groups: list[results.Group]) -> list[str]:
     """Returns what else a reader should know."""
-    notes = [f'{os.path.relpath(r.workdir)} is not finished.'
-             for g in groups for r in g.unfinished]
+    notes = [f'{r.name} is not finished.' for g in groups for r in g.unfinished]
     finished = [r for g in groups for r in g.finished]
     for what in ('git_revision', 'device_kind'):
         different = sorted({r.written[what] for r in finished})
@@ -244,53 +254,65 @@ def notes_of(groups: list[results.Group]) -> list[str]:
     return notes
 
 
-def document(groups: list[results.Group], keys: list[str], best: Any, notes: list[str],
-             paper: list[results.PaperRow]) -> tuple[str, dict]:
-    """Returns (Markdown, {name of a picture in it: its figure})."""
+def document(
+    groups: list[results.Group],
+    keys: list[str],
+    best: Any,
+    notes: list[str],
+    paper: list[results.PaperRow],
+) -> tuple[str, dict]:
+    """Returns (Markdown, {name of a picture in it: its Panels, or its figure})."""
     switches = results.switches(groups)
     pictures = {}
     finished = sum(len(g.finished) for g in groups)
-    parts = [f'# {finished} finished runs, {len(groups)} settings',
-             'Means over seeds and 95 % t-intervals.',
-             tables.of_records(rows_of_table(groups, keys, best, paper))]
+    parts = [
+        f'# {finished} finished runs, {len(groups)} settings',
+        'Means over seeds and 95 % t-intervals.',
+        tables.of_records(rows_of_table(groups, keys, best, paper)),
+    ]
     tried = any('sam.rho' in g.settings for g in groups)
     if best:
         parts.append('The best rho is that of the lowest mean error on the validation split.')
     elif tried:
-        parts.append('No best rho is named: that takes finished runs of several rho that hold out '
-                     'a validation split (`--config.data.validation=true`).')
+        parts.append(
+            'No best rho is named: that takes finished runs of several rho that hold out '
+            'a validation split (`--config.data.validation=true`).'
+        )
     if described := rho_panels(groups):
-        pictures['rho.png'] = figures.panels(described)
+        pictures['rho.png'] = described
         parts += ['## Error against rho', '![Error against rho](rho.png)']
     if switches:
         pictures['switches.png'] = figures.reductions(rows_of_figure_1(switches, paper))
-        parts += ['## What switching to SAM gains',
-                  tables.of_records(rows_of_switches(switches, keys, paper)), SWITCHES,
-                  '![Error reduction by switching to SAM](switches.png)']
+        parts += [
+            '## What switching to SAM gains',
+            tables.of_records(rows_of_switches(switches, keys, paper)),
+            SWITCHES,
+            '![Error reduction by switching to SAM](switches.png)',
+        ]
     if described := training_panels(groups):
-        pictures['training.png'] = figures.panels(described)
+        pictures['training.png'] = described
         parts += ['## Training', '![Training loss and test error](training.png)']
+    if measured := flatness.rows(groups, [label(g, keys) for g in groups]):
+        parts += [
+            '## Flatness',
+            'What `sam-jax-analyze` has measured, of each run by itself.',
+            tables.of_records(measured),
+        ]
     notes = [*notes, *notes_of(groups)]
     if notes:
         parts += ['## Notes', '\n'.join(f'- {note}' for note in notes)]
-    everywhere = {key: {json.dumps(g.settings[key]) for g in groups if key in g.settings}
-                  for key in sorted({key for g in groups for key in g.settings})}
+    everywhere = {
+        key: {json.dumps(g.settings[key]) for g in groups if key in g.settings}
+        for key in sorted({key for g in groups for key in g.settings})
+    }
     # The baselines lack the settings of an ascent.
-    common = [f'{key} = {_shown(json.loads(*values))}' for key, values in everywhere.items()
-              if len(values) == 1 and key not in keys]
+    common = [
+        f'{key} = {results.shown(json.loads(*values))}'
+        for key, values in everywhere.items()
+        if len(values) == 1 and key not in keys
+    ]
     parts += ['## Settings of all runs', ', '.join(f'`{setting}`' for setting in common)]
     return '\n\n'.join(parts) + '\n', pictures
-
-
-def page(text: str, pictures: dict[str, str]) -> str:
-    """Returns the document as one HTML file that needs no other."""
-    body = markdown.markdown(text, extensions=['tables'])
-    for name, figure in pictures.items():
-        buffer = io.BytesIO()
-        figures.save(figure, buffer, format='svg', metadata={'Date': None})
-        data = base64.b64encode(buffer.getvalue()).decode()
-        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')
-    return PAGE.format(title=html.escape(text.partition('\n')[0].lstrip('# ')), body=body)
 
 
 def write(folders: list[str], out: str) -> str:
@@ -309,12 +331,18 @@ def write(folders: list[str], out: str) -> str:
     os.makedirs(out, exist_ok=True)
     keys, best = results.varying(groups), results.best(groups)
     text, pictures = document(groups, keys, best, notes, paper)
-    for name, figure in pictures.items():
-        figures.save(figure, os.path.join(out, name))
+    single = {}
+    for name, drawn in pictures.items():
+        whole = figures.panels(drawn) if isinstance(drawn, list) else drawn
+        figures.save(whole, os.path.join(out, name))
+        # On the page each panel by itself: a narrow window has them one below the other.
+        single[name] = (
+            [figures.panels([panel]) for panel in drawn] if isinstance(drawn, list) else [drawn]
+        )
     with open(os.path.join(out, 'report.md'), 'w') as file:
         file.write(text)
     with open(os.path.join(out, 'report.html'), 'w') as file:
-        file.write(page(text, pictures))
+        file.write(web.page(text, single))
     write_csv(os.path.join(out, 'report.csv'), rows_of_csv(groups, keys, best, paper))
     write_csv(os.path.join(out, 'runs.csv'), rows_of_runs(groups))
     return text

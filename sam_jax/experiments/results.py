@@ -13,14 +13,14 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scipy import stats
 
 from sam_jax import run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override
+from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override, short_names
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
@@ -48,6 +48,19 @@ def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
     return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
+def shown(value: Any) -> str:
+    """Returns the value of a setting as a reader is told it; '' of None."""
+    return '' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def headings(keys: Sequence[str]) -> dict[str, str]:
+    """Returns {key: its name in a table}: the short one; `model` and `data` of their names."""
+    return {
+        **short_names(keys),
+        **{key: key.removesuffix('.name') for key in keys if key.endswith('.name')},
+    }
+
+
 def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the distribution of a run's result, of its flat settings.
 
@@ -60,35 +73,68 @@ def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
         settings['data.dir'] = os.path.basename(os.path.normpath(flat['data.dir']))
     settings.update({k: bool(settings[k]) for k in _FILES if k in settings})
     if settings.get('sam.method') == 'sgd':
-        settings = {k: v for k, v in settings.items()
-                    if k == 'sam.method' or not k.startswith('sam.')}
+        settings = {
+            k: v for k, v in settings.items() if k == 'sam.method' or not k.startswith('sam.')
+        }
     return settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One run: its folder, config.json's content, result.json's content or None."""
+    """One run.
+
+    Attributes:
+      workdir: its folder.
+      written: config.json's content.
+      result: result.json's content, or None.
+      base: a folder around it, relative to which a reader is told of places.
+    """
 
     workdir: str
     written: dict
     result: dict | None
+    base: str = ''
+
+    @property
+    def name(self) -> str:
+        """Its folder, relative to `base`."""
+        return os.path.relpath(self.workdir, self.base or None)
+
+    def near(self, path: str) -> str:
+        """Returns a path relative to `base`, if it is not relative already."""
+        return os.path.relpath(path, self.base or None) if os.path.isabs(path) else path
 
     @functools.cached_property
-    def _lines(self):
+    def lines(self) -> list[dict]:
+        """What metrics.jsonl holds; a line that is not yet whole is left out."""
         path = os.path.join(self.workdir, 'metrics.jsonl')
         if not os.path.exists(path):
             return []
         with open(path) as file:
-            return [json.loads(line) for line in file]
+            return [json.loads(line) for line in file if line.endswith('}\n')]
+
+    @functools.cached_property
+    def epochs_per_step(self) -> float | None:
+        """Epochs of a step, or None if the run has said nothing of its epochs yet."""
+        told = (
+            [self.result['epochs'] / self.result['step']]
+            if self.result
+            else [line['epoch'] / line['step'] for line in self.lines if 'epoch' in line]
+        )
+        return told[-1] if told else None
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """Returns [(epoch, value), ...] of a metric in metrics.jsonl, of a finished run.
+        """Returns [(epoch, value), ...] of a metric in metrics.jsonl.
 
         Values that are not finite are left out.
         """
-        epochs_per_step = self.result['epochs'] / self.result['step']
-        return [(line['step'] * epochs_per_step, line[metric]) for line in self._lines
-                if isinstance(line.get(metric), float)]
+        if self.epochs_per_step is None:
+            return []
+        return [
+            (line['step'] * self.epochs_per_step, line[metric])
+            for line in self.lines
+            if isinstance(line.get(metric), float)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +161,9 @@ class Group:
 
     def without(self, *keys) -> tuple[tuple[str, str], ...]:
         """The settings, but for those of which one of the keys is the beginning; hashable."""
-        return tuple((k, str(v)) for k, v in sorted(self.settings.items())
-                     if not k.startswith(keys))
+        return tuple(
+            (k, str(v)) for k, v in sorted(self.settings.items()) if not k.startswith(keys)
+        )
 
     @property
     def is_baseline(self) -> bool:
@@ -130,25 +177,30 @@ def find(folders: Iterable[str]) -> list[Record]:
     Raises:
       UserError: a folder that is not there or without runs; a file that cannot be read.
     """
-    records = {}
+    found = {}
     for folder in folders:
         if not os.path.isdir(folder):
             raise UserError(f'{folder!r} is no folder.')
-        before = len(records)
+        before = len(found)
         for place, subfolders, files in os.walk(folder):
             subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
             if 'config.json' in files:
-                written, result = (_read(os.path.join(place, f'{name}.json'))
-                                   for name in ('config', 'result'))
+                written, result = (
+                    read(os.path.join(place, f'{name}.json')) for name in ('config', 'result')
+                )
                 if not isinstance(written.get('config'), dict):
                     raise UserError(f'{place}/config.json is not that of a run.')
-                records.setdefault(os.path.realpath(place), Record(place, written, result))
-        if len(records) == before:
+                found.setdefault(os.path.realpath(place), (place, written, result))
+        if len(found) == before:
             raise UserError(f'{folder!r} holds no run (no config.json) that is not counted yet.')
-    return list(records.values())
+    base = os.path.commonpath(
+        [os.path.dirname(os.path.abspath(place)) for place, _, _ in found.values()] or ['.']
+    )
+    return [Record(*one, base) for one in found.values()]
 
 
-def _read(path):
+def read(path: str) -> Any:
+    """Returns the content of a JSON file of a run, or None; UserError if it is damaged."""
     try:
         return run_log.read_json(path)
     except ValueError as e:
@@ -166,13 +218,14 @@ def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
     for record in records:
         flat = record.written['config']
         runs = together[json.dumps(settings_of(flat), sort_keys=True)]
-        key = flat['seed'], flat['data.label_noise_seed'], *(flat[k] for k in _FILES)
+        key = flat['seed'], flat['data.label_noise_seed'], *(record.near(flat[k]) for k in _FILES)
         kept = runs.setdefault(key, record)
         if kept is not record:
             if record.result and not kept.result:
                 runs[key], record = record, kept
-            notes.append(f'{record.workdir} is left out: {runs[key].workdir} has the same '
-                         'settings and seed.')
+            notes.append(
+                f'{record.name} is left out: {runs[key].name} has the same settings and seed.'
+            )
     groups = []
     for settings, runs in together.items():
         settings = json.loads(settings)
@@ -183,9 +236,13 @@ def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
                 each = ', '.join(' '.join(filter(None, own)) for own in files)
                 notes.append(f'One mean is over runs with a file each: {each}.')
         else:
-            groups += [_make_group({**settings, **dict(zip(_FILES, own))},
-                                   {key: r for key, r in runs.items() if key[2:] == own})
-                       for own in files]
+            groups += [
+                _make_group(
+                    {**settings, **dict(zip(_FILES, own))},
+                    {key: r for key, r in runs.items() if key[2:] == own},
+                )
+                for own in files
+            ]
     return sorted(groups, key=_order), notes
 
 
@@ -197,9 +254,15 @@ def _make_group(settings, runs):
 def _order(group):
     # Experiments together; in one, the baseline first, then methods by name and rho.
     settings = group.settings
-    return (group.without(*_OF_METHOD, 'data.validation'), not settings['data.validation'],
-            settings['sam.method'] != 'sgd', settings['sam.method'], settings['total_epochs'],
-            group.without('sam.rho'), settings.get('sam.rho', 0.0))
+    return (
+        group.without(*_OF_METHOD, 'data.validation'),
+        not settings['data.validation'],
+        settings['sam.method'] != 'sgd',
+        settings['sam.method'],
+        settings['total_epochs'],
+        group.without('sam.rho'),
+        settings.get('sam.rho', 0.0),
+    )
 
 
 def varying(groups: list[Group]) -> list[str]:
@@ -208,9 +271,18 @@ def varying(groups: list[Group]) -> list[str]:
     Those of an ascent count among the groups that have them.
     """
     keys = dict.fromkeys(key for g in groups for key in g.settings)
-    differ = [key for key in keys if len({
-        json.dumps(g.settings.get(key)) for g in groups
-        if key in g.settings or not key.startswith('sam.')}) > 1]
+    differ = [
+        key
+        for key in keys
+        if len(
+            {
+                json.dumps(g.settings.get(key))
+                for g in groups
+                if key in g.settings or not key.startswith('sam.')
+            }
+        )
+        > 1
+    ]
     return sorted(differ, key=lambda key: (key == 'sam.rho', key.startswith('sam.'), key))
 
 
@@ -229,10 +301,15 @@ def best(groups: list[Group]) -> list[Group]:
     for key, candidates in tried.items():
         complete = [g for g in candidates if g.values(VALIDATION) and not g.unfinished]
         if len(candidates) > 1 and complete:
-            chosen[key] = min(complete, key=lambda g: (g.percent(VALIDATION)[0],
-                                                       g.settings['sam.rho'])).settings['sam.rho']
-    return [g for g in groups if 'sam.rho' in g.settings
-            and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']]
+            chosen[key] = min(
+                complete, key=lambda g: (g.percent(VALIDATION)[0], g.settings['sam.rho'])
+            ).settings['sam.rho']
+    return [
+        g
+        for g in groups
+        if 'sam.rho' in g.settings
+        and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,14 +388,21 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
             for change in overrides:
                 key, _, value = change.removeprefix('--config.').partition('=')
                 override(config, key, value)
-            rows.append(PaperRow(
-                line['table'], line['command'], line['metric'], float(line['percent']),
-                line['interval'], line['note'], settings_of(jsonable(config))))
+            rows.append(
+                PaperRow(
+                    line['table'],
+                    line['command'],
+                    line['metric'],
+                    float(line['percent']),
+                    line['interval'],
+                    line['note'],
+                    settings_of(jsonable(config)),
+                )
+            )
     return rows
 
 
 def of_paper(group: Group, rows: list[PaperRow]) -> list[PaperRow]:
     """Returns the rows of the paper whose config has all the settings of a group."""
     settings = {**group.settings, **{k: bool(group.settings[k]) for k in _FILES}}
-    return [row for row in rows
-            if {**row.settings, 'data.dir': ''} == {**settings, 'data.dir': ''}]
+    return [row for row in rows if {**row.settings, 'data.dir': ''} == {**settings, 'data.dir': ''}]

@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,52 +21,114 @@ from sam_jax.replicas import AXIS
 convolutions.install()
 
 
-def _wide_resnet(depth, width):
-    return WideResNet, {'depth': int(depth), 'width': int(width)}, {}
+class Family(NamedTuple):
+    """A family of models: all that is to be known of it, in one place.
+
+    Attributes:
+      cls: its class.
+      pattern: regular expression of its names.
+      sizes: the groups of the pattern -> {argument of the class: value} that a name fixes.
+      names: some of its names, for messages and documents.
+      tiny: its smallest name, that of `smoke` configs.
+      options: {argument of the class: what it means}, a key `model.OPTION` each, whose default and
+        type are those of the class.
+      defaults: the groups of the pattern -> defaults that are not the class's.
+    """
+
+    cls: type[layers.Network]
+    pattern: str
+    sizes: Callable[..., dict[str, Any]]
+    names: tuple[str, ...]
+    tiny: str
+    options: dict[str, str] = {}
+    defaults: Callable[..., dict[str, Any]] = lambda *groups: {}
 
 
-def _shake_shake(depth, width):
-    return ShakeShake, {'depth': int(depth), 'width': int(width)}, {}
+def _depth_and_width(depth, width):
+    return {'depth': int(depth), 'width': int(width)}
 
 
 def _pyramidnet(depth, shakedrop):
-    return PyramidNet, {'depth': int(depth), 'shakedrop': bool(shakedrop)}, {}
+    return {'depth': int(depth), 'shakedrop': bool(shakedrop)}
 
 
 def _resnet(name):
     blocks, bottleneck = resnet.SIZES[name]
-    return ResNet, {'blocks': blocks, 'bottleneck': bottleneck}, {}
-
-
-def _cifar_resnet(depth):
-    return CifarResNet, {'depth': int(depth)}, {}
+    return {'blocks': blocks, 'bottleneck': bottleneck}
 
 
 def _efficientnet(size):
     s = efficientnet.SIZES[size]
     stages = efficientnet.TINY_STAGES if size == 'tiny' else efficientnet.STAGES
-    return (EfficientNet, {'width': s.width, 'depth': s.depth, 'stages': stages},
-            {'dropout_rate': s.dropout_rate})
+    return {'width': s.width, 'depth': s.depth, 'stages': stages}
 
 
-# Pattern of the name -> function from the match's groups to (class, sizes, defaults of options).
-# The first that matches counts: resnet50 is of ImageNet although 50 is 6n + 2.
-_FAMILIES = {
-    r'wrn(\d+)_(\d+)': _wide_resnet,
-    r'shake_shake_(\d+)_2x(\d+)d': _shake_shake,
-    r'pyramidnet(\d+)(_shakedrop)?': _pyramidnet,
-    f'({"|".join(resnet.SIZES)})': _resnet,
-    r'resnet(\d+)': _cifar_resnet,
-    f'efficientnet-({"|".join(efficientnet.SIZES)})': _efficientnet,
+_BATCH_NORM = 'without it convolutions have biases'
+
+# The first whose pattern matches counts: resnet50 is of ImageNet although 50 is 6n + 2.
+FAMILIES = {
+    'wrn': Family(
+        WideResNet,
+        r'wrn(\d+)_(\d+)',
+        _depth_and_width,
+        ('wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>'),
+        'wrn10_1',
+        {
+            'dropout_rate': "within the blocks, as Zagoruyko's",
+            'batch_norm': _BATCH_NORM,
+            'extra_skips': "AutoAugment's additional shortcuts",
+        },
+    ),
+    'shake_shake': Family(
+        ShakeShake,
+        r'shake_shake_(\d+)_2x(\d+)d',
+        _depth_and_width,
+        ('shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d'),
+        'shake_shake_8_2x4d',
+    ),
+    'pyramidnet': Family(
+        PyramidNet,
+        r'pyramidnet(\d+)(_shakedrop)?',
+        _pyramidnet,
+        ('pyramidnet272', 'pyramidnet272_shakedrop', 'pyramidnet<depth>[_shakedrop]'),
+        'pyramidnet11',
+        {'alpha': 'channels that are added from first to last block'},
+    ),
+    'imagenet_resnet': Family(
+        ResNet, f'({"|".join(resnet.SIZES)})', _resnet, tuple(resnet.SIZES), 'resnet10'
+    ),
+    'resnet': Family(
+        CifarResNet,
+        r'resnet(\d+)',
+        lambda depth: {'depth': int(depth)},
+        ('resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)'),
+        'resnet8',
+        {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM},
+    ),
+    'efficientnet': Family(
+        EfficientNet,
+        f'efficientnet-({"|".join(efficientnet.SIZES)})',
+        _efficientnet,
+        tuple(f'efficientnet-{size}' for size in efficientnet.SIZES),
+        'efficientnet-tiny',
+        {
+            'dropout_rate': 'share of activations that is dropped, before the head; in the '
+            'original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5',
+            'stochastic_depth_rate': 'share of images for which the last block is left out',
+        },
+        lambda size: {'dropout_rate': efficientnet.SIZES[size].dropout_rate},
+    ),
 }
 
 # Names that stand for their family in messages and documents.
-NAMES = (
-    'wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>',
-    'shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d',
-    'pyramidnet272', 'pyramidnet272_shakedrop', 'pyramidnet<depth>[_shakedrop]',
-    'resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)',
-    *resnet.SIZES, *(f'efficientnet-{size}' for size in efficientnet.SIZES))
+NAMES = tuple(name for family in FAMILIES.values() for name in family.names)
+
+
+def family_of(name: str) -> Family | None:
+    """Returns the family of a model's name, or None: there is no such model."""
+    return next(
+        (family for family in FAMILIES.values() if re.fullmatch(family.pattern, name)), None
+    )
 
 
 def create_model(name: str, num_classes: int, **options) -> layers.Network:
@@ -87,12 +150,14 @@ def create_model(name: str, num_classes: int, **options) -> layers.Network:
       UserError: no such model, or impossible sizes.
       TypeError: an option that the family does not have; the message lists those it has.
     """
-    for pattern, family in _FAMILIES.items():
-        match = re.fullmatch(pattern, name)
+    for family in FAMILIES.values():
+        match = re.fullmatch(family.pattern, name)
         if match:
-            cls, sizes, defaults = family(*match.groups())
-            _check_options(name, cls, sizes, options)
-            return cls(num_classes=num_classes, **sizes, **{**defaults, **options})
+            sizes = family.sizes(*match.groups())
+            _check_options(name, family.cls, sizes, options)
+            return family.cls(
+                num_classes=num_classes, **sizes, **{**family.defaults(*match.groups()), **options}
+            )
     raise UserError(f'model.name is {name!r}; the models are {", ".join(NAMES)}.')
 
 
@@ -115,12 +180,16 @@ def from_config(settings: Any, num_classes: int) -> layers.Network:
         return create_model(settings.name, num_classes, **options)
     except TypeError as e:
         raise UserError(
-            f"config.model: {e} To change the family use the config's argument, model=NAME.") from e
+            f"config.model: {e} To change the family use the config's argument, model=NAME."
+        ) from e
 
 
 def _check_options(name, cls, sizes, options):
-    known = [p for p in inspect.signature(cls).parameters
-             if p not in ('num_classes', 'parent', 'name', *sizes)]
+    known = [
+        p
+        for p in inspect.signature(cls).parameters
+        if p not in ('num_classes', 'parent', 'name', *sizes)
+    ]
     for option in options:
         if option not in known:
             raise TypeError(f'{name} has no option {option!r}; its options are {", ".join(known)}.')

@@ -26,8 +26,10 @@ class CifarResNet(layers.Network, kw_only=True):
 
     def __post_init__(self):
         if self.depth < 8 or (self.depth - 2) % 6:
-            raise UserError(f'A ResNet for CIFAR of depth {self.depth} does not exist: the depth '
-                            'is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...).')
+            raise UserError(
+                f'A ResNet for CIFAR of depth {self.depth} does not exist: the depth '
+                'is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...).'
+            )
         super().__post_init__()
 
     def _conv_norm(self, x, channels, stride, train, name, part):
@@ -46,8 +48,14 @@ class CifarResNet(layers.Network, kw_only=True):
         x = nn.relu(self._conv_norm(images.astype(self.dtype), 16, 1, train, '', '_init'))
         for group, stride in enumerate((1, 2, 2)):
             for block in range((self.depth - 2) // 6):
-                x = self.run_block(functools.partial(
-                    CifarResNet._block, channels=16 * 2 ** group,
-                    stride=stride if block == 0 else 1, train=train,
-                    name=f'group{group}_block{block}_'), x)
+                x = self.run_block(
+                    functools.partial(
+                        CifarResNet._block,
+                        channels=16 * 2**group,
+                        stride=stride if block == 0 else 1,
+                        train=train,
+                        name=f'group{group}_block{block}_',
+                    ),
+                    x,
+                )
         return self.head(self.pool(x))

@@ -44,15 +44,22 @@ SIZES = {
 }
 
 STAGES = (
-    Stage(16, 3, 1, 1, 1), Stage(24, 3, 2, 6, 2), Stage(40, 5, 2, 6, 2), Stage(80, 3, 3, 6, 2),
-    Stage(112, 5, 3, 6, 1), Stage(192, 5, 4, 6, 2), Stage(320, 3, 1, 6, 1))
+    Stage(16, 3, 1, 1, 1),
+    Stage(24, 3, 2, 6, 2),
+    Stage(40, 5, 2, 6, 2),
+    Stage(80, 3, 3, 6, 2),
+    Stage(112, 5, 3, 6, 1),
+    Stage(192, 5, 4, 6, 2),
+    Stage(320, 3, 1, 6, 1),
+)
 TINY_STAGES = (Stage(16, 3, 1, 1, 1), Stage(24, 3, 2, 6, 2), Stage(40, 5, 1, 6, 2))
 
 _SQUEEZE = 0.25
 _conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'truncated_normal')
 # The kernel is (k, k, 1, channels), and each channel has one output.
 _depthwise_init = nn.initializers.variance_scaling(
-    2.0, 'fan_out', 'truncated_normal', in_axis=-1, out_axis=-2)
+    2.0, 'fan_out', 'truncated_normal', in_axis=-1, out_axis=-2
+)
 
 
 def scale_channels(channels: int, width: float) -> int:
@@ -105,12 +112,18 @@ class EfficientNet(layers.Network, kw_only=True):
         if stage.expansion > 1:
             x = self.conv(x, inputs.shape[-1] * stage.expansion, 1, 1, f'{name}_conv_expand')
             x = nn.silu(self.norm(x, train, f'{name}_bn_expand'))
-        x = self.conv(x, x.shape[-1], stage.kernel, stride, f'{name}_conv_depthwise',
-                      feature_group_count=x.shape[-1], kernel_init=_depthwise_init)
+        x = self.conv(
+            x,
+            x.shape[-1],
+            stage.kernel,
+            stride,
+            f'{name}_conv_depthwise',
+            feature_group_count=x.shape[-1],
+            kernel_init=_depthwise_init,
+        )
         x = nn.silu(self.norm(x, train, f'{name}_bn_depthwise'))
         x = self._squeeze_excite(x, max(1, int(inputs.shape[-1] * _SQUEEZE)), name)
-        x = self.conv(x, scale_channels(stage.channels, self.width), 1, 1,
-                      f'{name}_conv_project')
+        x = self.conv(x, scale_channels(stage.channels, self.width), 1, 1, f'{name}_conv_project')
         x = self.norm(x, train, f'{name}_bn_project')
         if x.shape != inputs.shape:
             return x
@@ -120,16 +133,22 @@ class EfficientNet(layers.Network, kw_only=True):
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = self.conv(images.astype(self.dtype), scale_channels(32, self.width), 3, 2,
-                      'conv_stem')
+        x = self.conv(images.astype(self.dtype), scale_channels(32, self.width), 3, 2, 'conv_stem')
         x = nn.silu(self.norm(x, train, 'bn_stem'))
         block = 0
         for stage, n in zip(self.stages, self.repeats):
             for i in range(n):
-                x = self.run_block(functools.partial(
-                    EfficientNet._block, stage=stage, stride=stage.stride if i == 0 else 1,
-                    drop_rate=self.stochastic_depth_rate * block / sum(self.repeats), train=train,
-                    name=f'block{block}'), x)
+                x = self.run_block(
+                    functools.partial(
+                        EfficientNet._block,
+                        stage=stage,
+                        stride=stage.stride if i == 0 else 1,
+                        drop_rate=self.stochastic_depth_rate * block / sum(self.repeats),
+                        train=train,
+                        name=f'block{block}',
+                    ),
+                    x,
+                )
                 block += 1
         x = self.conv(x, scale_channels(1280, self.width), 1, 1, 'conv_head')
         x = self.pool(nn.silu(self.norm(x, train, 'bn_head')))

@@ -35,21 +35,23 @@ class Format(NamedTuple):
         for pattern, theirs in rules.items():
             match = re.fullmatch(pattern, module)
             if match:
-                theirs = theirs(model, *match.groups()) if callable(theirs) else (
-                    match.expand(theirs))
+                theirs = (
+                    theirs(model, *match.groups()) if callable(theirs) else (match.expand(theirs))
+                )
                 return f'{theirs}{self.separator}{self.leaf(leaf, module)}'
         return f'(no name for {module})'
 
 
 def _resnet_block(model, group, block, part):
-    index = sum(model.blocks[:int(group)]) + int(block)
+    index = sum(model.blocks[: int(group)]) + int(block)
     kind, _, rest = part.partition('_')
     kind, number = re.fullmatch(r'(conv|bn)(\d?)', kind).groups()
     if rest == 'shortcut':
         return f'BottleneckResNetBlock_{index}/{"conv" if kind == "conv" else "norm"}_proj'
     layer = 2 * (int(number) - 1)
     return f'BottleneckResNetBlock_{index}/' + (
-        f'Conv_{layer}' if kind == 'conv' else f'BatchNorm_{layer + 1}')
+        f'Conv_{layer}' if kind == 'conv' else f'BatchNorm_{layer + 1}'
+    )
 
 
 def _mbconv(model, block, part):
@@ -83,20 +85,25 @@ def _reference_layout(path, array, ndim):
 REFERENCE = Format(
     modules={
         WideResNet: {
-            'conv_init': 'init_conv', 'bn_final': 'pre-pool-bn', 'head': 'Dense_3',
+            'conv_init': 'init_conv',
+            'bn_final': 'pre-pool-bn',
+            'head': 'Dense_3',
             r'group(\d)_block(\d+)_bn1': r'WideResnetGroup_\1/WideResnetBlock_\2/init_bn',
             r'group(\d)_block(\d+)_bn2': r'WideResnetGroup_\1/WideResnetBlock_\2/bn_2',
-            r'group(\d)_block(\d+)_(conv\d)': r'WideResnetGroup_\1/WideResnetBlock_\2/\3'},
+            r'group(\d)_block(\d+)_(conv\d)': r'WideResnetGroup_\1/WideResnetBlock_\2/\3',
+        },
         ShakeShake: {
-            'conv_init': 'init_conv', 'bn_init': 'init_bn', 'head': 'Dense_3',
-            r'group(\d)_block(\d+)_conv_shortcut(\d)':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/conv_h\3',
-            r'group(\d)_block(\d+)_bn_shortcut':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/bn_residual',
-            r'group(\d)_block(\d+)_(conv|bn)_([ab])(\d)':
-                r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/\3_\4_\5'},
+            'conv_init': 'init_conv',
+            'bn_init': 'init_bn',
+            'head': 'Dense_3',
+            r'group(\d)_block(\d+)_conv_shortcut(\d)': r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/conv_h\3',
+            r'group(\d)_block(\d+)_bn_shortcut': r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/Shortcut_0/bn_residual',
+            r'group(\d)_block(\d+)_(conv|bn)_([ab])(\d)': r'WideResnetShakeShakeGroup_\1/ShakeShakeBlock_\2/\3_\4_\5',
+        },
         PyramidNet: {
-            'conv_init': 'init_conv', 'bn_init': 'init_bn', 'bn_final': 'final_bn',
+            'conv_init': 'init_conv',
+            'bn_init': 'init_bn',
+            'bn_final': 'final_bn',
             'head': lambda model: f'Dense_{(model.depth - 2) // 3}',
             r'block(\d+)_bn1': r'BottleneckShakeDrop_\1/bn_1_pre',
             r'block(\d+)_bn2': r'BottleneckShakeDrop_\1/bn_1_post',
@@ -104,27 +111,40 @@ REFERENCE = Format(
             r'block(\d+)_bn4': r'BottleneckShakeDrop_\1/bn_3',
             r'block(\d+)_conv1': r'BottleneckShakeDrop_\1/1x1_conv_contract',
             r'block(\d+)_conv2': r'BottleneckShakeDrop_\1/3x3',
-            r'block(\d+)_conv3': r'BottleneckShakeDrop_\1/1x1_conv_expand'},
+            r'block(\d+)_conv3': r'BottleneckShakeDrop_\1/1x1_conv_expand',
+        },
         ResNet: {
             '(conv_init|bn_init)': r'\1',
             'head': lambda model: f'Dense_{sum(model.blocks)}',
-            r'group(\d)_block(\d+)_(.+)': _resnet_block},
+            r'group(\d)_block(\d+)_(.+)': _resnet_block,
+        },
         EfficientNet: {
-            'conv_stem': 'Stem_0/conv2d', 'bn_stem': 'Stem_0/batch_normalization',
+            'conv_stem': 'Stem_0/conv2d',
+            'bn_stem': 'Stem_0/batch_normalization',
             'conv_head': lambda model: f'Head_{sum(model.repeats) + 1}/conv2d',
             'bn_head': lambda model: f'Head_{sum(model.repeats) + 1}/batch_normalization',
             'head': lambda model: f'Head_{sum(model.repeats) + 1}/dense',
-            r'block(\d+)_(.+)': _mbconv},
+            r'block(\d+)_(.+)': _mbconv,
+        },
     },
     leaf=lambda leaf, module: (
-        'depthwise_kernel' if (module[-9:], leaf) == ('depthwise', 'kernel') else leaf),
-    separator='/', layout=_reference_layout)
+        'depthwise_kernel' if (module[-9:], leaf) == ('depthwise', 'kernel') else leaf
+    ),
+    separator='/',
+    layout=_reference_layout,
+)
 
 
 _KERAS_PARTS = {
-    'conv_expand': 'expand_conv', 'bn_expand': 'expand_bn', 'conv_depthwise': 'dwconv',
-    'bn_depthwise': 'bn', 'se_reduce': 'se_reduce', 'se_expand': 'se_expand',
-    'conv_project': 'project_conv', 'bn_project': 'project_bn'}
+    'conv_expand': 'expand_conv',
+    'bn_expand': 'expand_bn',
+    'conv_depthwise': 'dwconv',
+    'bn_depthwise': 'bn',
+    'se_reduce': 'se_reduce',
+    'se_expand': 'se_expand',
+    'conv_project': 'project_conv',
+    'bn_project': 'project_bn',
+}
 
 
 def _keras_block(model, block, part):
@@ -135,19 +155,29 @@ def _keras_block(model, block, part):
 _KERAS_LEAVES = {'scale': 'gamma', 'mean': 'moving_mean', 'var': 'moving_variance'}
 
 KERAS = Format(
-    modules={EfficientNet: {
-        'conv_stem': 'stem_conv', 'bn_stem': 'stem_bn', 'conv_head': 'top_conv',
-        'bn_head': 'top_bn', 'head': 'predictions', r'block(\d+)_(.+)': _keras_block}},
+    modules={
+        EfficientNet: {
+            'conv_stem': 'stem_conv',
+            'bn_stem': 'stem_bn',
+            'conv_head': 'top_conv',
+            'bn_head': 'top_bn',
+            'head': 'predictions',
+            r'block(\d+)_(.+)': _keras_block,
+        }
+    },
     leaf=lambda leaf, module: (
-        'beta' if leaf == 'bias' and 'bn_' in module else _KERAS_LEAVES.get(leaf, leaf)),
-    separator='/', layout=_reference_layout)
+        'beta' if leaf == 'bias' and 'bn_' in module else _KERAS_LEAVES.get(leaf, leaf)
+    ),
+    separator='/',
+    layout=_reference_layout,
+)
 
 
 def _keras3_name(model, module):
     """<class>_<how many of the class came before>: Keras 3 does not write layers' names."""
     modules = ['conv_stem', 'bn_stem']
     for block in range(sum(model.repeats)):
-        parts = list(_KERAS_PARTS)[0 if _stage_of(model, block)[0].expansion > 1 else 2:]
+        parts = list(_KERAS_PARTS)[0 if _stage_of(model, block)[0].expansion > 1 else 2 :]
         modules += [f'block{block}_{part}' for part in parts]
     modules += ['conv_head', 'bn_head', 'head']
 
@@ -158,31 +188,39 @@ def _keras3_name(model, module):
             return 'dense'
         return 'batch_normalization' if 'bn_' in module else 'conv2d'
 
-    before = [kind(m) for m in modules[:modules.index(module)]].count(kind(module))
+    before = [kind(m) for m in modules[: modules.index(module)]].count(kind(module))
     return kind(module) + (f'_{before}' if before else '')
 
 
 KERAS3 = Format(
     modules={EfficientNet: {'(.+)': _keras3_name}},
     leaf=lambda leaf, module: str(
-        ['scale', 'bias', 'mean', 'var'].index(leaf) if 'bn_' in module
-        else ['kernel', 'bias'].index(leaf)),
-    separator='/', layout=_reference_layout)
+        ['scale', 'bias', 'mean', 'var'].index(leaf)
+        if 'bn_' in module
+        else ['kernel', 'bias'].index(leaf)
+    ),
+    separator='/',
+    layout=_reference_layout,
+)
 
 
 def _timm_block(model, block, part):
     stage, number, position = _stage_of(model, int(block))
     expanded = stage.expansion > 1
     theirs = {
-        'conv_expand': 'conv_pw', 'bn_expand': 'bn1', 'conv_depthwise': 'conv_dw',
-        'bn_depthwise': 'bn2' if expanded else 'bn1', 'se_reduce': 'se.conv_reduce',
-        'se_expand': 'se.conv_expand', 'conv_project': 'conv_pwl' if expanded else 'conv_pw',
-        'bn_project': 'bn3' if expanded else 'bn2'}[part]
+        'conv_expand': 'conv_pw',
+        'bn_expand': 'bn1',
+        'conv_depthwise': 'conv_dw',
+        'bn_depthwise': 'bn2' if expanded else 'bn1',
+        'se_reduce': 'se.conv_reduce',
+        'se_expand': 'se.conv_expand',
+        'conv_project': 'conv_pwl' if expanded else 'conv_pw',
+        'bn_project': 'bn3' if expanded else 'bn2',
+    }[part]
     return f'blocks.{number}.{position}.{theirs}'
 
 
-_TIMM_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean',
-                'var': 'running_var'}
+_TIMM_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 
 
 def _timm_layout(path, array, ndim):
@@ -192,10 +230,19 @@ def _timm_layout(path, array, ndim):
 
 
 TIMM = Format(
-    modules={EfficientNet: {
-        'conv_stem': 'conv_stem', 'bn_stem': 'bn1', 'conv_head': 'conv_head', 'bn_head': 'bn2',
-        'head': 'classifier', r'block(\d+)_(.+)': _timm_block}},
+    modules={
+        EfficientNet: {
+            'conv_stem': 'conv_stem',
+            'bn_stem': 'bn1',
+            'conv_head': 'conv_head',
+            'bn_head': 'bn2',
+            'head': 'classifier',
+            r'block(\d+)_(.+)': _timm_block,
+        }
+    },
     leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
-    separator='.', layout=_timm_layout)
+    separator='.',
+    layout=_timm_layout,
+)
 
 FORMATS = (REFERENCE, KERAS, KERAS3, TIMM)

@@ -25,7 +25,7 @@ def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
         shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
     if x.shape[-1] != shortcut.shape[-1]:
         # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
-        return jnp.asarray(x).at[..., :shortcut.shape[-1]].add(shortcut)
+        return jnp.asarray(x).at[..., : shortcut.shape[-1]].add(shortcut)
     return x + shortcut
 
 
@@ -57,21 +57,33 @@ class Network(nn.Module):
     kernel_init = staticmethod(conv_init)
     head_init = staticmethod(dense_init)
 
-    def conv(self, x: jax.Array, channels: int, kernel: int, stride: int, name: str,
-             **options) -> jax.Array:
+    def conv(
+        self, x: jax.Array, channels: int, kernel: int, stride: int, name: str, **options
+    ) -> jax.Array:
         """Convolution, `kernel` x `kernel`, padded as 'SAME' and without bias unless asked for."""
         options = {'padding': 'SAME', 'use_bias': False, 'kernel_init': self.kernel_init, **options}
         return nn.Conv(
-            channels, (kernel, kernel), (stride, stride), dtype=self.dtype,
-            param_dtype=self.param_dtype, name=name, **options)(x)
+            channels,
+            (kernel, kernel),
+            (stride, stride),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+            **options,
+        )(x)
 
     def norm(self, x: jax.Array, train: bool, name: str, **options) -> jax.Array:
         """BatchNorm with the biased variance E[x^2] - E[x]^2, in float32 at least."""
         return nn.BatchNorm(
             use_running_average=not train or self.frozen_batch_norm,
-            momentum=self.batch_norm_momentum, epsilon=self.batch_norm_epsilon,
-            axis_name=self.batch_norm_axis, dtype=self.dtype, param_dtype=self.param_dtype,
-            name=name, **options)(x)
+            momentum=self.batch_norm_momentum,
+            epsilon=self.batch_norm_epsilon,
+            axis_name=self.batch_norm_axis,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+            **options,
+        )(x)
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Mean over the image, in float32 at least."""
@@ -80,8 +92,12 @@ class Network(nn.Module):
     def head(self, x: jax.Array) -> jax.Array:
         """The last layer: features (N, C) -> logits, in float32 at least."""
         return nn.Dense(
-            self.num_classes, kernel_init=self.head_init, dtype=x.dtype,
-            param_dtype=self.param_dtype, name='head')(x)
+            self.num_classes,
+            kernel_init=self.head_init,
+            dtype=x.dtype,
+            param_dtype=self.param_dtype,
+            name='head',
+        )(x)
 
     def run_block(self, block: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
         """block(self, x), the activations within it kept or computed anew as `remat` says."""

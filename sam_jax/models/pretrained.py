@@ -21,8 +21,13 @@ from sam_jax.models.formats import FORMATS
 from sam_jax.models.layers import Network
 
 
-def load_reference_checkpoint(source: str | os.PathLike | dict[str, np.ndarray], model_name: str,
-                              num_classes: int, seed: int = 0, **options) -> dict[str, Any]:
+def load_reference_checkpoint(
+    source: str | os.PathLike | dict[str, np.ndarray],
+    model_name: str,
+    num_classes: int,
+    seed: int = 0,
+    **options,
+) -> dict[str, Any]:
     """Reads a checkpoint of the SAM paper's code, or of any other format known here.
 
     Args:
@@ -39,17 +44,20 @@ def load_reference_checkpoint(source: str | os.PathLike | dict[str, np.ndarray],
     """
     model = models.create_model(model_name, num_classes, **options)
     shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+    )
     # Zeros for all that comes from the file; only the head may have to be made.
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     kernel = shapes['params']['head']['kernel']
     variables['params']['head']['kernel'] = model.head_init(
-        jax.random.key(seed), kernel.shape, kernel.dtype)
+        jax.random.key(seed), kernel.shape, kernel.dtype
+    )
     return load(source, model, variables)
 
 
-def load(source: str | os.PathLike | dict[str, np.ndarray], model: Network,
-         variables: dict[str, Any]) -> dict[str, Any]:
+def load(
+    source: str | os.PathLike | dict[str, np.ndarray], model: Network, variables: dict[str, Any]
+) -> dict[str, Any]:
     """Returns `variables` of `model` with the weights of a file in their place.
 
     The head is kept as initialised if the file's has another number of classes.
@@ -64,15 +72,21 @@ def load(source: str | os.PathLike | dict[str, np.ndarray], model: Network,
     """
     arrays = dict(source) if hasattr(source, 'items') else read(source)
     where = 'The weights' if hasattr(source, 'items') else f'The weights in {os.fspath(source)}'
-    ours = {k: np.asarray(v) for k, v in
-            flax.traverse_util.flatten_dict(jax.device_get(dict(variables)), sep='/').items()}
+    ours = {
+        k: np.asarray(v)
+        for k, v in flax.traverse_util.flatten_dict(
+            jax.device_get(dict(variables)), sep='/'
+        ).items()
+    }
     formats = [f for f in FORMATS if isinstance(model, tuple(f.modules))]
     named = [{f.name(model, path): (path, f) for path in ours} for f in formats]
     names = max(named, key=lambda n: len(n.keys() & arrays.keys()), default={})
     if not names.keys() & arrays.keys():
         kind = type(model).__name__
-        raise UserError(f'{where} are not those of {kind}: none of their names is known; the '
-                        f'first is {min(arrays, default="(nothing)")!r}.')
+        raise UserError(
+            f'{where} are not those of {kind}: none of their names is known; the '
+            f'first is {min(arrays, default="(nothing)")!r}.'
+        )
     head = {name for name, (path, _) in names.items() if path.startswith('params/head/')}
     values = {}
     for name, (path, form) in sorted(names.items()):
@@ -82,12 +96,16 @@ def load(source: str | os.PathLike | dict[str, np.ndarray], model: Network,
         if array.shape == ours[path].shape:
             values[path] = array.astype(ours[path].dtype)
         elif name not in head or array.shape[:-1] != ours[path].shape[:-1]:
-            raise UserError(f'{where} are of another architecture: {name} has shape '
-                            f'{array.shape}, the model {ours[path].shape}.')
+            raise UserError(
+                f'{where} are of another architecture: {name} has shape '
+                f'{array.shape}, the model {ours[path].shape}.'
+            )
     surplus = sorted(arrays.keys() - names.keys())
     if surplus:
-        raise UserError(f'{where} are of another architecture: the model has no {surplus[0]}, '
-                        f'{np.shape(arrays[surplus[0]])}.')
+        raise UserError(
+            f'{where} are of another architecture: the model has no {surplus[0]}, '
+            f'{np.shape(arrays[surplus[0]])}.'
+        )
     if not all(names[name][0] in values for name in head):
         values = {path: v for path, v in values.items() if not path.startswith('params/head/')}
     return flax.traverse_util.unflatten_dict({**ours, **values}, sep='/')
@@ -111,8 +129,12 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         path = max(found, key=lambda p: int(p.name.rpartition('_')[2]))
     if not path.is_file():
         raise UserError(f'{path}: no such file or folder of weights.')
-    reader = {'.npz': _read_npz, '.safetensors': _read_safetensors, '.h5': _read_h5,
-              '.hdf5': _read_h5}.get(path.suffix, _read_msgpack)
+    reader = {
+        '.npz': _read_npz,
+        '.safetensors': _read_safetensors,
+        '.h5': _read_h5,
+        '.hdf5': _read_h5,
+    }.get(path.suffix, _read_msgpack)
     try:
         return reader(path)
     except ImportError as e:
@@ -128,6 +150,7 @@ def _read_npz(path):
 
 def _read_safetensors(path):
     from safetensors.numpy import load_file
+
     # Counters of steps say nothing about the weights.
     return {k: v for k, v in load_file(path).items() if not k.endswith('num_batches_tracked')}
 
@@ -135,6 +158,7 @@ def _read_safetensors(path):
 def _read_h5(path):
     """{'layer/kind or number of the weight': array}, from the layout of Keras 2 or 3."""
     import h5py
+
     arrays = {}
 
     def visit(name, item):

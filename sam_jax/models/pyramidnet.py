@@ -27,8 +27,10 @@ class PyramidNet(layers.Network, kw_only=True):
 
     def __post_init__(self):
         if self.depth < 11 or (self.depth - 2) % 9:
-            raise UserError(f'A PyramidNet of depth {self.depth} does not exist: the depth is '
-                            '9n + 2 (11, 20, ..., 110, ..., 272, ...).')
+            raise UserError(
+                f'A PyramidNet of depth {self.depth} does not exist: the depth is '
+                '9n + 2 (11, 20, ..., 110, ..., 272, ...).'
+            )
         if not self.alpha > 0:
             raise UserError(f'model.alpha is {self.alpha}; it must be positive.')
         super().__post_init__()
@@ -56,9 +58,16 @@ class PyramidNet(layers.Network, kw_only=True):
         channels = 16.0
         for block in range(3 * per_group):
             channels += self.alpha / (3 * per_group)
-            x = self.run_block(functools.partial(
-                PyramidNet._block, channels=round(channels),
-                stride=2 if block in (per_group, 2 * per_group) else 1,
-                keep_rate=1 - 0.5 * (block + 1) / (3 * per_group), train=train,
-                true_gradient=true_gradient, name=f'block{block}'), x)
+            x = self.run_block(
+                functools.partial(
+                    PyramidNet._block,
+                    channels=round(channels),
+                    stride=2 if block in (per_group, 2 * per_group) else 1,
+                    keep_rate=1 - 0.5 * (block + 1) / (3 * per_group),
+                    train=train,
+                    true_gradient=true_gradient,
+                    name=f'block{block}',
+                ),
+                x,
+            )
         return self.head(self.pool(nn.relu(self.norm(x, train, 'bn_final'))))

@@ -44,14 +44,21 @@ class ResNet(layers.Network, kw_only=True):
 
     def _block(self, x, channels, stride, train, name):
         # Of each convolution: channels, kernel, stride.
-        convs = ([(channels, 1, 1), (channels, 3, stride), (4 * channels, 1, 1)] if self.bottleneck
-                 else [(channels, 3, stride), (channels, 3, 1)])
+        convs = (
+            [(channels, 1, 1), (channels, 3, stride), (4 * channels, 1, 1)]
+            if self.bottleneck
+            else [(channels, 3, stride), (channels, 3, 1)]
+        )
         y = x
         for i, (width, kernel, step) in enumerate(convs, 1):
             y = self.conv(y, width, kernel, step, f'{name}_conv{i}')
             last = i == len(convs)
-            y = self.norm(y, train, f'{name}_bn{i}', scale_init=(
-                nn.initializers.zeros if last else nn.initializers.ones))
+            y = self.norm(
+                y,
+                train,
+                f'{name}_bn{i}',
+                scale_init=(nn.initializers.zeros if last else nn.initializers.ones),
+            )
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
             x = self.conv(x, y.shape[-1], 1, stride, f'{name}_conv_shortcut')
@@ -60,16 +67,23 @@ class ResNet(layers.Network, kw_only=True):
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = self.conv(images.astype(self.dtype), self.width, 7, 2, 'conv_init',
-                      padding=[(3, 3), (3, 3)])
+        x = self.conv(
+            images.astype(self.dtype), self.width, 7, 2, 'conv_init', padding=[(3, 3), (3, 3)]
+        )
         x = self.norm(x, train, 'bn_init')
         if self.stem_relu:
             x = nn.relu(x)
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
         for group, blocks in enumerate(self.blocks):
             for block in range(blocks):
-                x = self.run_block(functools.partial(
-                    ResNet._block, channels=self.width * 2 ** group,
-                    stride=2 if block == 0 and group > 0 else 1, train=train,
-                    name=f'group{group}_block{block}'), x)
+                x = self.run_block(
+                    functools.partial(
+                        ResNet._block,
+                        channels=self.width * 2**group,
+                        stride=2 if block == 0 and group > 0 else 1,
+                        train=train,
+                        name=f'group{group}_block{block}',
+                    ),
+                    x,
+                )
         return self.head(self.pool(x))

@@ -29,15 +29,16 @@ def shake_shake(a: jax.Array, b: jax.Array, forward: jax.Array, backward: jax.Ar
 
     Source: Gastaldi, "Shake-Shake regularization", 2017.
     """
-    return _forward_and_backward(
-        a * forward + b * (1 - forward), a * backward + b * (1 - backward))
+    return _forward_and_backward(a * forward + b * (1 - forward), a * backward + b * (1 - backward))
 
 
-def random_shake_shake(a: jax.Array, b: jax.Array, key: jax.Array,
-                       true_gradient: bool | jax.Array = False) -> jax.Array:
+def random_shake_shake(
+    a: jax.Array, b: jax.Array, key: jax.Array, true_gradient: bool | jax.Array = False
+) -> jax.Array:
     """`shake_shake` with coefficients from U[0, 1], independent unless `true_gradient`."""
     forward, backward = (
-        jax.random.uniform(k, _shape(a)).astype(a.dtype) for k in jax.random.split(key))
+        jax.random.uniform(k, _shape(a)).astype(a.dtype) for k in jax.random.split(key)
+    )
     return shake_shake(a, b, forward, jnp.where(true_gradient, forward, backward))
 
 
@@ -51,12 +52,12 @@ def shake_drop(x: jax.Array, mask: jax.Array, forward: jax.Array, backward: jax.
 
     Source: Yamada et al., "ShakeDrop Regularization for Deep Residual Learning", equation 6.
     """
-    return _forward_and_backward(
-        *(x * (mask + c - mask * c) for c in (forward, backward)))
+    return _forward_and_backward(*(x * (mask + c - mask * c) for c in (forward, backward)))
 
 
-def random_shake_drop(x: jax.Array, key: jax.Array, keep_rate: float,
-                      true_gradient: bool | jax.Array = False) -> jax.Array:
+def random_shake_drop(
+    x: jax.Array, key: jax.Array, keep_rate: float, true_gradient: bool | jax.Array = False
+) -> jax.Array:
     """`shake_drop` with P(mask = 1) = keep_rate, forward from U[-1, 1] and backward from U[0, 1].
 
     With `true_gradient` the forward coefficient serves for both.

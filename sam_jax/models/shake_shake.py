@@ -27,7 +27,8 @@ class ShakeShake(layers.Network, kw_only=True):
         if self.depth < 8 or (self.depth - 2) % 6 or self.width < 2 or self.width % 2:
             raise UserError(
                 f'A Shake-Shake network of depth {self.depth} and width {self.width} does not '
-                'exist: the depth is 6n + 2 (8, 14, 20, 26, ...) and the width even.')
+                'exist: the depth is 6n + 2 (8, 14, 20, 26, ...) and the width even.'
+            )
         super().__post_init__()
 
     def _branch(self, x, channels, stride, train, name, branch):
@@ -43,7 +44,8 @@ class ShakeShake(layers.Network, kw_only=True):
         moved = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]
         paths = [
             self.conv(path[:, ::stride, ::stride], channels // 2, 1, 1, f'{name}_conv_shortcut{i}')
-            for i, path in ((1, x), (2, moved))]
+            for i, path in ((1, x), (2, moved))
+        ]
         return self.norm(jnp.concatenate(paths, axis=-1), train, f'{name}_bn_shortcut')
 
     def _block(self, x, channels, stride, train, true_gradient, name):
@@ -61,8 +63,15 @@ class ShakeShake(layers.Network, kw_only=True):
         x = self.norm(x, train, 'bn_init')
         for group, stride in enumerate((1, 2, 2)):
             for block in range((self.depth - 2) // 6):
-                x = self.run_block(functools.partial(
-                    ShakeShake._block, channels=self.width * 2 ** group,
-                    stride=stride if block == 0 else 1, train=train, true_gradient=true_gradient,
-                    name=f'group{group}_block{block}'), x)
+                x = self.run_block(
+                    functools.partial(
+                        ShakeShake._block,
+                        channels=self.width * 2**group,
+                        stride=stride if block == 0 else 1,
+                        train=train,
+                        true_gradient=true_gradient,
+                        name=f'group{group}_block{block}',
+                    ),
+                    x,
+                )
         return self.head(self.pool(nn.relu(x)))

@@ -34,7 +34,8 @@ class WideResNet(layers.Network, kw_only=True):
         if self.depth < 10 or (self.depth - 4) % 6 or self.width < 1:
             raise UserError(
                 f'A WideResNet of depth {self.depth} and width {self.width} does not exist: '
-                'the depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...) and the width at least 1.')
+                'the depth is 6n + 4 (10, 16, 22, 28, 34, 40, ...) and the width at least 1.'
+            )
         layers.require_rate('dropout_rate', self.dropout_rate)
         super().__post_init__()
 
@@ -63,10 +64,17 @@ class WideResNet(layers.Network, kw_only=True):
             group_input = x
             for block in range((self.depth - 4) // 6):
                 first = block == 0
-                x = self.run_block(functools.partial(
-                    WideResNet._block, channels=16 * self.width * 2 ** group,
-                    stride=stride if first else 1, activate_before_shortcut=first and group == 0,
-                    train=train, name=f'group{group}_block{block}'), x)
+                x = self.run_block(
+                    functools.partial(
+                        WideResNet._block,
+                        channels=16 * self.width * 2**group,
+                        stride=stride if first else 1,
+                        activate_before_shortcut=first and group == 0,
+                        train=train,
+                        name=f'group{group}_block{block}',
+                    ),
+                    x,
+                )
             if self.extra_skips:
                 x = layers.add_shortcut(x, group_input)
         if self.extra_skips:

@@ -8,17 +8,27 @@ from sam_jax.settings.checks import (
     check_with_layout,
 )
 from sam_jax.settings.files import check_flags, load, of_run
-from sam_jax.settings.overrides import (
-    flatten,
-    jsonable,
-    nearest,
-    override,
-    short_names,
-    unflatten,
-)
+from sam_jax.settings.overrides import flatten, jsonable, nearest, override, short_names, unflatten
 from sam_jax.settings.schema import DTYPES, KEYS, Config, Key, default_config
 
 __all__ = [
-    'Config', 'DTYPES', 'FREE_AT_RESUME', 'KEYS', 'Key', 'check', 'check_flags',
-    'check_same_mathematics', 'check_with_data', 'check_with_layout', 'default_config', 'flatten',
-    'jsonable', 'load', 'nearest', 'of_run', 'override', 'short_names', 'unflatten']
+    'Config',
+    'DTYPES',
+    'FREE_AT_RESUME',
+    'KEYS',
+    'Key',
+    'check',
+    'check_flags',
+    'check_same_mathematics',
+    'check_with_data',
+    'check_with_layout',
+    'default_config',
+    'flatten',
+    'jsonable',
+    'load',
+    'nearest',
+    'of_run',
+    'override',
+    'short_names',
+    'unflatten',
+]

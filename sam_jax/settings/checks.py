@@ -10,8 +10,7 @@ from sam_jax.settings.overrides import flatten, nearest
 from sam_jax.settings.schema import KEYS, Config, Key, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.',
-                  'analysis.')
+FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.', 'analysis.')
 
 
 def check(config: Config) -> None:
@@ -36,14 +35,15 @@ def check(config: Config) -> None:
     if not all(isinstance(e, int) and e > 0 for e in flat['checkpoint.keep_epochs']):
         raise UserError(
             f'checkpoint.keep_epochs is {flat["checkpoint.keep_epochs"]}; it must hold epochs, '
-            'counted from 1.')
+            'counted from 1.'
+        )
     for key in ('sam.warmup_epochs', 'optimizer.warmup_epochs'):
         if flat[key] > flat['total_epochs']:
             raise UserError(
-                f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.')
+                f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.'
+            )
     if flat['optimizer.name'] != 'sgd' and not flat['optimizer.epsilon'] > 0:
-        raise UserError(
-            f'optimizer.epsilon is 0; {flat["optimizer.name"]} needs a positive one.')
+        raise UserError(f'optimizer.epsilon is 0; {flat["optimizer.name"]} needs a positive one.')
     _check_data_settings(config.data)
     for option, described in model_options(config.model.name).items():
         if option in config.model:
@@ -70,15 +70,18 @@ def _check_method(flat):
         takes = ', '.join(wanted) or 'none'
         raise UserError(
             f'The setting {key} is not one of sam.method {method!r}, whose own are: {takes}. To '
-            "change the method use the config's argument method=NAME.")
+            "change the method use the config's argument method=NAME."
+        )
     for key, default in wanted.items():
         if key not in given:
             raise UserError(
                 f'The config lacks {key} of sam.method {method!r}; choose the method by the '
-                f"config's argument method={method}.")
+                f"config's argument method={method}."
+            )
         check_value(key, Key(default, ''), flat[key])
-    settings = {key.removeprefix('sam.'): value for key, value in flat.items()
-                if key.startswith('sam.')}
+    settings = {
+        key.removeprefix('sam.'): value for key, value in flat.items() if key.startswith('sam.')
+    }
     try:
         made = sharpness.create(**settings, total_steps=1, num_examples=1)
     except ValueError as e:
@@ -87,20 +90,24 @@ def _check_method(flat):
         raise UserError(f'sam.p is {flat["sam.p"]}; sam.method {method!r} knows only 2.0.')
     if flat['sam.rho_min'] and flat['sam.schedule'] != 'learning_rate':
         raise UserError(
-            f"sam.rho_min is {flat['sam.rho_min']}; it is rho at learning rate 0 with sam.schedule "
-            f"'learning_rate', and the schedule is {flat['sam.schedule']!r}: set it to 0.")
+            f'sam.rho_min is {flat["sam.rho_min"]}; it is rho at learning rate 0 with sam.schedule '
+            f"'learning_rate', and the schedule is {flat['sam.schedule']!r}: set it to 0."
+        )
     if flat['sam.rho_min'] > flat['sam.rho']:
-        raise UserError(f'sam.rho_min is {flat["sam.rho_min"]}; it must not exceed sam.rho, '
-                        f'{flat["sam.rho"]}.')
+        raise UserError(
+            f'sam.rho_min is {flat["sam.rho_min"]}; it must not exceed sam.rho, {flat["sam.rho"]}.'
+        )
     _check_company(flat, made)
 
 
 def _check_company(flat, made):
     """What a method wants of the optimizer, the averages and the data."""
-    begin = f"sam.method is {flat['sam.method']!r}, which"
+    begin = f'sam.method is {flat["sam.method"]!r}, which'
     if flat['sam.method'] == 'momentum_sam' and not flat['optimizer.momentum']:
-        raise UserError(f'{begin} moves along the momentum; optimizer.momentum is 0 and must be '
-                        'greater, such as 0.9.')
+        raise UserError(
+            f'{begin} moves along the momentum; optimizer.momentum is 0 and must be '
+            'greater, such as 0.9.'
+        )
     entry = sharpness.METHODS[flat['sam.method']]
     for key, value in entry.refuses.items():
         if flat[key] != value:
@@ -110,21 +117,28 @@ def _check_company(flat, made):
     epochs = flat['total_epochs']
     for key, last in (('sam.start_epoch', epochs - 2), ('sam.epochs_ago', epochs - 1)):
         if flat.get(key, 0) > last:
-            raise UserError(f'{begin} then never adds its loss: {key} is {flat[key]} in a run of '
-                            f'{epochs} epochs, and must be at most {last}.')
+            raise UserError(
+                f'{begin} then never adds its loss: {key} is {flat[key]} in a run of '
+                f'{epochs} epochs, and must be at most {last}.'
+            )
     if not made.trajectory.epochs_ago and not flat['ema.decay']:
-        raise UserError(f'{begin} learns from a moving average of the weights; ema.decay is 0 and '
-                        'must be greater, such as 0.9998.')
+        raise UserError(
+            f'{begin} learns from a moving average of the weights; ema.decay is 0 and '
+            'must be greater, such as 0.9998.'
+        )
     if made.trajectory.epochs_ago:
         if flat['data.name'] not in data.SOURCES:
             raise UserError(
                 f'{begin} keeps the logits of every image on the device; data.name is '
                 f'{flat["data.name"]!r}, which is streamed, and must be one of '
-                f'{", ".join(data.SOURCES)}.')
+                f'{", ".join(data.SOURCES)}.'
+            )
         for key in ('data.mixup_alpha', 'data.cutmix_alpha'):
             if flat[key]:
-                raise UserError(f'{begin} remembers what the network says of each image; {key} is '
-                                f'{flat[key]} and must be 0, since mixed images are of no one.')
+                raise UserError(
+                    f'{begin} remembers what the network says of each image; {key} is '
+                    f'{flat[key]} and must be 0, since mixed images are of no one.'
+                )
 
 
 def _check_data_settings(settings):
@@ -132,27 +146,33 @@ def _check_data_settings(settings):
     if streams and not settings.image_size:
         raise UserError(
             f'data.image_size is 0; {settings.name} has images of all sizes: set the side of the '
-            "network's input, such as 224.")
+            "network's input, such as 224."
+        )
     if not streams and 'resized_crop' in data.RECIPES[settings.augment]:
         raise UserError(
             f'data.augment is {settings.augment!r}, which crops large images; {settings.name} is '
             'not of that kind: use one of '
-            f'{", ".join(k for k, parts in data.RECIPES.items() if "resized_crop" not in parts)}.')
+            f'{", ".join(k for k, parts in data.RECIPES.items() if "resized_crop" not in parts)}.'
+        )
     if not streams and settings.skip_corrupt:
         raise UserError(
             f'data.skip_corrupt is True; the images of {settings.name} are read as a whole, and '
-            'none of them is passed over.')
+            'none of them is passed over.'
+        )
     if settings.mixup_alpha and settings.cutmix_alpha:
         raise UserError(
             f'data.mixup_alpha is {settings.mixup_alpha} and data.cutmix_alpha is '
-            f'{settings.cutmix_alpha}; one of them must be 0.')
+            f'{settings.cutmix_alpha}; one of them must be 0.'
+        )
     if settings.mix_per_image and not (settings.mixup_alpha or settings.cutmix_alpha):
-        raise UserError('data.mix_per_image is True; it needs data.mixup_alpha or '
-                        'data.cutmix_alpha.')
+        raise UserError(
+            'data.mix_per_image is True; it needs data.mixup_alpha or data.cutmix_alpha.'
+        )
     if settings.labels_from and settings.label_noise:
         raise UserError(
             f'data.labels_from is {settings.labels_from!r} and data.label_noise is '
-            f'{settings.label_noise}; labels come from one of them: set data.label_noise to 0.')
+            f'{settings.label_noise}; labels come from one of them: set data.label_noise to 0.'
+        )
     if settings.soft_labels and not settings.labels_from:
         raise UserError('data.soft_labels is True; it needs data.labels_from.')
 
@@ -168,15 +188,18 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
     if config.batch_size > n:
         raise UserError(
             f'batch_size is {config.batch_size}; the training set of {dataset.name} has only {n} '
-            'examples.')
+            'examples.'
+        )
     shifts = 'shift' in data.RECIPES[config.data.augment]
     if shifts and config.data.padding >= min(dataset.pixel_shape[:2]):
         raise UserError(
             f'data.padding is {config.data.padding}; it must be smaller than the images of '
-            f'{dataset.name}, {dataset.pixel_shape[0]}x{dataset.pixel_shape[1]}.')
+            f'{dataset.name}, {dataset.pixel_shape[0]}x{dataset.pixel_shape[1]}.'
+        )
     if config.eval.top5 and dataset.num_classes < 6:
         raise UserError(
-            f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.')
+            f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.'
+        )
 
 
 def check_with_layout(config: Config, layout: Layout) -> None:
@@ -189,7 +212,8 @@ def check_with_layout(config: Config, layout: Layout) -> None:
         raise UserError(
             f'model.sync_batch_norm is True; it needs each of the {layout.num_replicas} replicas '
             f'on a device of its own, and here are {len(layout.devices)} devices: set '
-            f'replica_batch_size to {config.batch_size // len(layout.devices)}.')
+            f'replica_batch_size to {config.batch_size // len(layout.devices)}.'
+        )
 
 
 def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
@@ -206,10 +230,10 @@ def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
     changed = [
         f'{key} (was {before.get(key)!r}, now {now.get(key)!r})'
         for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and not key.startswith(FREE_AT_RESUME)]
+        if now.get(key) != before.get(key) and not key.startswith(FREE_AT_RESUME)
+    ]
     if changed:
         raise UserError(
             f'The workdir holds a run with other settings: {", ".join(changed)}; use them again to '
-            'resume it, or choose a new workdir.')
-
-
+            'resume it, or choose a new workdir.'
+        )

@@ -27,8 +27,9 @@ def of_run(workdir: str) -> Config:
         with open(path) as file:
             settings = json.load(file)['config']
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{workdir!r} must be the folder of a run, but {path} cannot be read: '
-                        f'{e}.') from e
+        raise UserError(
+            f'{workdir!r} must be the folder of a run, but {path} cannot be read: {e}.'
+        ) from e
     later = {key: KEYS[key].default for key in ADDED}
     return unflatten({**later, **settings})
 
@@ -46,8 +47,10 @@ def check_flags(argv: Sequence[str], default: str) -> str:
     Raises:
       UserError: no such file, a bad argument of the config, or a key that it does not have.
     """
-    matches = (re.fullmatch(r'--?(?:no)?(config(?:\.[^=]*)?)(?:=(.*))?', argument, re.DOTALL)
-               for argument in argv)
+    matches = (
+        re.fullmatch(r'--?(?:no)?(config(?:\.[^=]*)?)(?:=(.*))?', argument, re.DOTALL)
+        for argument in argv
+    )
     given: dict[str, str] = {match[1]: match[2] for match in matches if match}
     for flag, value in zip(argv, argv[1:]):
         if flag in ('--config', '-config'):  # the form with a space
@@ -75,8 +78,9 @@ def load(flag: str) -> tuple[ModuleType, Config]:
     """
     path, _, argument = shipped.resolve(flag).partition(':')
     if not os.path.isfile(path):
-        raise UserError(f'--config is {path!r}: No such file; by name there are '
-                        f'{", ".join(shipped.names())}.')
+        raise UserError(
+            f'--config is {path!r}: No such file; by name there are {", ".join(shipped.names())}.'
+        )
     spec = importlib.util.spec_from_file_location('checked_config', path)
     assert spec and spec.loader, path
     module = importlib.util.module_from_spec(spec)

@@ -24,8 +24,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def jsonable(config: Any) -> dict[str, Any]:
     """Returns the flat settings as JSON holds them."""
-    return {k: list(v) if isinstance(v, tuple) else v
-            for k, v in flatten(config).items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
 
 
 def unflatten(flat: dict[str, Any]) -> Config:
@@ -54,8 +53,13 @@ def override(config: Config, key: str, value: Any) -> None:
     kind = type(known[key])
     if isinstance(value, str) and kind is not str:
         try:
-            value = ({'true': True, 'false': False}[value.lower()] if kind is bool
-                     else ast.literal_eval(value) if kind is tuple else kind(value))
+            value = (
+                {'true': True, 'false': False}[value.lower()]
+                if kind is bool
+                else ast.literal_eval(value)
+                if kind is tuple
+                else kind(value)
+            )
         except (ValueError, KeyError, SyntaxError) as e:
             raise UserError(f'{key} is {value!r}; it must be of type {kind.__name__}.') from e
     described = KEYS.get(key, Key(known[key], ''))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 
-from sam_jax import data, optimizers, schedules, sharpness
+from sam_jax import data, models, optimizers, schedules, sharpness
 
 # A locked ConfigDict. No checker of types knows its keys; `check` does.
 Config: TypeAlias = Any
@@ -83,7 +83,7 @@ def _share(default, meaning, below=True):
 
 
 def _seed(meaning):
-    return Key(0, meaning, 0, 2 ** 32 - 1)
+    return Key(0, meaning, 0, 2**32 - 1)
 
 
 # The keys that every config has. Further ones under `model` are options of the model's family, and
@@ -93,126 +93,130 @@ KEYS = {
     'total_epochs': _positive(200, 'how long to train'),
     'batch_size': _positive(256, 'examples of a step, over all devices'),
     'replica_batch_size': _positive(
-        32, 'examples that share BatchNorm statistics and, by default, an ascent'),
-    'replica_loop': Key('auto', 'several replicas on a device: `unroll`, or `scan` as does `auto`',
-                        choices=('auto', 'unroll', 'scan')),
+        32, 'examples that share BatchNorm statistics and, by default, an ascent'
+    ),
+    'replica_loop': Key(
+        'auto',
+        'several replicas on a device: `unroll`, or `scan` as does `auto`',
+        choices=('auto', 'unroll', 'scan'),
+    ),
     'label_smoothing': _share(0.0, 'share of the label that all classes have alike'),
     'log_every_steps': _positive(100, 'steps between two lines of the log'),
-
     'model.name': Key('', 'a name of `sam_jax.models.NAMES`'),
-    'model.dtype': Key('float32', 'of the computation; params stay float32 (float64: all of it)',
-                       choices=DTYPES),
+    'model.dtype': Key(
+        'float32', 'of the computation; params stay float32 (float64: all of it)', choices=DTYPES
+    ),
     'model.init_from': Key('', 'file or folder of weights to start from; empty for random ones'),
     'model.frozen_batch_norm': Key(
-        False, 'normalise by the running statistics and leave them alone'),
+        False, 'normalise by the running statistics and leave them alone'
+    ),
     'model.sync_batch_norm': Key(False, 'statistics over all replicas, one a device'),
-    'model.remat': Key(
-        False, 'compute activations anew in the backward pass: less memory, slower'),
-
+    'model.remat': Key(False, 'compute activations anew in the backward pass: less memory, slower'),
     'data.name': Key('cifar10', 'the dataset', choices=data.NAMES),
     'data.dir': Key('', 'where datasets lie; empty for the default of TensorFlow Datasets'),
     'data.augment': Key('basic', 'the recipe of augmentation', choices=tuple(data.RECIPES)),
     'data.padding': _amount(4, 'pixels of the shift crop'),
     'data.cutout_size': _positive(16, 'side of the square that `cutout` empties'),
     'data.cutout_per_image': Key(False, 'a place for each image, not one for the batch'),
-    'data.corrected_ops': Key(
-        False, "AutoAugment and RandAugment without the original's quirks"),
+    'data.corrected_ops': Key(False, "AutoAugment and RandAugment without the original's quirks"),
     'data.randaugment_layers': _positive(2, 'operations on an image'),
     'data.randaugment_magnitude': _amount(9, 'their level'),
     'data.mixup_alpha': _amount(
-        0.0, 'mix pairs of examples, weight from Beta(alpha, alpha); 0 for never'),
+        0.0, 'mix pairs of examples, weight from Beta(alpha, alpha); 0 for never'
+    ),
     'data.cutmix_alpha': _amount(0.0, 'exchange boxes between pairs of examples; 0 for never'),
     'data.mix_per_image': Key(False, 'a weight for each image in place of one for the batch'),
     'data.image_size': _amount(0, "side of the network's input; 0 for that of the dataset"),
     'data.skip_corrupt': Key(False, 'pass over images that cannot be decoded'),
     'data.threads': _amount(0, 'that read and decode images; 0 for one a core'),
     'data.validation': Key(
-        False, 'hold out the last tenth of the training set and evaluate on it too'),
+        False, 'hold out the last tenth of the training set and evaluate on it too'
+    ),
     'data.label_noise': _share(
-        0.0, 'fraction of training labels that get another one', below=False),
+        0.0, 'fraction of training labels that get another one', below=False
+    ),
     'data.label_noise_kind': Key(
-        'uniform', '`uniform` over all classes, `other` ones, or the next (`pair`)',
-        choices=tuple(data.LABEL_NOISE)),
+        'uniform',
+        '`uniform` over all classes, `other` ones, or the next (`pair`)',
+        choices=tuple(data.LABEL_NOISE),
+    ),
     'data.label_noise_seed': _seed("decides which labels are noisy, whatever the run's seed"),
     'data.labels_from': Key('', 'file of `sam-jax-predict`: train on its predictions'),
     'data.soft_labels': Key(False, 'on its probabilities and not on the likeliest class'),
-
-    'sam.method': Key('sam', 'the method; `sgd` for the optimizer alone',
-                      choices=sharpness.METHODS),
+    'sam.method': Key(
+        'sam', 'the method; `sgd` for the optimizer alone', choices=sharpness.METHODS
+    ),
     'sam.rho': _amount(0.05, 'radius of the perturbation'),
     'sam.p': Key(2.0, 'the norm that it is measured in: greater than 1, `inf` is allowed'),
     'sam.replicas_per_group': _positive(
-        1, 'replicas that ascend together: m = `replica_batch_size` times this'),
-    'sam.schedule': Key('constant', 'of rho; `learning_rate`: in proportion to it',
-                        choices=(*schedules.SCHEDULES, 'learning_rate')),
+        1, 'replicas that ascend together: m = `replica_batch_size` times this'
+    ),
+    'sam.schedule': Key(
+        'constant',
+        'of rho; `learning_rate`: in proportion to it',
+        choices=(*schedules.SCHEDULES, 'learning_rate'),
+    ),
     'sam.rho_min': _amount(0.0, 'rho at learning rate 0, with schedule `learning_rate`'),
     'sam.warmup_epochs': _amount(0.0, 'of rho, linear'),
-
     'optimizer.name': Key('sgd', 'the base optimizer', choices=tuple(optimizers.OPTIMIZERS)),
     'optimizer.learning_rate': _amount(0.1, 'at its highest'),
-    'optimizer.schedule': Key('cosine', 'of the learning rate',
-                              choices=tuple(schedules.SCHEDULES)),
+    'optimizer.schedule': Key('cosine', 'of the learning rate', choices=tuple(schedules.SCHEDULES)),
     'optimizer.warmup_epochs': _amount(0.0, 'of the learning rate, linear'),
     'optimizer.momentum': _share(0.9, 'of SGD and RMSProp, and of the mean of Adam'),
     'optimizer.nesterov': Key(True, "Nesterov's momentum"),
     'optimizer.decay': _share(
-        0.9, 'of the average of squares of RMSProp and Adam (there often 0.999)'),
+        0.9, 'of the average of squares of RMSProp and Adam (there often 0.999)'
+    ),
     'optimizer.epsilon': _amount(
-        1e-3, "RMSProp's inside of the root, Adam's outside (there often 1e-8)"),
+        1e-3, "RMSProp's inside of the root, Adam's outside (there often 1e-8)"
+    ),
     'optimizer.weight_decay': _amount(
-        5e-4, '0.5 `weight_decay` times the sum of squares is part of the loss'),
+        5e-4, '0.5 `weight_decay` times the sum of squares is part of the loss'
+    ),
     'optimizer.decay_norm_and_bias': Key(
-        True, 'otherwise only parameters of two or more axes are decayed'),
+        True, 'otherwise only parameters of two or more axes are decayed'
+    ),
     'optimizer.clip_norm': _amount(5.0, 'global norm of the mean gradient; 0 for no clipping'),
-
     'ema.decay': _share(0.0, 'of the moving average of params and statistics; 0 for none'),
     'ema.warmup_steps': _amount(0, 'steps before it begins'),
-
     'eval.every_epochs': _amount(1, 'epochs between evaluations; 0 for the last one alone'),
     'eval.batch_size': _positive(512, 'examples evaluated at once, over all devices'),
     'eval.top5': Key(False, 'top-5 errors too'),
     'eval.train_set': Key(False, 'evaluate on the training set too, without augmentation'),
-
     'checkpoint.every_minutes': _amount(10.0, 'minutes between checkpoints; 0 for never'),
     'checkpoint.every_epochs': _amount(0, 'epochs between checkpoints; 0 for never'),
     'checkpoint.keep_epochs': Key((), 'checkpoints after these epochs are never deleted'),
-
     'analysis.every_epochs': _amount(
-        0, 'epochs between measurements of how flat the minimum is; 0 for never'),
+        0, 'epochs between measurements of how flat the minimum is; 0 for never'
+    ),
     'analysis.examples': _positive(1000, 'of the training set, on which it is measured'),
     'analysis.steps': Key(20, 'products of Lanczos', 5),
-    'analysis.rho': _amount(
-        0.05, 'of the ball whose sharpness is measured, whatever `sam.rho` is'),
+    'analysis.rho': _amount(0.05, 'of the ball whose sharpness is measured, whatever `sam.rho` is'),
 }
 
-# Options of the families of models, by the beginning of the name.
-_RATE = 'share of activations that is dropped, before the head'
-MODEL_OPTIONS = {
-    'wrn': {
-        'dropout_rate': Key(0.0, "within the blocks, as Zagoruyko's"),
-        'batch_norm': Key(True, 'without it convolutions have biases'),
-        'extra_skips': Key(False, "AutoAugment's additional shortcuts")},
-    'shake_shake': {},
-    'pyramidnet': {'alpha': Key(200.0, 'channels that are added from first to last block')},
-    'resnet': {},
-    'efficientnet': {
-        'dropout_rate': Key(
-            0.2, f'{_RATE}; in the original 0.3 for B2 and B3, 0.4 for B4 and B5, else 0.5'),
-        'stochastic_depth_rate': Key(0.2, 'share of images for which the last block is left out')},
-}
-CIFAR_RESNET_OPTIONS = {
-    'residual': Key(True, 'its shortcuts'),
-    'batch_norm': Key(True, 'without it convolutions have biases')}
-IMAGENET_RESNETS = (
-    'resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet200')
+
+def _options(family):
+    """{option: Key} of a family; their defaults are those of its class."""
+    return {
+        option: Key(family.cls.__dataclass_fields__[option].default, meaning)
+        for option, meaning in family.options.items()
+    }
+
+
+# Options of the models, by family.
+MODEL_OPTIONS = {name: _options(family) for name, family in models.FAMILIES.items()}
 
 
 def model_options(name: str) -> dict[str, Key]:
     """Returns {option: Key} of a model, of which `config.model` has one each."""
-    if name.startswith('resnet') and name not in IMAGENET_RESNETS:
-        return CIFAR_RESNET_OPTIONS
-    return next((options for family, options in MODEL_OPTIONS.items() if name.startswith(family)),
-                {})
+    family = models.family_of(name)
+    return _options(family) if family else {}
+
+
+def tiny_model(name: str) -> str:
+    """Returns the smallest model of a model's family; an unknown name as it is."""
+    family = models.family_of(name)
+    return family.tiny if family else name
 
 
 def default_config() -> Config:

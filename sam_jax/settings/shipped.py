@@ -18,16 +18,18 @@ from types import ModuleType
 
 @functools.cache
 def _package() -> ModuleType:
-    try:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    file = str(root / 'configs' / '__init__.py')
+    # Those of this checkout, and not of another one that is installed editable; only a wheel's
+    # package has the folder inside.
+    if (root / 'sam_jax' / 'configs').exists() or not os.path.exists(file):
         return importlib.import_module('sam_jax.configs')
-    except ModuleNotFoundError:  # a checkout that is not installed
-        root = pathlib.Path(__file__).resolve().parents[2]
-        file = str(root / 'configs' / '__init__.py')
     loaded = sys.modules.get('configs')
     if loaded and getattr(loaded, '__file__', None) == file:
         return loaded
     spec = importlib.util.spec_from_file_location(
-        'configs', file, submodule_search_locations=[os.path.dirname(file)])
+        'configs', file, submodule_search_locations=[os.path.dirname(file)]
+    )
     assert spec, file
     return importlib.util.module_from_spec(spec)
 
@@ -39,8 +41,11 @@ def folder() -> str:
 
 def names() -> list[str]:
     """Returns the names of the configs, sorted."""
-    return sorted(name.removesuffix('.py') for name in os.listdir(folder())
-                  if name.endswith('.py') and name not in ('__init__.py', 'common.py'))
+    return sorted(
+        name.removesuffix('.py')
+        for name in os.listdir(folder())
+        if name.endswith('.py') and name not in ('__init__.py', 'common.py')
+    )
 
 
 def resolve(flag: str) -> str:
@@ -67,8 +72,9 @@ def importable(path: str) -> Iterator[None]:
     """
     package = _package()
     ours = os.path.dirname(os.path.abspath(path)) == folder()
-    taken = {name: module for name, module in sys.modules.items()
-             if name.partition('.')[0] == 'configs'}
+    taken = {
+        name: module for name, module in sys.modules.items() if name.partition('.')[0] == 'configs'
+    }
     if not ours and (taken or importlib.util.find_spec('configs')):
         yield
         return

@@ -78,20 +78,27 @@ def as_optax(method: Method, **asks) -> Link:
       TypeError: something is missing that the method needs; or grad_fn cannot take the tree that
         `optax.masked` made.
     """
-    def init(params):
-        return SharpnessState(jnp.zeros((), jnp.int32), method.init(params), jnp.zeros((), float),
-                              jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, grad_fn=None, loss=None, with_report=False,
-               **given):
+    def init(params):
+        return SharpnessState(
+            jnp.zeros((), jnp.int32),
+            method.init(params),
+            jnp.zeros((), float),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(updates, state, params=None, *, grad_fn=None, loss=None, with_report=False, **given):
         loss = _loss(updates, params, grad_fn, loss)
         result, memory, report = method.step(loss, params, state.memory, Now(state.count, given))
         result = jax.tree.map(
-            lambda u, like: u.astype(like.dtype), result, params if updates is None else updates)
+            lambda u, like: u.astype(like.dtype), result, params if updates is None else updates
+        )
         new_state = SharpnessState(
-            optax.safe_increment(state.count), _if_finite(memory, state.memory),
+            optax.safe_increment(state.count),
+            _if_finite(memory, state.memory),
             jnp.asarray(report.norm, state.perturbation_norm.dtype),
-            state.evaluations + (loss.taken - 1) + report.evaluations)
+            state.evaluations + (loss.taken - 1) + report.evaluations,
+        )
         return ((result, report) if with_report else result), new_state
 
     return Link(init, update, **asks)
@@ -101,17 +108,22 @@ def _loss(grads, params, grad_fn, loss):
     if params is None or (grad_fn is None and loss is None):
         raise TypeError(
             'A sharpness-aware update needs the params and a gradient function: '
-            'tx.update(grads, state, params, grad_fn=grad_fn).')
+            'tx.update(grads, state, params, grad_fn=grad_fn).'
+        )
     masked = any(map(_is_masked, jax.tree.leaves(params, is_leaf=_is_masked)))
     if masked and not getattr(loss or grad_fn, 'fills_masked', False):
         raise TypeError(
             'Inside optax.masked a sharpness-aware update sees only a part of the params: pass '
-            'grad_fn=sharpness.fill_masked(grad_fn, params), or the same of loss.')
+            'grad_fn=sharpness.fill_masked(grad_fn, params), or the same of loss.'
+        )
     if loss is not None:
         return Loss(loss.evaluate)
     assert grad_fn is not None  # as was seen above
-    loss = Loss(lambda params, climb=False, **more: _known_of('grad_fn', more) or Evaluation(
-        grad_fn(params)))
+    loss = Loss(
+        lambda params, climb=False, **more: (
+            _known_of('grad_fn', more) or Evaluation(grad_fn(params))
+        )
+    )
     return loss if grads is None else loss.knowing(params, Evaluation(grads))
 
 
@@ -121,11 +133,13 @@ def _known_of(who, more):
         raise TypeError(
             f'This method asks the loss for {", ".join(more)}, which {who} cannot tell: '
             'tx.update(..., loss=...) wants sharpness.from_network(...) for cotangents_of, and a '
-            'sharpness.Loss of your own for the rest.')
+            'sharpness.Loss of your own for the rest.'
+        )
 
 
 def from_loss_fn(loss_fn: Callable[[optax.Params], Float[Array, '']]) -> Loss:
     """Returns the `Loss` of a function params -> scalar, for methods that also want values."""
+
     def evaluate(params, climb=False, **more):
         del climb
         _known_of('a loss function', more)
@@ -135,22 +149,23 @@ def from_loss_fn(loss_fn: Callable[[optax.Params], Float[Array, '']]) -> Loss:
     return Loss(evaluate)
 
 
-def from_network(outputs_fn: Callable[[optax.Params], Any],
-                 loss_of_outputs: Callable[[Any], Float[Array, '']]) -> Loss:
+def from_network(
+    outputs_fn: Callable[[optax.Params], Any], loss_of_outputs: Callable[[Any], Float[Array, '']]
+) -> Loss:
     """Returns the `Loss` of params -> outputs -> scalar, for `functional_sam` and all of above.
 
     Args:
       outputs_fn: params -> outputs of the network for the batch, any pytree.
       loss_of_outputs: outputs -> scalar.
     """
+
     def evaluate(params, climb=False, cotangents_of=None, **more):
         del climb
         _known_of('a network', more)
         outputs, pull_back = jax.vjp(outputs_fn, params)
         value, cotangents = jax.value_and_grad(loss_of_outputs)(outputs)
         if cotangents_of is not None:
-            cotangents = jax.tree.map(
-                lambda c, z: c.astype(z.dtype), cotangents_of.aux, outputs)
+            cotangents = jax.tree.map(lambda c, z: c.astype(z.dtype), cotangents_of.aux, outputs)
         return Evaluation(pull_back(cotangents)[0], value, aux=cotangents)
 
     return Loss(evaluate)
@@ -158,19 +173,24 @@ def from_network(outputs_fn: Callable[[optax.Params], Any],
 
 def _if_finite(new, old):
     """`new`, or `old` where an entry became NaN or infinite; corrections are new in any case."""
+
     def is_correction(x):
         return isinstance(x, Correction)
 
     now, structure = jax.tree.flatten(new, is_leaf=is_correction)
     before = jax.tree.leaves(old, is_leaf=is_correction)
     kept = [(a, b) for a, b in zip(now, before) if not is_correction(a)]
-    bad = [jnp.any(~jnp.isfinite(a) & jnp.isfinite(b)) for a, b in kept
-           if jnp.issubdtype(jnp.result_type(a), jnp.inexact)]
+    bad = [
+        jnp.any(~jnp.isfinite(a) & jnp.isfinite(b))
+        for a, b in kept
+        if jnp.issubdtype(jnp.result_type(a), jnp.inexact)
+    ]
     if not bad:
         return new
     spoilt = functools.reduce(jnp.logical_or, bad)
-    return jax.tree.unflatten(structure, [
-        a if is_correction(a) else jnp.where(spoilt, b, a) for a, b in zip(now, before)])
+    return jax.tree.unflatten(
+        structure, [a if is_correction(a) else jnp.where(spoilt, b, a) for a, b in zip(now, before)]
+    )
 
 
 def _is_masked(x):
@@ -187,19 +207,23 @@ def fill_masked(grad_fn: Any, params: optax.Params) -> Any:
       grad_fn: function from the full params to their gradient; or a Loss.
       params: the full params.
     """
+
     def full(part):
         return jax.tree.map(
-            lambda x, w: w if _is_masked(x) else x, part, params, is_leaf=_is_masked)
+            lambda x, w: w if _is_masked(x) else x, part, params, is_leaf=_is_masked
+        )
 
     def part_of(grads, part):
-        return jax.tree.map(
-            lambda x, g: x if _is_masked(x) else g, part, grads, is_leaf=_is_masked)
+        return jax.tree.map(lambda x, g: x if _is_masked(x) else g, part, grads, is_leaf=_is_masked)
 
     def evaluate(part, **which):
         evaluation = grad_fn.evaluate(full(part), **which)
         return evaluation._replace(grads=part_of(evaluation.grads, part))
 
-    filled: Any = Loss(evaluate) if isinstance(grad_fn, Loss) else (
-        lambda part: part_of(grad_fn(full(part)), part))
+    filled: Any = (
+        Loss(evaluate)
+        if isinstance(grad_fn, Loss)
+        else (lambda part: part_of(grad_fn(full(part)), part))
+    )
     filled.fills_masked = True
     return filled

@@ -72,7 +72,8 @@ def lp_ball(rho: Rho, p: float = 2.0, mask: Mask = None) -> Ascent:
         del grad_fn
         if mask is not None:
             grads = jax.tree.map(
-                lambda m, g: g if m else jax.tree.map(jnp.zeros_like, g), kept(params), grads)
+                lambda m, g: g if m else jax.tree.map(jnp.zeros_like, g), kept(params), grads
+            )
         return _ball_step(grads, radius, p)
 
     # What the mask has to say of these params, it says before anything is compiled.
@@ -91,8 +92,9 @@ def limited_ball(rho: Rho, sigma: float) -> Ascent:
     def step(radius, grads, params, grad_fn):
         del params, grad_fn
         length = lp_norm(grads)
-        return _ball_step(grads, jnp.minimum(
-            sigma / jnp.where(length > 0, length, 1.0), radius), 2.0)
+        return _ball_step(
+            grads, jnp.minimum(sigma / jnp.where(length > 0, length, 1.0), radius), 2.0
+        )
 
     return _ascent(rho, step)
 
@@ -127,11 +129,16 @@ def metric_norm(metric: Metric) -> Callable[..., Float[Array, '']]:
 
     Where P is 0, so is eps, and the entry does not count.
     """
+
     def norm(eps, grads, params):
         diagonal = metric(jax.tree.map(promote, grads), params)
-        return lp_norm(jax.tree.map(
-            lambda e, d: jnp.where(d > 0, e / jnp.sqrt(jnp.where(d > 0, d, 1.0)), 0.0),
-            eps, diagonal))
+        return lp_norm(
+            jax.tree.map(
+                lambda e, d: jnp.where(d > 0, e / jnp.sqrt(jnp.where(d > 0, d, 1.0)), 0.0),
+                eps,
+                diagonal,
+            )
+        )
 
     return norm
 
@@ -159,8 +166,13 @@ def adaptive_metric(eta: float, adapt: str) -> Metric:
     def metric(grads, params):
         del grads
         return jax.tree_util.tree_map_with_path(
-            lambda path, w: jnp.square(jnp.abs(promote(w)) + eta) if adapted(path, w)
-            else jnp.ones_like(promote(w)), params)
+            lambda path, w: (
+                jnp.square(jnp.abs(promote(w)) + eta)
+                if adapted(path, w)
+                else jnp.ones_like(promote(w))
+            ),
+            params,
+        )
 
     return metric
 
@@ -187,8 +199,7 @@ def layer_ball(rho: Rho) -> Ascent:
 
     def step(radius, grads, params, grad_fn):
         del grad_fn
-        return jax.tree.map(
-            lambda g, w: _ball_step(g, radius * lp_norm(w), 2.0), grads, params)
+        return jax.tree.map(lambda g, w: _ball_step(g, radius * lp_norm(w), 2.0), grads, params)
 
     return _ascent(rho, step)
 
@@ -196,13 +207,15 @@ def layer_ball(rho: Rho) -> Ascent:
 def layer_norm(eps: Any, grads: Any, params: optax.Params) -> Float[Array, '']:
     """The norm that `layer_ball` bounds: the largest of ||eps_l|| / ||w_l||."""
     del grads
-    ratios = jax.tree.map(lambda e, w: lp_norm(e) / jnp.where(lp_norm(w) > 0, lp_norm(w), 1.0),
-                          eps, params)
+    ratios = jax.tree.map(
+        lambda e, w: lp_norm(e) / jnp.where(lp_norm(w) > 0, lp_norm(w), 1.0), eps, params
+    )
     return jnp.max(jnp.stack(jax.tree.leaves(ratios)))
 
 
 def unnormalized(rho: Rho) -> Ascent:
     """eps = rho g. `rho` may be negative: a step down, as an extrapolation takes."""
+
     def step(radius, grads, params, grad_fn):
         del params, grad_fn
         return jax.tree.map(lambda g: jnp.asarray(radius, g.dtype) * g, grads)
@@ -216,6 +229,7 @@ def _ascent(rho, step, check=lambda params: None):
     Its state is the number of its updates, at which a schedule of rho is read where nobody gives
     another `count`; `check` looks at the params beforehand.
     """
+
     def init(params):
         check(params)
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
@@ -278,8 +292,7 @@ def _ball_step(grads, rho, p):
     if p == 2:
         factor, norm = norm_in_range(grads)
         scale = jnp.where(norm > 0, rho / jnp.where(norm > 0, norm, 1.0), 0.0)
-        return jax.tree.map(
-            lambda g: scale.astype(g.dtype) * (factor.astype(g.dtype) * g), grads)
+        return jax.tree.map(lambda g: scale.astype(g.dtype) * (factor.astype(g.dtype) * g), grads)
     # The formula does not change when g is scaled; |g|^(q-1) leaves the float range for p near 1.
     _, scaled = in_units(grads)
     q = p / (p - 1.0)
@@ -287,6 +300,8 @@ def _ball_step(grads, rho, p):
     scale = jnp.where(total > 0, rho / jnp.where(total > 0, total, 1.0) ** (1.0 / p), 0.0)
     # Where an entry is 0, so is its power; p > 2 has no derivative there, and 0 is taken.
     power = jax.tree.map(
-        lambda u: jnp.where(u == 0, 0.0, jnp.abs(jnp.where(u == 0, 1.0, u)) ** (q - 1.0)), scaled)
+        lambda u: jnp.where(u == 0, 0.0, jnp.abs(jnp.where(u == 0, 1.0, u)) ** (q - 1.0)), scaled
+    )
     return jax.tree.map(
-        lambda u, x: scale.astype(u.dtype) * jnp.sign(u) * x.astype(u.dtype), scaled, power)
+        lambda u, x: scale.astype(u.dtype) * jnp.sign(u) * x.astype(u.dtype), scaled, power
+    )

@@ -60,10 +60,12 @@ def sharpness_aware(
         def climb(loss):
             eps, ascent_state = climbed(ascent, loss, clean, params, state.ascent, now)
             there = loss.moved(params, eps, clean)
-            grads, combine_state = combine.combine(
-                clean.grads, there.grads, state.combine, params)
-            return (unless_still(eps, grads, clean), (ascent_state, combine_state),
-                    Report(clean, there, norm(eps, clean.grads, params).astype(float)))
+            grads, combine_state = combine.combine(clean.grads, there.grads, state.combine, params)
+            return (
+                unless_still(eps, grads, clean),
+                (ascent_state, combine_state),
+                Report(clean, there, norm(eps, clean.grads, params).astype(float)),
+            )
 
         def stay(loss):
             del loss
@@ -86,8 +88,20 @@ def _decide(gate, loss, params, state, now):
     return loss(params, climb=opens), opens, state
 
 
-def climbed(ascent: optax.GradientTransformationExtraArgs, loss: Loss, clean: Evaluation,
-            params: optax.Params, state: Any, now: Now) -> tuple[Any, Any]:
+def climbed(
+    ascent: optax.GradientTransformationExtraArgs,
+    loss: Loss,
+    clean: Evaluation,
+    params: optax.Params,
+    state: Any,
+    now: Now,
+) -> tuple[Any, Any]:
     """Returns (eps, the ascent's new state): an ascent from an Evaluation at the params."""
-    return ascent.update(clean.grads, state, params, count=now.count,
-                         grad_fn=lambda w: loss(w, climb=True).grads, **now.given)
+    return ascent.update(
+        clean.grads,
+        state,
+        params,
+        count=now.count,
+        grad_fn=lambda w: loss(w, climb=True).grads,
+        **now.given,
+    )

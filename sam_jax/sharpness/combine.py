@@ -34,8 +34,11 @@ def _stateless(function):
     return Combine(
         init=lambda params: (),
         combine=lambda grads, perturbed_grads, state, params: (
-            function(grads, perturbed_grads), state),
-        skip=lambda grads, state, params: (grads, state))
+            function(grads, perturbed_grads),
+            state,
+        ),
+        skip=lambda grads, state, params: (grads, state),
+    )
 
 
 def perturbed() -> Combine:
@@ -45,9 +48,13 @@ def perturbed() -> Combine:
 
 def lerp(alpha: float) -> Combine:
     """(1 - alpha) g + alpha g_p: SAM at alpha = 1; may be greater than 1. No state."""
-    return _stateless(lambda grads, perturbed_grads: jax.tree.map(
-        lambda g, g_p: ((1.0 - alpha) * promote(g) + alpha * promote(g_p)).astype(g.dtype),
-        grads, perturbed_grads))
+    return _stateless(
+        lambda grads, perturbed_grads: jax.tree.map(
+            lambda g, g_p: ((1.0 - alpha) * promote(g) + alpha * promote(g_p)).astype(g.dtype),
+            grads,
+            perturbed_grads,
+        )
+    )
 
 
 def surrogate_gap(alpha: float) -> Combine:
@@ -55,12 +62,16 @@ def surrogate_gap(alpha: float) -> Combine:
 
     The part of g orthogonal to g_p is taken away from it. No state.
     """
+
     def function(grads, perturbed_grads):
         share = _ratio(_dot(grads, perturbed_grads), _dot(perturbed_grads, perturbed_grads))
         return jax.tree.map(
-            lambda g, g_p: (promote(g_p) - alpha * (
-                promote(g) - share.astype(promote(g).dtype) * promote(g_p))).astype(g.dtype),
-            grads, perturbed_grads)
+            lambda g, g_p: (
+                promote(g_p) - alpha * (promote(g) - share.astype(promote(g).dtype) * promote(g_p))
+            ).astype(g.dtype),
+            grads,
+            perturbed_grads,
+        )
 
     return _stateless(function)
 
@@ -70,6 +81,7 @@ def renormalized() -> Combine:
 
     0 where g_p is 0.
     """
+
     def function(grads, perturbed_grads):
         scale = _ratio(lp_norm(grads), lp_norm(perturbed_grads))
         return jax.tree.map(lambda g_p: (scale * promote(g_p)).astype(g_p.dtype), perturbed_grads)
@@ -91,14 +103,21 @@ def gradient_constrained(low: float, up: float, per_leaf: bool = True) -> Combin
       per_leaf: whether each leaf has an angle of its own (the authors' code, which trains one
         tensor) or all have one together.
     """
+
     def of(g, g_p):
         dot, norm, norm_p = _dot(g, g_p), lp_norm(g), lp_norm(g_p)
         cosine = _ratio(dot, norm * norm_p)
-        share = _ratio(norm_p ** 2 + dot, norm ** 2 + 2 * dot + norm_p ** 2)  # <g_p, z> / |g_p + g|
+        share = _ratio(norm_p**2 + dot, norm**2 + 2 * dot + norm_p**2)  # <g_p, z> / |g_p + g|
         far = (cosine <= low) & (low > 0)
         return jax.tree.map(
-            lambda x, y: jnp.where(far, x, jnp.where(
-                cosine >= up, y, (share * (promote(x) + promote(y))).astype(x.dtype))), g, g_p)
+            lambda x, y: jnp.where(
+                far,
+                x,
+                jnp.where(cosine >= up, y, (share * (promote(x) + promote(y))).astype(x.dtype)),
+            ),
+            g,
+            g_p,
+        )
 
     return _stateless(lambda g, g_p: jax.tree.map(of, g, g_p) if per_leaf else of(g, g_p))
 
@@ -109,8 +128,9 @@ class Correction(NamedTuple):
     correction: Any
 
 
-def add_correction(updates: optax.Updates, state: Any,
-                   learning_rate: float | Float[Array, '']) -> optax.Updates:
+def add_correction(
+    updates: optax.Updates, state: Any, learning_rate: float | Float[Array, '']
+) -> optax.Updates:
     """Returns the optimizer's updates with the corrections added that a state holds.
 
     Args:
@@ -119,15 +139,22 @@ def add_correction(updates: optax.Updates, state: Any,
         `optax.multi_transform`, several of them.
       learning_rate: of this step.
     """
+
     def is_one(x):
         return isinstance(x, Correction)
 
     for found in filter(is_one, jax.tree.leaves(state, is_leaf=is_one)):
         if jax.tree.leaves(found):  # the coupled form has none
             updates = jax.tree.map(
-                lambda c, u: u if isinstance(c, optax.MaskedNode) else (
-                    u - (learning_rate * c).astype(u.dtype)),
-                found.correction, updates, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+                lambda c, u: (
+                    u
+                    if isinstance(c, optax.MaskedNode)
+                    else (u - (learning_rate * c).astype(u.dtype))
+                ),
+                found.correction,
+                updates,
+                is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+            )
     return updates
 
 
@@ -148,10 +175,12 @@ def reused(alpha: float, per_leaf: bool = False) -> Combine:
       alpha: weight of the part kept.
       per_leaf: whether norms and products are those of each leaf (some ports) or of all leaves.
     """
+
     def orthogonal(g, g_p):
         share = _ratio(_dot(g, g_p), _dot(g, g))
         rest = jax.tree.map(
-            lambda x, y: promote(y) - share.astype(promote(x).dtype) * promote(x), g, g_p)
+            lambda x, y: promote(y) - share.astype(promote(x).dtype) * promote(x), g, g_p
+        )
         # Of parallel gradients (a leaf of one entry) only rounding is left, and no direction.
         dtype = jnp.result_type(*jax.tree.leaves(rest))
         real = lp_norm(rest) > 16 * jnp.finfo(dtype).eps * lp_norm(g_p)
@@ -167,13 +196,18 @@ def reused(alpha: float, per_leaf: bool = False) -> Combine:
     return Combine(
         init=lambda params: OrthogonalState(wide_zeros(params)),
         combine=lambda grads, perturbed_grads, state, params: (
-            perturbed_grads, OrthogonalState(each(orthogonal, grads, perturbed_grads))),
-        skip=lambda grads, state, params: (each(add, grads, state.orthogonal), state))
+            perturbed_grads,
+            OrthogonalState(each(orthogonal, grads, perturbed_grads)),
+        ),
+        skip=lambda grads, state, params: (each(add, grads, state.orthogonal), state),
+    )
 
 
 def _dot(a, b):
-    return sum((jnp.sum(promote(x) * promote(y))
-                for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))), jnp.zeros(()))
+    return sum(
+        (jnp.sum(promote(x) * promote(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))),
+        jnp.zeros(()),
+    )
 
 
 def _ratio(a, b):

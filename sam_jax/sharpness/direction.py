@@ -25,11 +25,13 @@ def gaussian() -> optax.GradientTransformationExtraArgs:
     Raises (from update):
       TypeError: no `key`.
     """
+
     def update(updates, state, params=None, *, key=None, **extra_args):
         del params, extra_args
         if key is None:
             raise TypeError(
-                'A random ascent needs a key: tx.update(..., key=jax.random.key(step)).')
+                'A random ascent needs a key: tx.update(..., key=jax.random.key(step)).'
+            )
         return random_like(key, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
@@ -39,8 +41,9 @@ def random_like(key: PRNGKeyArray, tree: Any) -> Any:
     """Returns z ~ N(0, I) of the shapes of a pytree, in at least float32."""
     leaves, structure = jax.tree.flatten(jax.tree.map(promote, tree))
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [
-        jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])
+    return jax.tree.unflatten(
+        structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+    )
 
 
 class AverageState(NamedTuple):
@@ -68,7 +71,9 @@ def averaged(theta: float) -> optax.GradientTransformation:
         del params
         average = jax.tree.map(
             lambda d, g: jnp.where(state.count == 0, g, (1 - theta) * d + theta * g),
-            state.average, jax.tree.map(promote, updates))
+            state.average,
+            jax.tree.map(promote, updates),
+        )
         return average, AverageState(optax.safe_increment(state.count), average)
 
     return optax.GradientTransformation(_start, update)
@@ -92,10 +97,14 @@ def without_average(sigma: float, lam: float) -> optax.GradientTransformation:
         grads = jax.tree.map(promote, updates)
         first = state.count == 0
         direction = jax.tree.map(
-            lambda m, g: jnp.where(first, g, g - sigma * m), state.average, grads)
+            lambda m, g: jnp.where(first, g, g - sigma * m), state.average, grads
+        )
         average = jax.tree.map(
             # In this form a gradient that stays leaves m = g, without rounding.
-            lambda m, g: jnp.where(first, g, m + (1 - lam) * (g - m)), state.average, grads)
+            lambda m, g: jnp.where(first, g, m + (1 - lam) * (g - m)),
+            state.average,
+            grads,
+        )
         return direction, AverageState(optax.safe_increment(state.count), average)
 
     return optax.GradientTransformation(_start, update)

@@ -33,8 +33,10 @@ class Gate(NamedTuple):
 
 
 def _stateless(decide):
-    return Gate(init=lambda params: (),
-                decide=lambda grads, state, count, **extra: (decide(count, **extra), state))
+    return Gate(
+        init=lambda params: (),
+        decide=lambda grads, state, count, **extra: (decide(count, **extra), state),
+    )
 
 
 def always() -> Gate:
@@ -80,7 +82,8 @@ def bernoulli(probability: float | Callable[[Int[ArrayLike, '']], Float[Array, '
         if gate_key is None:
             raise TypeError(
                 'A random gate needs a key that all devices share: tx.update(..., '
-                'gate_key=jax.random.key(step)).')
+                'gate_key=jax.random.key(step)).'
+            )
         p = probability(count) if callable(probability) else probability
         return jax.random.bernoulli(gate_key, p)
 
@@ -121,10 +124,14 @@ def adaptive(delta: float, lambda1: float, lambda2: float, total_steps: int) -> 
         first = count == 0
         mean = jnp.where(first, square, delta * state.mean + (1 - delta) * square)
         variance = jnp.where(
-            first, 0.0, delta * state.variance + (1 - delta) * jnp.square(square - mean))
+            first, 0.0, delta * state.variance + (1 - delta) * jnp.square(square - mean)
+        )
         past = progress(count, total_steps)
         c = past * lambda1 + (1 - past) * lambda2
         return square >= mean + c * jnp.sqrt(variance), AdaptiveState(mean, variance)
 
-    return Gate(init=lambda params: AdaptiveState(jnp.zeros((), float), jnp.zeros((), float)),
-                decide=decide, looks=True)
+    return Gate(
+        init=lambda params: AdaptiveState(jnp.zeros((), float), jnp.zeros((), float)),
+        decide=decide,
+        looks=True,
+    )

@@ -24,12 +24,17 @@ def normalization(params: optax.Params) -> Any:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [names_of(path) for path, _ in leaves]
-    layers = {name[:-1] for name, (_, w) in zip(names, leaves)
-              if name[-1:] == ('scale',) or (name[-1:] == ('weight',) and jnp.ndim(w) == 1)}
+    layers = {
+        name[:-1]
+        for name, (_, w) in zip(names, leaves)
+        if name[-1:] == ('scale',) or (name[-1:] == ('weight',) and jnp.ndim(w) == 1)
+    }
     mask = [name[:-1] in layers for name in names]
     if not any(mask):
-        raise ValueError('the params have no normalisation layer (one with a parameter "scale", or '
-                         'a "weight" of one axis) that could be perturbed.')
+        raise ValueError(
+            'the params have no normalisation layer (one with a parameter "scale", or '
+            'a "weight" of one axis) that could be perturbed.'
+        )
     return jax.tree.unflatten(structure, mask)
 
 
@@ -42,8 +47,9 @@ class SparseState(NamedTuple):
     ball: Any
 
 
-def sparse(ball: optax.GradientTransformation, sparsity: float,
-           period: int) -> optax.GradientTransformationExtraArgs:
+def sparse(
+    ball: optax.GradientTransformation, sparsity: float, period: int
+) -> optax.GradientTransformationExtraArgs:
     """Sparse SAM (2210.05177): the ball's step on the entries with the largest squared gradients.
 
     eps = m * ball(g): the mask comes after the normalisation, so ||eps|| <= rho. m keeps the
@@ -64,8 +70,11 @@ def sparse(ball: optax.GradientTransformation, sparsity: float,
 
     def init(params):
         return SparseState(
-            jnp.zeros((), jnp.int32), wide_zeros(params),
-            jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params), ball.init(params))
+            jnp.zeros((), jnp.int32),
+            wide_zeros(params),
+            jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params),
+            ball.init(params),
+        )
 
     def top(squares):
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(squares)])
@@ -76,11 +85,18 @@ def sparse(ball: optax.GradientTransformation, sparsity: float,
     def update(updates, state, params=None, **extra_args):
         mask = jax.lax.cond(
             (state.count > 0) & (state.count % period == 0),
-            lambda: top(state.squares), lambda: state.mask)
+            lambda: top(state.squares),
+            lambda: state.mask,
+        )
         age = state.count % period
         squares = jax.tree.map(
-            lambda s, g: jnp.where(age == 0, 0.0, s) * (age / (age + 1)) + (
-                jnp.square(promote(g)) / (age + 1)).astype(s.dtype), state.squares, updates)
+            lambda s, g: (
+                jnp.where(age == 0, 0.0, s) * (age / (age + 1))
+                + (jnp.square(promote(g)) / (age + 1)).astype(s.dtype)
+            ),
+            state.squares,
+            updates,
+        )
         eps, ball_state = ball.update(updates, state.ball, params, **extra_args)
         eps = jax.tree.map(lambda m, e: jnp.where(m, e, 0.0), mask, eps)
         return eps, SparseState(optax.safe_increment(state.count), squares, mask, ball_state)
@@ -108,13 +124,15 @@ def random_leaves(beta: float) -> optax.GradientTransformationExtraArgs:
         if beta == 1:
             return updates, state
         if key is None:
-            raise TypeError('A random choice of leaves needs a key: tx.update(..., '
-                            'key=jax.random.key(step)).')
+            raise TypeError(
+                'A random choice of leaves needs a key: tx.update(..., key=jax.random.key(step)).'
+            )
         leaves, structure = jax.tree.flatten(updates)
         keep = jax.random.bernoulli(key, beta, (len(leaves),))
         one = jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(leaves))
         keep = keep | (~jnp.any(keep) & (jnp.arange(len(leaves)) == one))
-        return jax.tree.unflatten(structure, [
-            jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(keep, leaves)]), state
+        return jax.tree.unflatten(
+            structure, [jnp.where(k, g, jnp.zeros_like(g)) for k, g in zip(keep, leaves)]
+        ), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

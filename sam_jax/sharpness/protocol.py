@@ -104,10 +104,12 @@ class Loss:
         value = evaluation.value
         return evaluation._replace(
             grads=jax.tree.map(promote, evaluation.grads),
-            value=None if value is None else promote(jnp.asarray(value)))
+            value=None if value is None else promote(jnp.asarray(value)),
+        )
 
-    def moved(self, params: Any, eps: Any, clean: Evaluation, sign: float = 1.0,
-              **which) -> Evaluation:
+    def moved(
+        self, params: Any, eps: Any, clean: Evaluation, sign: float = 1.0, **which
+    ) -> Evaluation:
         """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit."""
         there = self(move(params, eps, sign), **which)
         return there._replace(grads=unless_still(eps, there.grads, clean))
@@ -116,14 +118,14 @@ class Loss:
         """The Hessian of the climbed loss times a vector, forward over reverse: two gradients."""
         self.taken += 2
         vector = jax.tree.map(lambda v, w: v.astype(w.dtype), vector, params)
-        return jax.jvp(
-            lambda w: self.evaluate(w, climb=True).grads, (params,), (vector,))[1]
+        return jax.jvp(lambda w: self.evaluate(w, climb=True).grads, (params,), (vector,))[1]
 
     def knowing(self, params: Any, clean: Evaluation) -> 'Loss':
         """The same loss, of which the Evaluation at these very params is there already.
 
         Asking for it counts as any other: it was a gradient too.
         """
+
         def evaluate(at, **which):
             if at is params and not which.keys() - {'climb'}:
                 return clean
@@ -151,10 +153,11 @@ class Now:
         'key': 'needs a key: tx.update(..., key=jax.random.key(step)).',
         'learning_rate': 'needs the learning rate of the step: tx.update(..., learning_rate=...).',
         'momentum': "needs the optimizer's momentum, before the step: tx.update(..., "
-                    'momentum=optax.tree.get(opt_state, "trace")).',
+        'momentum=optax.tree.get(opt_state, "trace")).',
         'added_loss': 'is a term of the loss, sam_jax.losses.trajectory, and leaves the gradient '
-                      'as it is: add the term to your loss, and say so by '
-                      'tx.update(..., added_loss=True).'}
+        'as it is: add the term to your loss, and say so by '
+        'tx.update(..., added_loss=True).',
+    }
 
     def __init__(self, count: Int32[ArrayLike, ''], given: dict[str, Any]) -> None:
         self.count, self.given = count, given
@@ -192,6 +195,7 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
     Returns:
       (grads, state, Report) of the way gone, but for the clean Evaluation, which is None.
     """
+
     def way(step):
         def go():
             own = Loss(loss.evaluate)

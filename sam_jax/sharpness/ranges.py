@@ -11,8 +11,7 @@ from jax.core import Tracer
 
 
 def _known(values):
-    return [(name, value) for name, value in values.items() if not isinstance(
-        value, Tracer)]
+    return [(name, value) for name, value in values.items() if not isinstance(value, Tracer)]
 
 
 def radius(rho: Any) -> None:

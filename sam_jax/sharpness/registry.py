@@ -45,13 +45,24 @@ METHODS: dict[str, Entry] = {}
 Make = TypeVar('Make', bound=Callable[..., Link])
 
 
-def enter(gives: str, gradients: Any, *, name: str | None = None, cost: str = '', norm: str = 'rho',
-          uphill: bool = True, late: bool = False, refuses: dict[str, Any] | None = None,
-          why: str = '') -> Callable[[Make], Make]:
+def enter(
+    gives: str,
+    gradients: Any,
+    *,
+    name: str | None = None,
+    cost: str = '',
+    norm: str = 'rho',
+    uphill: bool = True,
+    late: bool = False,
+    refuses: dict[str, Any] | None = None,
+    why: str = '',
+) -> Callable[[Make], Make]:
     """Enters a constructor among the methods, under its own name or `name`; see `Entry`."""
+
     def of(make):
         METHODS[name or make.__name__] = Entry(
-            make, gives, gradients, cost, norm, uphill, late, refuses or {}, why)
+            make, gives, gradients, cost, norm, uphill, late, refuses or {}, why
+        )
         return make
 
     return of
@@ -65,9 +76,11 @@ def takes(name: str) -> tuple:
 
 def options(name: str) -> dict:
     """Returns {name: default} of what a method takes besides what its surroundings give."""
-    return {option: parameter.default
-            for option, parameter in inspect.signature(METHODS[name].make).parameters.items()
-            if option not in GIVEN}
+    return {
+        option: parameter.default
+        for option, parameter in inspect.signature(METHODS[name].make).parameters.items()
+        if option not in GIVEN
+    }
 
 
 def create(method: str, **settings) -> Link:
@@ -78,8 +91,9 @@ def create(method: str, **settings) -> Link:
       **settings: every setting of `config.sam` besides the method, and perhaps total_steps,
         num_examples and max_norm; the method picks its own.
     """
-    return METHODS[method].make(**{
-        name: value for name, value in settings.items() if name in takes(method)})
+    return METHODS[method].make(
+        **{name: value for name, value in settings.items() if name in takes(method)}
+    )
 
 
 def gradients(name: str, step: int, **settings) -> int | None:
@@ -95,7 +109,15 @@ def table() -> str:
     rows = []
     for name, entry in METHODS.items():
         own = [*options(name), *(['p'] if 'p' in takes(name) else [])]
-        rows.append([f'`{name}`', entry.gives, entry.cost or entry.gradients,
-                     ', '.join(f'`{option}`' for option in own)])
-    return tables.markdown(['method', 'what is handed to the optimizer', 'gradients a step',
-                            'settings besides rho'], rows)
+        rows.append(
+            [
+                f'`{name}`',
+                entry.gives,
+                entry.cost or entry.gradients,
+                ', '.join(f'`{option}`' for option in own),
+            ]
+        )
+    return tables.markdown(
+        ['method', 'what is handed to the optimizer', 'gradients a step', 'settings besides rho'],
+        rows,
+    )

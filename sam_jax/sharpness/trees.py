@@ -23,8 +23,10 @@ def names_of(path: Sequence[Any]) -> tuple:
     Of dictionaries, dataclasses (equinox) and flax nnx, whose variables keep their array one step
     further, in `value`; of a sequence the position.
     """
-    names = [getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry)))
-             for entry in path]
+    names = [
+        getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry)))
+        for entry in path
+    ]
     is_variable = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
     return tuple(names[:-1] if is_variable and names[-1] == 'value' else names)
 
@@ -71,7 +73,8 @@ def lp_norm(tree: Any, p: float = 2.0) -> Float[Array, '']:
         return norm / factor
     unit, scaled = in_units(tree)
     return unit * sum(
-        (jnp.sum(jnp.abs(x) ** p) for x in jax.tree.leaves(scaled)), jnp.zeros(())) ** (1.0 / p)
+        (jnp.sum(jnp.abs(x) ** p) for x in jax.tree.leaves(scaled)), jnp.zeros(())
+    ) ** (1.0 / p)
 
 
 def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
@@ -80,19 +83,27 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     The factor is 1 but where the squares leave the float range: then a power of two, so that
     nothing is rounded, and the sum is taken once more.
     """
+
     def sum_of_squares(tree, factor):
-        return sum((jnp.sum(jnp.square(jnp.abs(factor.astype(promote(x).dtype) * promote(x))))
-                    for x in jax.tree.leaves(tree)), jnp.zeros(()))
+        return sum(
+            (
+                jnp.sum(jnp.square(jnp.abs(factor.astype(promote(x).dtype) * promote(x))))
+                for x in jax.tree.leaves(tree)
+            ),
+            jnp.zeros(()),
+        )
 
     total = sum_of_squares(tree, np.ones(()))
     # Of the narrowest leaf: where float64 is on, the sum of float32 leaves is of that.
-    limits = min((jnp.finfo(promote(x).dtype) for x in jax.tree.leaves(tree)),
-                 key=lambda info: info.bits, default=jnp.finfo(total.dtype))
+    limits = min(
+        (jnp.finfo(promote(x).dtype) for x in jax.tree.leaves(tree)),
+        key=lambda info: info.bits,
+        default=jnp.finfo(total.dtype),
+    )
     far = 2.0 ** (limits.maxexp * 3 // 4)
     small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
     factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
-    total = jax.lax.cond(
-        small | huge, sum_of_squares, lambda tree, factor: total, tree, factor)
+    total = jax.lax.cond(small | huge, sum_of_squares, lambda tree, factor: total, tree, factor)
     return factor, jnp.sqrt(total)
 
 

@@ -9,5 +9,12 @@ from sam_jax.sharpness.methods import two_at_once
 from sam_jax.sharpness.methods import probes
 from sam_jax.sharpness.methods import of_examples
 
-__all__ = ['perturbed', 'combined', 'intermittent', 'one_gradient', 'two_at_once', 'probes',
-           'of_examples']
+__all__ = [
+    'perturbed',
+    'combined',
+    'intermittent',
+    'one_gradient',
+    'two_at_once',
+    'probes',
+    'of_examples',
+]

@@ -32,8 +32,9 @@ def gsam(rho: Rho, alpha: float = 0.4) -> Link:
 
 
 @registry.enter('sharpness weighted, past the optimizer or not', 2)
-def wsam(rho: Rho, gamma: float = 0.9, decoupled: bool = True,
-         max_norm: float | None = None) -> Link:
+def wsam(
+    rho: Rho, gamma: float = 0.9, decoupled: bool = True, max_norm: float | None = None
+) -> Link:
     """WSAM (2305.15817): L + a (L(w + eps) - L), the sharpness as a weighted regulariser.
 
     a = gamma / (1 - gamma). Coupled: result = g + a (g_p - g). Decoupled: the optimizer gets g, and
@@ -79,11 +80,13 @@ def wsam(rho: Rho, gamma: float = 0.9, decoupled: bool = True,
             # What follows clips the gradient itself.
             grads, correction = clean.grads, sharp
         else:
-            grads = unless_still(
-                eps, jax.tree.map(jnp.add, g, sharp), clean._replace(grads=g))
+            grads = unless_still(eps, jax.tree.map(jnp.add, g, sharp), clean._replace(grads=g))
             correction = jax.tree.map(jnp.zeros_like, sharp) if decoupled else ()
-        return grads, (ball_state, combine.Correction(correction)), Report(
-            clean, there, lp_norm(eps))
+        return (
+            grads,
+            (ball_state, combine.Correction(correction)),
+            Report(clean, there, lp_norm(eps)),
+        )
 
     return as_optax(Method(init, step))
 
@@ -114,8 +117,9 @@ def gnp(rho: Rho, alpha: float = 0.8) -> Link:
 
 
 @registry.enter('g, g_p or a projection, by their angle', 2)
-def gradient_constrained(rho: Rho, low: float = 0.5, up: float = 0.8,
-                         per_leaf: bool = True) -> Link:
+def gradient_constrained(
+    rho: Rho, low: float = 0.5, up: float = 0.8, per_leaf: bool = True
+) -> Link:
     """GCSCoOp's SAM (2309.07866): g, g_p or a projection, by the angle between the two.
 
     See `combine.gradient_constrained`. up <= -1 (and so low <= 0) is `sam`, low > 1 the base
@@ -129,8 +133,7 @@ def gradient_constrained(rho: Rho, low: float = 0.5, up: float = 0.8,
     ranges.finite(low=low, up=up)
     if low > 0:
         ranges.ordered(low=low, up=up)
-    return sharpness_aware(
-        ascent.lp_ball(rho), combine.gradient_constrained(low, up, per_leaf))
+    return sharpness_aware(ascent.lp_ball(rho), combine.gradient_constrained(low, up, per_leaf))
 
 
 @registry.enter("with the Hessian's trace, by differences", 3)
@@ -154,8 +157,13 @@ def cr_sam(rho: Rho, gamma: float = 0.1, beta: float = 0.01) -> Link:
         eps, state = ball.update(clean.grads, state, params, count=now.count)
         up, down = (loss.moved(params, eps, clean, sign) for sign in (1.0, -1.0))
         grads = jax.tree.map(
-            lambda g, g_up, g_down: g_up + gamma * (g_up + g_down - 2.0 * g) + beta * (
-                g_up - g_down), clean.grads, up.grads, down.grads)
+            lambda g, g_up, g_down: (
+                g_up + gamma * (g_up + g_down - 2.0 * g) + beta * (g_up - g_down)
+            ),
+            clean.grads,
+            up.grads,
+            down.grads,
+        )
         return unless_still(eps, grads, clean), state, Report(clean, up, lp_norm(eps))
 
     return as_optax(Method(ball.init, step))

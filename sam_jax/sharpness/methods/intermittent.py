@@ -14,7 +14,9 @@ from sam_jax.sharpness.trees import Rho, progress
 
 # Gradients of what climbs at every k-th step.
 _EVERY_K: dict[str, Any] = {
-    'gradients': lambda options, step: 1 + (step % options['k'] == 0), 'cost': '1 + 1/`k`'}
+    'gradients': lambda options, step: 1 + (step % options['k'] == 0),
+    'cost': '1 + 1/`k`',
+}
 
 
 @registry.enter('g_p at every k-th step; what it added reused in between', **_EVERY_K)
@@ -31,8 +33,7 @@ def looksam(rho: Rho, k: int = 5, alpha: float = 0.7, per_leaf: bool = False) ->
       per_leaf: norms and products leaf by leaf, as some ports have them.
     """
     ranges.finite(alpha=alpha)
-    return sharpness_aware(
-        ascent.lp_ball(rho), combine.reused(alpha, per_leaf), gate.every(k))
+    return sharpness_aware(ascent.lp_ball(rho), combine.reused(alpha, per_leaf), gate.every(k))
 
 
 @registry.enter('the same with the ascent of `layerwise_sam`', **_EVERY_K)
@@ -45,7 +46,8 @@ def look_layersam(rho: Rho, k: int = 5, alpha: float = 0.7) -> Link:
     """
     ranges.finite(alpha=alpha)
     return sharpness_aware(
-        ascent.layer_ball(rho), combine.reused(alpha), gate.every(k), norm=ascent.layer_norm)
+        ascent.layer_ball(rho), combine.reused(alpha), gate.every(k), norm=ascent.layer_norm
+    )
 
 
 @registry.enter('g_p at every k-th step, g at the others', **_EVERY_K)
@@ -60,8 +62,9 @@ def periodic_sam(rho: Rho, k: int = 5) -> Link:
 
 
 @registry.enter('g_p in a window of the training', None, cost='1 + its share', late=True)
-def late_phase_sam(rho: Rho, start: float = 0.9, end: float = 1.0,
-                   total_steps: int | None = None) -> Link:
+def late_phase_sam(
+    rho: Rho, start: float = 0.9, end: float = 1.0, total_steps: int | None = None
+) -> Link:
     """SAM in a window of the training only (2410.10373: the last epochs are nearly as good as all).
 
     1 + (end - start) gradient evaluations on average. The authors have a second optimizer for the
@@ -80,12 +83,18 @@ def late_phase_sam(rho: Rho, start: float = 0.9, end: float = 1.0,
     ranges.zero_to_one(start=start, end=end)
     ranges.ordered(start=start, end=end)
     return sharpness_aware(
-        ascent.lp_ball(rho), gate=gate.window(start * total_steps, end * total_steps))
+        ascent.lp_ball(rho), gate=gate.window(start * total_steps, end * total_steps)
+    )
 
 
 @registry.enter('g_p by a coin', None, cost='1 + its probability', late=True)
-def rst(rho: Rho, probability: float = 0.5, final_probability: float = 0.5, alpha: float = 1.0,
-        total_steps: int | None = None) -> Link:
+def rst(
+    rho: Rho,
+    probability: float = 0.5,
+    final_probability: float = 0.5,
+    alpha: float = 1.0,
+    total_steps: int | None = None,
+) -> Link:
     """Randomised sharpness-aware training (RST, SS-SAM, 2203.09962): a coin decides at each step.
 
     With the probability, g + alpha (g_p - g); else g. The probability goes linearly from
@@ -111,13 +120,17 @@ def rst(rho: Rho, probability: float = 0.5, final_probability: float = 0.5, alph
         return probability + (final_probability - probability) * progress(count, total_steps or 1)
 
     mix = combine.perturbed() if alpha == 1 else combine.lerp(alpha)
-    return sharpness_aware(
-        ascent.lp_ball(rho), mix, gate.bernoulli(scheduled))
+    return sharpness_aware(ascent.lp_ball(rho), mix, gate.bernoulli(scheduled))
 
 
 @registry.enter('g_p where g is long for its history', None, cost='about 1.5')
-def ae_sam(rho: Rho, delta: float = 0.9, lambda1: float = -1.0, lambda2: float = 1.0,
-           total_steps: int | None = None) -> Link:
+def ae_sam(
+    rho: Rho,
+    delta: float = 0.9,
+    lambda1: float = -1.0,
+    lambda2: float = 1.0,
+    total_steps: int | None = None,
+) -> Link:
     """AE-SAM (2304.14647): SAM where the gradient is long, measured by its history.
 
     See `gate.adaptive`. About 1.5 gradient evaluations on average; state: two scalars. The rule and
@@ -135,12 +148,19 @@ def ae_sam(rho: Rho, delta: float = 0.9, lambda1: float = -1.0, lambda2: float =
     ranges.given(total_steps=total_steps)
     assert total_steps is not None  # so `given` has said
     return sharpness_aware(
-        ascent.lp_ball(rho), gate=gate.adaptive(delta, lambda1, lambda2, total_steps))
+        ascent.lp_ball(rho), gate=gate.adaptive(delta, lambda1, lambda2, total_steps)
+    )
 
 
 @registry.enter('the same, what an ascent added reused in between', None, cost='about 1.5')
-def ae_looksam(rho: Rho, alpha: float = 0.7, delta: float = 0.9, lambda1: float = -1.0,
-               lambda2: float = 1.0, total_steps: int | None = None) -> Link:
+def ae_looksam(
+    rho: Rho,
+    alpha: float = 0.7,
+    delta: float = 0.9,
+    lambda1: float = -1.0,
+    lambda2: float = 1.0,
+    total_steps: int | None = None,
+) -> Link:
     """AE-LookSAM (2304.14647): `ae_sam` that reuses the last ascent's part at the other steps.
 
     Args:
@@ -151,5 +171,7 @@ def ae_looksam(rho: Rho, alpha: float = 0.7, delta: float = 0.9, lambda1: float 
     assert total_steps is not None  # so `given` has said
     ranges.finite(alpha=alpha)
     return sharpness_aware(
-        ascent.lp_ball(rho), combine.reused(alpha),
-        gate.adaptive(delta, lambda1, lambda2, total_steps))
+        ascent.lp_ball(rho),
+        combine.reused(alpha),
+        gate.adaptive(delta, lambda1, lambda2, total_steps),
+    )

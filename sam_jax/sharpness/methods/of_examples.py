@@ -11,8 +11,12 @@ from sam_jax.sharpness.trees import Rho, lp_norm
 
 
 @registry.enter(
-    'some leaves climb, some examples descend', 2,
-    cost='1, a forward pass, and `gamma` of one', norm='of its own', uphill=False)
+    'some leaves climb, some examples descend',
+    2,
+    cost='1, a forward pass, and `gamma` of one',
+    norm='of its own',
+    uphill=False,
+)
 def esam(rho: Rho, beta: float = 0.5, gamma: float = 0.5) -> Link:
     """Efficient SAM (2110.03141): some leaves climb, some examples descend.
 
@@ -30,8 +34,7 @@ def esam(rho: Rho, beta: float = 0.5, gamma: float = 0.5) -> Link:
       beta, gamma: in (0, 1]; 0.6 and 0.5 for ResNet-18, 0.5 and 0.5 for WRN and PyramidNet.
     """
     ranges.above_zero_to_one(gamma=gamma)
-    ball = optax.chain(
-        mask.random_leaves(beta), ascent.lp_ball(trees.times(rho, 1.0 / beta)))
+    ball = optax.chain(mask.random_leaves(beta), ascent.lp_ball(trees.times(rho, 1.0 / beta)))
 
     def step(loss, params, state, now):
         clean = loss(params, climb=True)
@@ -43,7 +46,7 @@ def esam(rho: Rho, beta: float = 0.5, gamma: float = 0.5) -> Link:
     return as_optax(Method(ball.init, step))
 
 
-@registry.enter('J(w + eps)\' dL/dz, the outputs\' derivative that of w', 2)
+@registry.enter("J(w + eps)' dL/dz, the outputs' derivative that of w", 2)
 def functional_sam(rho: Rho, p: float = 2.0, mask: Mask = None) -> Link:
     """Functional SAM (2502.02407): the network is perturbed, and not what the loss says of it.
 

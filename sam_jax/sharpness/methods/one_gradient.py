@@ -17,9 +17,12 @@ from sam_jax.sharpness.protocol import Method, Now, Report
 from sam_jax.sharpness.trees import Rho, lp_norm, move, wide_zeros
 
 
-def elsewhere(ball: ascent.Ascent, along: Callable[[Any, Any, Now], Any],
-              init: Callable[[Any], Any] = lambda params: (),
-              remember: Callable[[Any, Any], Any] = lambda state, grads: state) -> Link:
+def elsewhere(
+    ball: ascent.Ascent,
+    along: Callable[[Any, Any, Now], Any],
+    init: Callable[[Any], Any] = lambda params: (),
+    remember: Callable[[Any, Any], Any] = lambda state, grads: state,
+) -> Link:
     """Builds a method of one gradient, that at w + ball(direction), handed on as it is.
 
     Args:
@@ -28,6 +31,7 @@ def elsewhere(ball: ascent.Ascent, along: Callable[[Any, Any, Now], Any],
       init: params -> state.
       remember: (state, gradient) -> the state of the next step.
     """
+
     def step(loss, params, state, now):
         eps = taken(ball, along(state, params, now), params, now)
         there = loss(move(params, eps))
@@ -65,8 +69,13 @@ def momentum_sam(rho: Rho) -> Link:
 
 
 @registry.enter(
-    'the gradient at w - rho zeta', lambda options, step: 1 + (options['by'] == 'gradient'),
-    cost='1, or 2', norm='of its own', uphill=False, late=True)
+    'the gradient at w - rho zeta',
+    lambda options, step: 1 + (options['by'] == 'gradient'),
+    cost='1, or 2',
+    norm='of its own',
+    uphill=False,
+    late=True,
+)
 def extrapolated(rho: Rho, by: str = 'past') -> Link:
     """Extrapolated SGD (EXTRAP-SGD, 2006.05720): the gradient at w - rho zeta.
 
@@ -92,8 +101,9 @@ def extrapolated(rho: Rho, by: str = 'past') -> Link:
     if by == 'noise':
         return elsewhere(step, lambda state, params, now: random_like(now.need('key'), params))
     if by == 'past':
-        return elsewhere(step, lambda state, params, now: state, wide_zeros,
-                         lambda state, grads: grads)
+        return elsewhere(
+            step, lambda state, params, now: state, wide_zeros, lambda state, grads: grads
+        )
     raise ValueError(f"by is {by!r}; it must be 'past', 'noise' or 'gradient'.")
 
 
@@ -144,8 +154,11 @@ def saf(lam: float = 0.3, tau: float = 5.0, start_epoch: int = 5, epochs_ago: in
 
 
 @registry.enter(
-    'g, of a loss that holds on to the average of the weights; no rho', 1,
-    cost='1 and a forward pass', norm='')
+    'g, of a loss that holds on to the average of the weights; no rho',
+    1,
+    cost='1 and a forward pass',
+    norm='',
+)
 def mesa(lam: float = 0.8, tau: float = 5.0, start_epoch: int = 5) -> Link:
     """MESA (2205.14083): SAF with a moving average of the weights in place of the memory.
 

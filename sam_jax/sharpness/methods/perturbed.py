@@ -21,6 +21,7 @@ def erm() -> Link:
 
     One gradient evaluation; no state. Takes `grad_fn` and does not call it.
     """
+
     def step(loss, params, state, now):
         del now
         clean = loss(params)
@@ -155,13 +156,15 @@ def random_sam(rho: Rho, p: float = 2.0) -> Link:
     Args:
       rho, p: as of `sam`.
     """
-    return sharpness_aware(
-        optax.chain(direction.gaussian(), ascent.lp_ball(rho, p)), norm=_norm(p))
+    return sharpness_aware(optax.chain(direction.gaussian(), ascent.lp_ball(rho, p)), norm=_norm(p))
 
 
 @registry.enter(
     'g_p after several projected steps (SAM paper, C.6)',
-    lambda options, step: options['steps'] + 1, cost='`steps` + 1', norm='at most rho')
+    lambda options, step: options['steps'] + 1,
+    cost='`steps` + 1',
+    norm='at most rho',
+)
 def multistep_sam(rho: Rho, steps: int = 2, step_size: float = 1.0, p: float = 2.0) -> Link:
     """SAM with several steps of projected gradient ascent (SAM paper, appendix C.6).
 
@@ -174,8 +177,7 @@ def multistep_sam(rho: Rho, steps: int = 2, step_size: float = 1.0, p: float = 2
       step_size: length of each in units of rho.
       p: 2 or inf.
     """
-    return sharpness_aware(
-        ascent.projected_steps(rho, steps, step_size, p), norm=_norm(p))
+    return sharpness_aware(ascent.projected_steps(rho, steps, step_size, p), norm=_norm(p))
 
 
 @registry.enter('g_p with the term that SAM drops (C.4)', 4, cost='2 and a Hessian-vector product')
@@ -192,8 +194,9 @@ def second_order_sam(rho: Rho, p: float = 2.0) -> Link:
       ValueError: p = inf; rho < 0 or p <= 1.
     """
     if p == float('inf'):
-        raise ValueError('p is inf, for which eps is constant and there is no second-order term; '
-                         'use method sam.')
+        raise ValueError(
+            'p is inf, for which eps is constant and there is no second-order term; use method sam.'
+        )
     ball = ascent.lp_ball(rho, p)
 
     def step(loss, params, state, now):

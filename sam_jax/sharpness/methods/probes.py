@@ -20,20 +20,26 @@ from sam_jax.sharpness.trees import Rho, lp_norm, move, promote, radius_at
 
 # What `probing` takes: (key, params) -> z, and (L, [L_1 ... L_n], rho) -> (a, b).
 Draw = Callable[[PRNGKeyArray, Any], Any]
-Weigh = Callable[[Float[Array, ''], Float[Array, ' n'], Float[Array, '']],
-                 tuple[Float[Array, ' n'], Float[Array, ' n']]]
+Weigh = Callable[
+    [Float[Array, ''], Float[Array, ' n'], Float[Array, '']],
+    tuple[Float[Array, ' n'], Float[Array, ' n']],
+]
 
 # Det's weight exp(D) is cut here: e^30 leaves room for a gradient's square in float32.
 LARGEST_EXPONENT = 30.0
 
 # What takes a gradient at each of n probes.
 _PROBES: dict[str, Any] = {
-    'gradients': lambda options, step: 1 + options['n'], 'cost': '1 + `n`', 'norm': 'of its own',
-    'uphill': False}
+    'gradients': lambda options, step: 1 + options['n'],
+    'cost': '1 + `n`',
+    'norm': 'of its own',
+    'uphill': False,
+}
 # What divides differences of losses by rho^2.
 _NEEDS_RHO: dict[str, Any] = {
     'refuses': {'sam.schedule': 'constant', 'sam.warmup_epochs': 0.0},
-    'why': 'divides differences of losses by rho^2, of which a small rho leaves only rounding'}
+    'why': 'divides differences of losses by rho^2, of which a small rho leaves only rounding',
+}
 
 
 @registry.enter('g and n random probes: the trace of the Hessian', **_PROBES)
@@ -112,15 +118,23 @@ def probing(rho: Rho, n: int, draw: Draw, weigh: Weigh) -> Link:
     def step(loss, params, state, now):
         key, clean = now.need('key'), loss(params)
         radius = jnp.asarray(radius_at(rho, now.count), float)
-        ways = [jax.tree.map(lambda x: radius.astype(x.dtype) * x,
-                             draw(jax.random.fold_in(key, i), params)) for i in range(n)]
+        ways = [
+            jax.tree.map(
+                lambda x: radius.astype(x.dtype) * x, draw(jax.random.fold_in(key, i), params)
+            )
+            for i in range(n)
+        ]
         probes = [loss(move(params, eps)) for eps in ways]
-        a, b = weigh(_told(clean.value), jnp.stack([_told(x.value) for x in probes]),
-                     jnp.where(radius > 0, radius, 1.0))
+        a, b = weigh(
+            _told(clean.value),
+            jnp.stack([_told(x.value) for x in probes]),
+            jnp.where(radius > 0, radius, 1.0),
+        )
 
         def combined(g, *g_i):
-            total = g + sum(a[i].astype(g.dtype) * (x - g) + b[i].astype(g.dtype) * x
-                            for i, x in enumerate(g_i))
+            total = g + sum(
+                a[i].astype(g.dtype) * (x - g) + b[i].astype(g.dtype) * x for i, x in enumerate(g_i)
+            )
             return jnp.where(radius > 0, total, g)
 
         grads = jax.tree.map(combined, clean.grads, *(x.grads for x in probes))
@@ -133,12 +147,14 @@ def _told(value):
     if value is None:
         raise TypeError(
             'This method compares losses: tx.update(grads, state, params, value=loss_fn(params), '
-            'loss=sharpness.from_loss_fn(loss_fn), key=key).')
+            'loss=sharpness.from_loss_fn(loss_fn), key=key).'
+        )
     return promote(value)
 
 
 def trace_weights(lam: float) -> Weigh:
     """psi(t) = t, phi(t) = t: a_i = lam / n."""
+
     def weigh(value, losses, rho):
         del value, rho
         return jnp.full_like(losses, lam / losses.size), jnp.zeros_like(losses)
@@ -151,8 +167,9 @@ def det_weights(lam: float) -> Weigh:
 
     For n = 1 lam exp(D). The exponent is at most 30, so that a probe far above w does not overflow.
     """
+
     def weigh(value, losses, rho):
-        half = -(losses - value) / (2 * rho ** 2)
+        half = -(losses - value) / (2 * rho**2)
         log_mean = jax.nn.logsumexp(half) - jnp.log(float(losses.size))
         exponent = jnp.minimum(half - 3 * log_mean, LARGEST_EXPONENT)
         return lam / losses.size * jnp.exp(exponent), jnp.zeros_like(losses)
@@ -166,10 +183,11 @@ def frob_weights(lam: float) -> Weigh:
     b_i = lam / rho^2 (L_i - mean_j L_j) / (n - 1): the gradient of
     L + lam / (2 rho^2) Var_{n-1}(L(w + rho z_i)).
     """
+
     def weigh(value, losses, rho):
         del value
         centred = losses - jnp.mean(losses)
-        return jnp.zeros_like(losses), lam / rho ** 2 * centred / (losses.size - 1)
+        return jnp.zeros_like(losses), lam / rho**2 * centred / (losses.size - 1)
 
     return weigh
 
@@ -181,10 +199,13 @@ def gaussian(key: PRNGKeyArray, params: Any) -> Any:
 
 def cube(h: float) -> Draw:
     """z uniform in [-h, h]^d, as a function (key, params) -> z."""
+
     def draw(key, params):
         leaves, structure = jax.tree.flatten(jax.tree.map(promote, params))
         keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(structure, [
-            jax.random.uniform(k, x.shape, x.dtype, -h, h) for k, x in zip(keys, leaves)])
+        return jax.tree.unflatten(
+            structure,
+            [jax.random.uniform(k, x.shape, x.dtype, -h, h) for k, x in zip(keys, leaves)],
+        )
 
     return draw

@@ -43,12 +43,10 @@ def sampa(rho: Rho, lam: float = 0.2) -> Link:
 
     def step(loss, params, state, now):
         rate = now.need('learning_rate', 'SAMPa')
-        ahead = loss(move(params, jax.tree.map(
-            lambda g: -jnp.asarray(rate, g.dtype) * g, state)))
+        ahead = loss(move(params, jax.tree.map(lambda g: -jnp.asarray(rate, g.dtype) * g, state)))
         eps = taken(ball, state, params, now)
         there = loss(move(params, eps), previous=True)
-        grads = jax.tree.map(
-            lambda g, g_p: (1.0 - lam) * g_p + lam * g, ahead.grads, there.grads)
+        grads = jax.tree.map(lambda g, g_p: (1.0 - lam) * g_p + lam * g, ahead.grads, there.grads)
         return grads, ahead.grads, Report(ahead, there, lp_norm(eps))
 
     return as_optax(Method(wide_zeros, step), previous=True)
@@ -62,13 +60,29 @@ class BayesState(NamedTuple):
 
 
 @registry.enter(
-    'SAM as variational Bayes, an optimizer of its own', 2, norm='of its own', uphill=False,
-    refuses={'optimizer.name': 'sgd', 'optimizer.momentum': 0.0, 'optimizer.nesterov': False,
-             'optimizer.weight_decay': 0.0, 'optimizer.clip_norm': 0.0},
-    why='is an optimizer with a momentum and a prior of its own')
-def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: float = 0.999,
-         damping: float = 0.1, init_precision: float = 1.0, data_factor: float = 4.0,
-         num_examples: float | None = None) -> Link:
+    'SAM as variational Bayes, an optimizer of its own',
+    2,
+    norm='of its own',
+    uphill=False,
+    refuses={
+        'optimizer.name': 'sgd',
+        'optimizer.momentum': 0.0,
+        'optimizer.nesterov': False,
+        'optimizer.weight_decay': 0.0,
+        'optimizer.clip_norm': 0.0,
+    },
+    why='is an optimizer with a momentum and a prior of its own',
+)
+def bsam(
+    rho: Rho,
+    prior_precision: float = 40.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    damping: float = 0.1,
+    init_precision: float = 1.0,
+    data_factor: float = 4.0,
+    num_examples: float | None = None,
+) -> Link:
     """bSAM (2210.01620): SAM as variational Bayes, with an adaptive variance for each parameter.
 
     With N = data_factor num_examples and delta = prior_precision / N:
@@ -92,8 +106,9 @@ def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: flo
     ranges.given(num_examples=num_examples)
     assert num_examples is not None  # so `given` has said
     ranges.radius(rho)
-    ranges.positive(data_factor=data_factor, num_examples=num_examples,
-                    init_precision=init_precision)
+    ranges.positive(
+        data_factor=data_factor, num_examples=num_examples, init_precision=init_precision
+    )
     ranges.at_least(0, prior_precision=prior_precision, damping=damping)
     ranges.zero_to_below_one(beta1=beta1, beta2=beta2)
     number = data_factor * num_examples
@@ -108,21 +123,32 @@ def bsam(rho: Rho, prior_precision: float = 40.0, beta1: float = 0.9, beta2: flo
         there = loss(draw, climb=True)
         radius = radius_at(rho, now.count)
         eps = jax.tree.map(
-            lambda g, s: jnp.asarray(radius, g.dtype) * g / s, there.grads, state.precision)
+            lambda g, s: jnp.asarray(radius, g.dtype) * g / s, there.grads, state.precision
+        )
         above = loss(move(params, eps))
         average = jax.tree.map(
             lambda m, g, w: beta1 * m + (1 - beta1) * (g + delta * promote(w)),
-            state.average, above.grads, params)
+            state.average,
+            above.grads,
+            params,
+        )
         precision = jax.tree.map(
             lambda s, g: beta2 * s + (1 - beta2) * (jnp.sqrt(s) * jnp.abs(g) + damping + delta),
-            state.precision, there.grads)
-        return (jax.tree.map(jnp.divide, average, state.precision), BayesState(average, precision),
-                Report(there, above, lp_norm(eps)))
+            state.precision,
+            there.grads,
+        )
+        return (
+            jax.tree.map(jnp.divide, average, state.precision),
+            BayesState(average, precision),
+            Report(there, above, lp_norm(eps)),
+        )
 
     return as_optax(Method(init, step))
 
 
 def drawn(key: PRNGKeyArray, params: Any, precision: Any, number: float) -> Any:
     """Returns theta ~ N(w, 1 / (number precision)), in at least float32."""
-    return move(params, jax.tree.map(
-        lambda z, s: z / jnp.sqrt(number * s), random_like(key, params), precision))
+    return move(
+        params,
+        jax.tree.map(lambda z, s: z / jnp.sqrt(number * s), random_like(key, params), precision),
+    )
