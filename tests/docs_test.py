@@ -7,25 +7,22 @@ The latter by
 """
 
 import ast
-import copy
 import functools
 import html
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 
+import doc_commands
 import pytest
 import yaml
 from helpers import ROOT
 
 from sam_jax import settings, sharpness
-from sam_jax.errors import UserError
-from sam_jax.experiments import grid
 
 DOCS = ROOT / 'docs'
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
@@ -130,124 +127,99 @@ def test_the_page_of_the_settings_has_every_key(sources):
         assert described.meaning in sources['docs/settings.md']
 
 
-BEGIN = r'(?:[A-Z_]+=\S+ |taskset -c \S+ )*(?:sam-jax-|\./scripts/train\.sh|python -m sam_jax\.)'
-
-
-def _commands(text):
-    """Yields (module, its arguments) of the commands that a page shows."""
-    blocks = '\n'.join(re.findall(r'^    .*$', text, re.MULTILINE))
-    inline = '\n'.join(re.findall(rf'`({BEGIN}[^`\n]*)`', text))
-    for line in re.sub(r'\\\n\s*', '', f'{blocks}\n{inline}').splitlines():
-        if not re.match(rf' *{BEGIN}', line):
-            continue
-        for command in line.split(' & '):
-            words = shlex.split(command, comments=True)
-            while words and not re.match(r'sam-jax-|\./|python', words[0]):
-                del words[0]
-            if words[:2] == ['python', '-m']:
-                yield words[2], words[3:]
-            elif words and words[0] in PROJECT['scripts']:
-                yield PROJECT['scripts'][words[0]].partition(':')[0], words[1:]
-            elif words and words[0] == './scripts/train.sh':
-                yield (
-                    'sam_jax.main',
-                    [
-                        f'--config={a}' if re.match(r'configs/|[a-z_]+$', a) else a
-                        for a in words[1:]
-                    ],
-                )
-
-
-def _flags_of(module):
-    """The names of the flags that a module defines."""
-    source = (ROOT / f'{module.replace(".", "/")}.py').read_text()
-    defined = re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*'(?:--)?(\w+)'", source)
-    return {*defined, 'help', 'helpfull'}
-
-
-def _check(module, arguments, workdir):
-    """Raises where a command is not right: its flags, config, keys, values, runs."""
-    given = [a.strip('[]') for a in arguments if a.strip('[]').startswith('--')]
-    names = {a[2:].partition('=')[0] for a in given}
-    unknown = {n for n in names if not n.startswith('config.')} - _flags_of(module)
-    assert not unknown, (module, unknown)
-    if re.search(r'NAME|CONFIG|my/|mine|\.\.\.|CKPT|FILE', ' '.join(arguments)):
-        return
-    values = [a[2:].partition('=')[::2] for a in given]
-    flag = next((value for name, value in values if name == 'config'), 'digits')
-    changes = {
-        name.removeprefix('config.'): value for name, value in values if name.startswith('config.')
-    }
-    if 'config' not in _flags_of(module) or not ({'config'} & names or changes):
-        return
-    hyper = [grid.parse(value) for name, value in values if name == 'sweep']
-    if module.endswith('sweep') and hyper:
-        assert grid.make_runs(flag, grid.product(hyper), changes, workdir)
-        return
-    config = copy.deepcopy(settings.load(flag)[1])
-    for key, value in changes.items():
-        settings.override(config, key, value)
-    settings.check(config)
-
-
 @pytest.fixture(scope='module')
-def shown(sources):
-    """[(page, module, arguments)] of README, the pages and the configs' docstrings."""
-    texts = {
-        name: text
-        for name, text in sources.items()
-        # Their commands need the examples that the reader writes; they were followed once.
-        if not name.startswith('docs/contribute/')
-    }
+def commands(sources):
+    """[(page, command)] of README, the pages and the configs' docstrings."""
+    texts = dict(sources)
     for path in (ROOT / 'configs').glob('*.py'):
         texts[f'configs/{path.name}'] = ast.get_docstring(ast.parse(path.read_text())) or ''
-    return [(page, *command) for page, text in texts.items() for command in _commands(text)]
+    return [
+        (page, command)
+        for page, text in texts.items()
+        for command in doc_commands.shown(text)
+        # Of the examples that the reader of these pages writes. They were followed once.
+        if not (page.startswith('docs/contribute/') and re.search('stripes|plain|halfway', command))
+    ]
 
 
-def test_commands_are_right(shown, tmp_path):
-    for page, module, arguments in shown:
-        try:
-            _check(module, arguments, str(tmp_path))
-        except Exception as e:
-            raise AssertionError(f'{page}: {module} {" ".join(arguments)}: {e}') from e
-    modules = {module for _, module, _ in shown}
-    assert (
-        len(shown) > 100
-        and {
-            'sam_jax.main',
-            'sam_jax.cli.sweep',
-            'sam_jax.cli.report',
-            'sam_jax.cli.analyze',
-            'sam_jax.cli.predict',
-            'sam_jax.cli.preview',
-            'sam_jax.cli.doctor',
-            'sam_jax.benchmarks.step',
-            'sam_jax.benchmarks.methods',
-        }
-        <= modules
+def test_commands_are_right(commands, tmp_path):
+    answers = doc_commands.problems([command for _, command in commands], tmp_path)
+    wrong = [
+        f'{page}: {command}: {answer}'
+        for (page, command), answer in zip(commands, answers)
+        if answer
+    ]
+    assert not wrong, '\n'.join(wrong)
+    names = {doc_commands.split(command)[0] for _, command in commands}
+    assert len(commands) > 120 and names >= {*doc_commands.SCRIPTS.values()}
+    assert {f'./{path.relative_to(ROOT)}' for path in (ROOT / 'scripts').glob('*.sh')} - names == {
+        './scripts/environment.sh'  # sourced by the others
+    }
+    benchmarks = {p.stem for p in (ROOT / 'sam_jax' / 'benchmarks').glob('*.py')}
+    assert {f'sam_jax.benchmarks.{name}' for name in benchmarks - {'__init__', 'pytorch_peer'}} <= (
+        names
     )
 
 
-@pytest.mark.parametrize(
-    'line',
-    [
-        'sam-jax-train --confg=digits',
-        'sam-jax-train --config=digit',
-        'sam-jax-train --config=digits:nois=0.4',
-        'sam-jax-train --config=digits --config.sam.roh=1',
-        'sam-jax-train --config=digits --config.sam.rho=-1',
-        './scripts/train.sh configs/digit.py',
-        'sam-jax-sweep --config=digits --sweep=sam.roh=1,2',
-        'sam-jax-sweep --config=digits --sweep=1',
-        'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits',
-        'python -m sam_jax.benchmarks.quantize_digits --bit=4',
-        'python -m sam_jax.nothing --x=1',
-    ],
-)
-def test_wrong_commands_are_noticed(line, tmp_path):
-    ((module, arguments),) = _commands(f'    {line}\n')
-    with pytest.raises((AssertionError, UserError, FileNotFoundError)):
-        _check(module, arguments, str(tmp_path))
+WRONG = {
+    'sam-jax-train --confg=digits --workdir=x': 'confg',
+    'sam-jax-train --config=digit --workdir=x': 'No such file',
+    'sam-jax-train --config=digits:nois=0.4 --workdir=x': "'nois'",
+    'sam-jax-train --config=digits --config.sam.roh=1': 'sam.roh',
+    'sam-jax-train --config=digits --config.sam.rho=-1': 'sam.rho is -1',
+    'sam-jax-train --config=digits --config.batch_size=many': 'batch_size=many',
+    'sam-jax-train digits --workdir=x': "'digits' is no flag",
+    './scripts/train.sh configs/digit.py': 'No such file',
+    'configs/cifar.py:model=vgg16': 'vgg16',
+    './scripts/trian.sh configs/digits.py': 'trian.sh is not there',
+    './scripts/docs.sh sevre': "'sevre'",
+    './scripts/launch_slurm.sh --node=4 configs/digits.py --workdir=DIR': '--node=4',
+    './scripts/launch_local.sh 2 configs/digits.py:x=1 --workdir=DIR': "'x'",
+    'sam-jax-sweep --config=digits --sweep=sam.roh=1,2 --workdir=x': 'sam.roh',
+    'sam-jax-sweep --config=digits --sweep=sam.rho=-1 --workdir=x': 'sam.rho is',
+    'sam-jax-sweep --config=digits --sweep=1 --workdir=x': "'1'",
+    'sam-jax-sweep --config=digits --seeds=5': '--workdir',
+    'sam-jax-analyze --workdir=RUN --what=spectra': "'spectra'",
+    'sam-jax-preview --config=digits --what=op': 'op',
+    'sam-jax-report runs/rho --ouf=x': 'ouf',
+    'sam-jax-nothing --x=1': 'sam-jax-nothing',
+    'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits': 'case',
+    'python -m sam_jax.benchmarks.step --methods=sma': 'sma',
+    'python -m sam_jax.benchmarks.hessian --examples=few': 'few',
+    'python -m sam_jax.benchmarks.quantize_digits --bitz=4': '--bitz',
+    'python -m sam_jax.nothing --x=1': 'nothing',
+}
+
+
+@pytest.fixture(scope='module')
+def noticed(tmp_path_factory):
+    return doc_commands.problems([*WRONG], tmp_path_factory.mktemp('wrong'))
+
+
+@pytest.mark.parametrize('i', range(len(WRONG)), ids=lambda i: [*WRONG][i])
+def test_wrong_commands_are_noticed(i, noticed):
+    assert [*WRONG.values()][i] in noticed[i], noticed[i]
+
+
+def test_commands_are_found():
+    text = """Inline `sam-jax-doctor`, `sam_jax`, `./scripts/test.sh -m slow` and
+`XLA_FLAGS=--x python -m sam_jax.benchmarks.step`.
+
+    sam-jax-train --config=digits \\
+        --workdir=DIR    # a comment
+
+```bash
+python -m sam_jax.cli.doctor
+import jax
+```
+"""
+    assert list(map(doc_commands.split, doc_commands.shown(text))) == [
+        ('sam_jax.main', ['--config=digits', '--workdir=DIR']),
+        ('sam_jax.cli.doctor', []),
+        ('sam_jax.cli.doctor', []),
+        ('./scripts/test.sh', ['-m', 'slow']),
+        ('sam_jax.benchmarks.step', []),
+    ]
 
 
 def test_every_method_is_drawn_or_says_why_not(generate):
