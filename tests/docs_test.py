@@ -1,31 +1,26 @@
 """README and the site: links, anchors, pages; and, where its tools are, the site itself.
 
-The latter by
-
-    ./scripts/docs.sh test            # builds the site strictly, looks at it in a browser
-    ./scripts/docs.sh test -m slow    # executes the notebooks
+The latter by ./scripts/docs.sh test, which builds the site strictly, looks at it in a browser and
+executes the notebooks.
 """
 
 import ast
-import copy
 import functools
 import html
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 
+import doc_commands
 import pytest
 import yaml
 from helpers import ROOT
 
 from sam_jax import settings, sharpness
-from sam_jax.errors import UserError
-from sam_jax.experiments import grid
 
 DOCS = ROOT / 'docs'
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
@@ -130,125 +125,99 @@ def test_the_page_of_the_settings_has_every_key(sources):
         assert described.meaning in sources['docs/settings.md']
 
 
-BEGIN = r'(?:[A-Z_]+=\S+ |taskset -c \S+ )*(?:sam-jax-|\./scripts/train\.sh|python -m sam_jax\.)'
-
-
-def _commands(text):
-    """Yields (module, its arguments) of the commands that a page shows."""
-    blocks = '\n'.join(re.findall(r'^    .*$', text, re.MULTILINE))
-    inline = '\n'.join(re.findall(rf'`({BEGIN}[^`\n]*)`', text))
-    for line in re.sub(r'\\\n\s*', '', f'{blocks}\n{inline}').splitlines():
-        if not re.match(rf' *{BEGIN}', line):
-            continue
-        for command in line.split(' & '):
-            words = shlex.split(command, comments=True)
-            while words and not re.match(r'sam-jax-|\./|python', words[0]):
-                del words[0]
-            if words[:2] == ['python', '-m']:
-                yield words[2], words[3:]
-            elif words and words[0] in PROJECT['scripts']:
-                yield PROJECT['scripts'][words[0]].partition(':')[0], words[1:]
-            elif words and words[0] == './scripts/train.sh':
-                yield (
-                    'sam_jax.main',
-                    [
-                        f'--config={a}' if re.match(r'configs/|[a-z_]+$', a) else a
-                        for a in words[1:]
-                    ],
-                )
-
-
-def _flags_of(module):
-    """The names of the flags that a module defines."""
-    source = (ROOT / f'{module.replace(".", "/")}.py').read_text()
-    defined = re.findall(r"(?:DEFINE_\w+|add_argument)\(\s*'(?:--)?(\w+)'", source)
-    shared = {'config'} if 'define_config(' in source else set()
-    return {*defined, *shared, 'help', 'helpfull'}
-
-
-def _check(module, arguments, workdir):
-    """Raises where a command is not right: its flags, config, keys, values, runs."""
-    given = [a.strip('[]') for a in arguments if a.strip('[]').startswith('--')]
-    names = {a[2:].partition('=')[0] for a in given}
-    unknown = {n for n in names if not n.startswith('config.')} - _flags_of(module)
-    assert not unknown, (module, unknown)
-    if re.search(r'NAME|CONFIG|my/|mine|\.\.\.|CKPT|FILE', ' '.join(arguments)):
-        return
-    values = [a[2:].partition('=')[::2] for a in given]
-    flag = next((value for name, value in values if name == 'config'), 'digits')
-    changes = {
-        name.removeprefix('config.'): value for name, value in values if name.startswith('config.')
-    }
-    if 'config' not in _flags_of(module) or not ({'config'} & names or changes):
-        return
-    hyper = [grid.parse(value) for name, value in values if name == 'sweep']
-    if module.endswith('sweep') and hyper:
-        assert grid.make_runs(flag, grid.product(hyper), changes, workdir)
-        return
-    config = copy.deepcopy(settings.load(flag)[1])
-    for key, value in changes.items():
-        settings.override(config, key, value)
-    settings.check(config)
-
-
 @pytest.fixture(scope='module')
-def shown(sources):
-    """[(page, module, arguments)] of README, the pages and the configs' docstrings."""
-    texts = {
-        name: text
-        for name, text in sources.items()
-        # Their commands need the examples that the reader writes; they were followed once.
-        if not name.startswith('docs/contribute/')
-    }
+def commands(sources):
+    """[(page, command)] of README, the pages and the configs' docstrings."""
+    texts = dict(sources)
     for path in (ROOT / 'configs').glob('*.py'):
         texts[f'configs/{path.name}'] = ast.get_docstring(ast.parse(path.read_text())) or ''
-    return [(page, *command) for page, text in texts.items() for command in _commands(text)]
+    return [
+        (page, command)
+        for page, text in texts.items()
+        for command in doc_commands.shown(text)
+        # Of the examples that the reader of these pages writes. They were followed once.
+        if not (page.startswith('docs/contribute/') and re.search('stripes|plain|halfway', command))
+    ]
 
 
-def test_commands_are_right(shown, tmp_path):
-    for page, module, arguments in shown:
-        try:
-            _check(module, arguments, str(tmp_path))
-        except Exception as e:
-            raise AssertionError(f'{page}: {module} {" ".join(arguments)}: {e}') from e
-    modules = {module for _, module, _ in shown}
-    assert (
-        len(shown) > 100
-        and {
-            'sam_jax.main',
-            'sam_jax.cli.sweep',
-            'sam_jax.cli.report',
-            'sam_jax.cli.analyze',
-            'sam_jax.cli.predict',
-            'sam_jax.cli.preview',
-            'sam_jax.cli.doctor',
-            'sam_jax.benchmarks.step',
-            'sam_jax.benchmarks.methods',
-        }
-        <= modules
+def test_commands_are_right(commands, tmp_path):
+    answers = doc_commands.problems([command for _, command in commands], tmp_path)
+    wrong = [
+        f'{page}: {command}: {answer}'
+        for (page, command), answer in zip(commands, answers)
+        if answer
+    ]
+    assert not wrong, '\n'.join(wrong)
+    names = {doc_commands.split(command)[0] for _, command in commands}
+    assert len(commands) > 120 and names >= {*doc_commands.SCRIPTS.values()}
+    assert {f'./{path.relative_to(ROOT)}' for path in (ROOT / 'scripts').glob('*.sh')} - names == {
+        './scripts/environment.sh'  # sourced by the others
+    }
+    benchmarks = {p.stem for p in (ROOT / 'sam_jax' / 'benchmarks').glob('*.py')}
+    assert {f'sam_jax.benchmarks.{name}' for name in benchmarks - {'__init__', 'pytorch_peer'}} <= (
+        names
     )
 
 
-@pytest.mark.parametrize(
-    'line',
-    [
-        'sam-jax-train --confg=digits',
-        'sam-jax-train --config=digit',
-        'sam-jax-train --config=digits:nois=0.4',
-        'sam-jax-train --config=digits --config.sam.roh=1',
-        'sam-jax-train --config=digits --config.sam.rho=-1',
-        './scripts/train.sh configs/digit.py',
-        'sam-jax-sweep --config=digits --sweep=sam.roh=1,2',
-        'sam-jax-sweep --config=digits --sweep=1',
-        'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits',
-        'python -m sam_jax.benchmarks.quantize_digits --bit=4',
-        'python -m sam_jax.nothing --x=1',
-    ],
-)
-def test_wrong_commands_are_noticed(line, tmp_path):
-    ((module, arguments),) = _commands(f'    {line}\n')
-    with pytest.raises((AssertionError, UserError, FileNotFoundError)):
-        _check(module, arguments, str(tmp_path))
+WRONG = {
+    'sam-jax-train --confg=digits --workdir=x': 'confg',
+    'sam-jax-train --config=digit --workdir=x': 'No such file',
+    'sam-jax-train --config=digits:nois=0.4 --workdir=x': "'nois'",
+    'sam-jax-train --config=digits --config.sam.roh=1': 'sam.roh',
+    'sam-jax-train --config=digits --config.sam.rho=-1': 'sam.rho is -1',
+    'sam-jax-train --config=digits --config.batch_size=many': 'batch_size=many',
+    'sam-jax-train digits --workdir=x': "'digits' is no flag",
+    './scripts/train.sh configs/digit.py': 'No such file',
+    'configs/cifar.py:model=vgg16': 'vgg16',
+    './scripts/trian.sh configs/digits.py': 'trian.sh is not there',
+    './scripts/docs.sh sevre': "'sevre'",
+    './scripts/launch_slurm.sh --node=4 configs/digits.py --workdir=DIR': '--node=4',
+    './scripts/launch_local.sh 2 configs/digits.py:x=1 --workdir=DIR': "'x'",
+    'sam-jax-sweep --config=digits --sweep=sam.roh=1,2 --workdir=x': 'sam.roh',
+    'sam-jax-sweep --config=digits --sweep=sam.rho=-1 --workdir=x': 'sam.rho is',
+    'sam-jax-sweep --config=digits --sweep=1 --workdir=x': "'1'",
+    'sam-jax-sweep --config=digits --seeds=5': '--workdir',
+    'sam-jax-analyze --workdir=RUN --what=spectra': "'spectra'",
+    'sam-jax-preview --config=digits --what=op': 'op',
+    'sam-jax-report runs/rho --ouf=x': 'ouf',
+    'sam-jax-nothing --x=1': 'sam-jax-nothing',
+    'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits': 'case',
+    'python -m sam_jax.benchmarks.step --methods=sma': 'sma',
+    'python -m sam_jax.benchmarks.hessian --examples=few': 'few',
+    'python -m sam_jax.benchmarks.quantize_digits --bitz=4': '--bitz',
+    'python -m sam_jax.nothing --x=1': 'nothing',
+}
+
+
+@pytest.fixture(scope='module')
+def noticed(tmp_path_factory):
+    return doc_commands.problems([*WRONG], tmp_path_factory.mktemp('wrong'))
+
+
+@pytest.mark.parametrize('i', range(len(WRONG)), ids=lambda i: [*WRONG][i])
+def test_wrong_commands_are_noticed(i, noticed):
+    assert [*WRONG.values()][i] in noticed[i], noticed[i]
+
+
+def test_commands_are_found():
+    text = """Inline `sam-jax-doctor`, `sam_jax`, `./scripts/test.sh -m slow` and
+`XLA_FLAGS=--x python -m sam_jax.benchmarks.step`.
+
+    sam-jax-train --config=digits \\
+        --workdir=DIR    # a comment
+
+```bash
+python -m sam_jax.cli.doctor
+import jax
+```
+"""
+    assert list(map(doc_commands.split, doc_commands.shown(text))) == [
+        ('sam_jax.main', ['--config=digits', '--workdir=DIR']),
+        ('sam_jax.cli.doctor', []),
+        ('sam_jax.cli.doctor', []),
+        ('./scripts/test.sh', ['-m', 'slow']),
+        ('sam_jax.benchmarks.step', []),
+    ]
 
 
 def test_every_method_is_drawn_or_says_why_not(generate):
@@ -299,59 +268,89 @@ def test_the_site_is_built(site):
     )
 
 
+# What a page is like once it is shown, told to the page that frames it: a window of the browser is
+# never narrower than 500 pixels, a frame is.
 LOOK = """
-<script>addEventListener('load', () => setTimeout(() => {
-  document.title = JSON.stringify({
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)});
-}, 500));</script>
+<script>addEventListener('load', () => setTimeout(() => parent.postMessage(JSON.stringify({
+  width: innerWidth,
+  wide: Math.max(0, document.documentElement.scrollWidth - innerWidth),
+  broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)}), '*'),
+500));</script>
+"""
+FRAME = """
+<script>addEventListener('message', e => { document.title = e.data; });</script>
+<iframe src="PAGE" style="width: WIDTHpx; height: 2000px; border: 0"></iframe>
 """
 
 
-@pytest.mark.docs
-@pytest.mark.parametrize('width', [1280, 500])
-@pytest.mark.parametrize(
-    'page',
-    [
-        'index',
-        'methods/index',
-        'methods/wsam',
-        'settings',
-        'zoo',
-        'notebooks/flatness',
-        'reference/sharpness',
-    ],
-)
-def test_a_page_is_no_wider_than_its_window(site, page, width):
-    """Wide tables scroll by themselves; every picture is there."""
-    if not shutil.which('chromium'):
-        pytest.skip('there is no chromium')
-    path = site / f'{page}.html'
-    looked_at = path.with_name(f'{path.stem}_looked_at.html')
-    looked_at.write_text(path.read_text().replace('</head>', f'{LOOK}</head>'))
+def _shown(page, width):
+    """Returns {'width', 'wide': pixels beyond it, 'broken': images} of a page, a pathlib.Path."""
+    looked_at = page.with_name(f'{page.stem}_looked_at.html')
+    looked_at.write_text(page.read_text().replace('</head>', f'{LOOK}</head>'))
+    frame = page.with_name(f'{page.stem}_frame.html')
+    frame.write_text(FRAME.replace('PAGE', looked_at.name).replace('WIDTH', str(width)))
     done = subprocess.run(
         [
             'chromium',
             '--headless',
             '--no-sandbox',
             '--disable-gpu',
-            f'--window-size={width},2000',
+            '--window-size=1400,2100',
             '--virtual-time-budget=5000',
             '--dump-dom',
-            looked_at.as_uri(),
+            frame.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    seen = json.loads(html.unescape(re.search('<title>(.*?)</title>', done.stdout, re.DOTALL)[1]))
-    assert seen == {'wide': 0, 'broken': []}
+    return json.loads(html.unescape(re.search('<title>(.*?)</title>', done.stdout, re.DOTALL)[1]))
 
 
-@pytest.mark.slow
+needs_chromium = pytest.mark.skipif(not shutil.which('chromium'), reason='there is no chromium')
+
+
+@pytest.mark.docs
+@needs_chromium
+@pytest.mark.parametrize('width', [1280, 400])
+@pytest.mark.parametrize(
+    'page',
+    [
+        'index',
+        'methods/index',
+        'methods/gsam',
+        'methods/wsam',
+        'methods/measured',
+        'settings',
+        'zoo',
+        'notebooks/flatness',
+        'reference/experiment',
+        'reference/sharpness',
+    ],
+)
+def test_a_page_is_no_wider_than_its_window(site, page, width):
+    """Wide tables scroll by themselves; every picture is there."""
+    assert _shown(site / f'{page}.html', width) == {'width': width, 'wide': 0, 'broken': []}
+
+
+@pytest.mark.docs
+@needs_chromium
+def test_a_wide_page_is_noticed(tmp_path):
+    page = tmp_path / 'wide.html'
+    page.write_text(
+        '<html><head></head><body style="margin: 0"><div style="width: 700px">x</div>'
+        '<img src="none.png"></body></html>'
+    )
+    seen = _shown(page, 400)
+    assert seen['wide'] == 300 and len(seen['broken']) == 1
+
+
+@pytest.mark.docs
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
-    nbclient, nbformat = map(pytest.importorskip, ('nbclient', 'nbformat'))
+    import nbclient
+    import nbformat
+
     nbclient.NotebookClient(
         nbformat.read(path, as_version=4), timeout=600, resources={'metadata': {'path': str(ROOT)}}
     ).execute()
