@@ -138,5 +138,5 @@ def test_a_step_on_a_tpu_copies_no_dataset_and_exchanges_once(tmp_path):
 
 @pytest.mark.targets
 def test_a_slice_of_several_hosts(tmp_path):
-    found = _compiled(tmp_path, 'tpu:v5e:2x4', *SMALL, '--steps=eval')
+    found = _compiled(tmp_path, 'tpu:v5e:2x4', *SMALL, '--config.batch_size=64', '--steps=eval')
     assert found['eval']['collectives'][0]['groups'] == [list(range(8))]
