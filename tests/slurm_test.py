@@ -49,7 +49,8 @@ def test_a_job_array_is_preempted_requeued_left_alone_and_found_again(tmp_path):
     first.send_signal(signal.SIGINT)
     output = first.communicate(timeout=60)[1]
     assert first.returncode == (1 if 'failed:' in output else 143), output
-    assert 'the same command goes on from here' in output and '1 stopped' in output
+    # The second run may have failed already, or not yet.
+    assert 'the same command goes on from here' in output and re.search('[12] stopped', output)
 
     # The cluster takes the node away, as submitit hears of it.
     subprocess.run(['scancel', job, '--signal', 'USR2'], check=True)
