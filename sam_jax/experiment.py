@@ -61,6 +61,18 @@ class Experiment:
         Raises:
           UserError: one sentence about the first thing wrong.
         """
+        experiment = cls.of_any_size(config, devices, to_train)
+        experiment.dataset.check_memory(
+            [experiment.dataset.train, *experiment.evaluated.values()],
+            *replicas.free_memory(experiment.layout.devices),
+        )
+        return experiment
+
+    @classmethod
+    def of_any_size(
+        cls, config: Any, devices: Sequence[replicas.Device] | None = None, to_train: bool = True
+    ) -> 'Experiment':
+        """As `from_config`, but whether the devices can hold the data is not asked."""
         settings.check(config)
         layout, note = replicas.make_layout(
             config.batch_size,
@@ -74,11 +86,7 @@ class Experiment:
         dataset = data.load_dataset(config.data)
         settings.check_with_data(config, dataset)
         model = models.from_config(config.model, dataset.num_classes)
-        experiment = cls(config, layout, note, dataset, model)
-        dataset.check_memory(
-            [dataset.train, *experiment.evaluated.values()], *replicas.free_memory(layout.devices)
-        )
-        return experiment
+        return cls(config, layout, note, dataset, model)
 
     @classmethod
     def of_run(
@@ -129,7 +137,11 @@ class Experiment:
 
         Its weights are random, or those of `model.init_from`.
         """
-        state, path = self.create_state(), self.config.model.init_from
+        return self._begun(self.create_state())
+
+    def _begun(self, state):
+        """A state of random weights on the devices; with those of `model.init_from`, if set."""
+        path = self.config.model.init_from
         if path:
             variables = pretrained.load(
                 path, self.model, {'params': state.params, 'batch_stats': state.batch_stats}
@@ -286,7 +298,7 @@ class Experiment:
             else checkpoints.restore(step, target)
         )
         if not found:
-            return self.initial_state(), 0, 0.0
+            return self._begun(target), 0, 0.0
         step, state, meta = found
         return self.on_devices(state), step, meta['wall_time']
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam_jax import data, models, replicas, settings, train_step
+from sam_jax import replicas, train_step
 from sam_jax.experiment import Experiment
 from sam_jax.train_state import HParams
 
@@ -30,20 +30,10 @@ def experiment_for(config: Any, devices: Sequence[replicas.Device]) -> Experimen
     Raises:
       UserError: as `Experiment.from_config`.
     """
-    settings.check(config)
-    layout, note = replicas.make_layout(
-        config.batch_size,
-        config.replica_batch_size,
-        config.sam.replicas_per_group,
-        config.replica_loop,
-        devices,
-    )
-    settings.check_with_layout(config, layout)
-    dataset = data.load_dataset(config.data)
-    settings.check_with_data(config, dataset)
-    model = models.from_config(config.model, dataset.num_classes)
+    experiment = Experiment.of_any_size(config, devices)
+    layout = experiment.layout
     whole = _SeenWhole(**{f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)})
-    return Experiment(config, whole, note, dataset, model)
+    return dataclasses.replace(experiment, layout=whole)
 
 
 def shapes(tree: Any) -> Any:
