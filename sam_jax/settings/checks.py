@@ -6,7 +6,7 @@ from sam_jax import data, models, sharpness
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 from sam_jax.replicas import Layout
-from sam_jax.settings.overrides import flatten, nearest
+from sam_jax.settings.overrides import flatten, jsonable, nearest
 from sam_jax.settings.schema import KEYS, Config, Key, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
@@ -28,7 +28,7 @@ def check(config: Config) -> None:
     for key, described in KEYS.items():
         if key not in flat:
             raise UserError(f'The config lacks the key {key} ({described.kind.__name__}).')
-        check_value(key, described, flat[key])
+        described.check(key, flat[key])
     if not flat['sam.p'] > 1:
         raise UserError(f'sam.p is {flat["sam.p"]}; it must be greater than 1 (inf is allowed).')
     _check_method(flat)
@@ -47,19 +47,8 @@ def check(config: Config) -> None:
     _check_data_settings(config.data)
     for option, described in model_options(config.model.name).items():
         if option in config.model:
-            check_value(f'model.{option}', described, config.model[option])
+            described.check(f'model.{option}', config.model[option])
     models.from_config(config.model, num_classes=1)  # its options do not depend on the data
-
-
-def check_value(key: str, described: Key, value: Any) -> None:
-    """Checks the value of one key.
-
-    Raises:
-      UserError: it is of another type, or not allowed.
-    """
-    why_not = described.why_not(value)
-    if why_not:
-        raise UserError(f'{key} is {value!r}; {why_not}')
 
 
 def _check_method(flat):
@@ -78,7 +67,7 @@ def _check_method(flat):
                 f'The config lacks {key} of sam.method {method!r}; choose the method by the '
                 f"config's argument method={method}."
             )
-        check_value(key, Key(default, ''), flat[key])
+        Key(default, '').check(key, flat[key])
     settings = {
         key.removeprefix('sam.'): value for key, value in flat.items() if key.startswith('sam.')
     }
@@ -226,7 +215,7 @@ def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
     Raises:
       UserError: naming the keys with both values.
     """
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(config).items()}
+    now = jsonable(config)
     changed = [
         f'{key} (was {before.get(key)!r}, now {now.get(key)!r})'
         for key in sorted(now.keys() | before.keys())

@@ -62,10 +62,7 @@ def override(config: Config, key: str, value: Any) -> None:
             )
         except (ValueError, KeyError, SyntaxError) as e:
             raise UserError(f'{key} is {value!r}; it must be of type {kind.__name__}.') from e
-    described = KEYS.get(key, Key(known[key], ''))
-    why_not = described.why_not(value)
-    if why_not:
-        raise UserError(f'{key} is {value!r}; {why_not}')
+    KEYS.get(key, Key(known[key], '')).check(key, value)
     *sections, name = key.split('.')
     for section in sections:
         config = config[section]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import ml_collections
 
 from sam_jax import data, models, optimizers, schedules, sharpness
+from sam_jax.errors import UserError
 
 # A locked ConfigDict. No checker of types knows its keys; `check` does.
 Config: TypeAlias = Any
@@ -56,6 +57,16 @@ class Key(NamedTuple):
             if not (self.low <= value < high or (value == high < math.inf and not self.below)):
                 return f'it must be at least {self.low:g}{self._upper()}.'
         return None
+
+    def check(self, key: str, value: Any) -> None:
+        """Checks a value of the key of that name.
+
+        Raises:
+          UserError: it is of another type, or not allowed.
+        """
+        why_not = self.why_not(value)
+        if why_not:
+            raise UserError(f'{key} is {value!r}; {why_not}')
 
     def _upper(self):
         if self.high is None:
