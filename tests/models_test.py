@@ -271,3 +271,13 @@ def test_impossible_sizes(depth, width):
     message = f'depth {depth} and width {width} does not exist'
     with pytest.raises(UserError, match=message):
         models.create_model(f'wrn{depth}_{width}', 10)
+
+
+def test_channels_in_lanes_is_the_identity_here_and_so_is_its_derivative():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, layers.LANES))
+    y, pullback = jax.vjp(layers.channels_in_lanes, x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(pullback(x)[0], x)
+    stacked = jnp.stack([x, 2 * x])
+    np.testing.assert_array_equal(jax.vmap(layers.channels_in_lanes)(stacked), stacked)
+    assert 'LayoutConstraint' not in jax.jit(layers.channels_in_lanes).lower(x).as_text()

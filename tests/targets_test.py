@@ -68,6 +68,21 @@ def test_sizes(shape, size):
     assert hlo.size(shape) == size
 
 
+@pytest.mark.parametrize(
+    'shape,padded',
+    [
+        ('bf16[32,8,8,160]{3,0,2,1:T(8,128)(2,1)S(1)}', 2 * 32 * 8 * 8 * 256),
+        ('bf16[32,8,8,160]{0,3,2,1:T(8,128)(2,1)}', 2 * 128 * 8 * 8 * 160),
+        ('(f32[160]{0:T(256)}, f32[3,3,12,64]{3,2,1,0:T(8,128)})', 4 * (256 + 3 * 3 * 16 * 128)),
+        ('f32[3,5]{1,0}', 60),
+    ],
+)
+def test_padding_to_tiles(shape, padded):
+    assert hlo.padded_size(shape) == padded
+    result = hlo.Instruction('a', 'fusion', shape, '', '', 0, '')
+    assert hlo.padding([result, result._replace(opcode='parameter')]) == padded / hlo.size(shape)
+
+
 def test_facts_of_a_program_for_devices_that_are_here():
     """Four of them: the gradients of SAM are exchanged, nothing goes to the host."""
     devices = jax.devices()[:4]
@@ -140,3 +155,19 @@ def test_a_step_on_a_tpu_copies_no_dataset_and_exchanges_once(tmp_path):
 def test_a_slice_of_several_hosts(tmp_path):
     found = _compiled(tmp_path, 'tpu:v5e:2x4', *SMALL, '--config.batch_size=64', '--steps=eval')
     assert found['eval']['collectives'][0]['groups'] == [list(range(8))]
+
+
+@pytest.mark.targets
+def test_images_of_a_replica_do_not_fill_the_lanes_of_a_tpu(tmp_path):
+    """Channels do: with the 32 images there results are padded 3.4-fold, and twice as slow."""
+    found = _compiled(
+        tmp_path,
+        'tpu:v5e:2x2',
+        '--config=cifar:model=wrn10_4,augment=none',
+        '--config.data.name=fake_cifar10',
+        '--config.batch_size=128',
+        '--config.replica_batch_size=32',
+        '--config.model.dtype=bfloat16',
+        '--steps=train',
+    )
+    assert found['train']['padding'] < 2.2

@@ -6,8 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sam_jax.errors import UserError
+
+# Numbers that a TPU computes side by side: the last dimension of an array there is padded to them.
+LANES = 128
 
 # Kaiming normal, fan-out, gain 2: not truncated.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -18,6 +23,23 @@ def dense_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32)
     return jax.random.uniform(key, shape, dtype, -1.0) * shape[1] ** -0.5
 
 
+def channels_in_lanes(x: jax.Array) -> jax.Array:
+    """Returns x, images (N, H, W, C); on a TPU with the channels along the lanes.
+
+    Left to itself the TPU's compiler puts the images there around an average pool, and with it in
+    a whole network; a replica of 32 fills a quarter of the lanes, and the step is estimated to take
+    about three times as long (docs/targets.md). Where there are images enough, or too few channels,
+    the choice stays the compiler's.
+    """
+    if x.shape[0] >= LANES or x.shape[-1] < LANES:
+        return x
+
+    def constrained(x):
+        return with_layout_constraint(x, Layout(major_to_minor=(1, 2, 0, 3)))
+
+    return lax.platform_dependent(x, tpu=constrained, default=lambda x: x)
+
+
 def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
     """Returns x + shortcut, the latter average-pooled and padded with zero channels to fit."""
     stride = shortcut.shape[-2] // x.shape[-2]
@@ -25,8 +47,8 @@ def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
         shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
     if x.shape[-1] != shortcut.shape[-1]:
         # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
-        return jnp.asarray(x).at[..., : shortcut.shape[-1]].add(shortcut)
-    return x + shortcut
+        return channels_in_lanes(jnp.asarray(x).at[..., : shortcut.shape[-1]].add(shortcut))
+    return channels_in_lanes(x + shortcut)
 
 
 class Network(nn.Module):

@@ -18,8 +18,9 @@ def of_program(lowered: jax.stages.Lowered, target: Target) -> dict[str, Any]:
     {'compile_seconds'; 'memory': bytes of a device by use; 'flops', 'bytes': of a device, by XLA's
     count, 0 for GPUs that are not there, of which it counts nothing; 'roofline_seconds': the longer
     one of flops / peak and bytes / bandwidth; 'compiler_cycles', 'compiler_seconds': the compiler's
-    own estimate, where it makes one, of loops one turn; 'collectives'; 'host_transfers'; 'copies'
-    of large arrays; 'costly': [layer, cycles]}.
+    own estimate, where it makes one, of loops one turn; 'collectives'; 'padding': of
+    results, see `hlo.padding`; 'host_transfers'; 'copies' of large arrays; 'costly': [layer,
+    cycles]}.
     """
     began = time.perf_counter()
     compiled = lowered.compile()
@@ -41,6 +42,7 @@ def of_program(lowered: jax.stages.Lowered, target: Target) -> dict[str, Any]:
             {'name': i.name, 'opcode': i.opcode, 'bytes': i.bytes, 'groups': hlo.groups(i)}
             for i in hlo.collectives(program)
         ],
+        'padding': hlo.padding(program),
         'host_transfers': [i.name for i in hlo.host_transfers(program)],
         'copies': [
             {'name': i.name, 'opcode': i.opcode, 'shape': i.shape, 'bytes': i.bytes}
@@ -85,6 +87,7 @@ def rows(found: dict[str, Any], images: int, target: Target) -> list[tuple[str, 
             'exchanges between devices',
             '; '.join(f'{c["opcode"]} {c["bytes"] / 2**20:.3g} MiB' for c in together) or 'none',
         ),
+        ('results padded to tiles', f'{found["padding"]:.2f} times their size'),
         ('transfers to the host', str(len(found['host_transfers']) or 'none')),
         (
             'copies of large arrays',

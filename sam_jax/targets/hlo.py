@@ -48,6 +48,24 @@ def size(shape: str) -> float:
     return total
 
 
+def padded_size(shape: str) -> float:
+    """Returns the bytes of an array or tuple with its last dimensions padded to whole tiles.
+
+    In 'bf16[32,8,8,160]{3,0,2,1:T(8,128)(2,1)}' the last two in memory, 32 and 160, are padded to
+    multiples of 8 and 128: 32 and 256. An array without tiles is not padded.
+    """
+    total = 0.0
+    for array, dimensions, order, tile in re.findall(
+        r'(\w+\[([\d,]+)\])\{([\d,]+):T\(([\d,]+)\)', shape
+    ):
+        lengths, order, tile = ([int(n) for n in x.split(',')] for x in (dimensions, order, tile))
+        padded = math.prod(lengths)
+        for axis, side in zip(order, reversed(tile)):
+            padded = padded // lengths[axis] * (-(-lengths[axis] // side) * side)
+        total += size(array) * padded / math.prod(lengths)
+    return total or size(shape)
+
+
 def instructions(text: str) -> list[Instruction]:
     """Returns the instructions that are executed as such: not those within a fusion.
 
@@ -122,6 +140,16 @@ def large_copies(program: Iterable[Instruction], least: float) -> list[Instructi
     fits (`copy-start`), is none.
     """
     return [i for i in program if i.opcode in ('copy', 'transpose') and i.bytes >= least]
+
+
+def padding(program: Iterable[Instruction]) -> float:
+    """Returns how many times their size the results of a program's fusions take, padded to tiles.
+
+    1 where there are no tiles; much more says that a short dimension, such as the images of a
+    replica, lies along the lanes.
+    """
+    shapes = [i.shape for i in program if i.opcode == 'fusion']
+    return sum(map(padded_size, shapes)) / sum(map(size, shapes)) if shapes else 1.0
 
 
 def layer(op_name: str) -> str:
