@@ -232,7 +232,7 @@ def apply(
     """
     shape = (image.shape[-1], 256)
     tables = (
-        lambda: jnp.broadcast_to(op.table[None], shape),
+        lambda: jnp.broadcast_to(jnp.asarray(op.table)[None], shape),
         lambda: _autocontrast(image, indexed),
         lambda: _equalize(image, indexed),
         lambda: jnp.broadcast_to(_contrast(image, op.factor, indexed)[None], shape),
@@ -368,16 +368,20 @@ def _grey(image, indexed):
 def _warp(image, op, indexed):
     """Reads every pixel at the nearest place of the inverse map; grey comes from outside."""
     height, width, _ = image.shape
-    places, inside = [], True
+    places, insides = [], []
     for i, size in enumerate((width, height)):
-        place = op.columns[i][None] + op.rows[i][:, None] + op.offset[i]
+        place = (
+            jnp.asarray(op.columns)[i][None]
+            + jnp.asarray(op.rows)[i][:, None]
+            + jnp.asarray(op.offset)[i]
+        )
         # Halves are rounded away from zero.
         place = jnp.where(place < 0, jnp.ceil(place - 0.5), jnp.floor(place + 0.5))
-        inside &= (place >= 0) & (place < size)
+        insides.append((place >= 0) & (place < size))
         places.append(place.astype(jnp.int32))
-    x, y = places
+    (x, y), (x_inside, y_inside) = places, insides
     moved = _read(image, y, x, indexed)
-    return jnp.where(inside[..., None], moved, jnp.uint8(GREY))
+    return jnp.where((x_inside & y_inside)[..., None], moved, jnp.uint8(GREY))
 
 
 def _autocontrast(image, indexed):
