@@ -16,17 +16,18 @@ from sam_jax.data.policies import POLICIES
 
 OPS, RAND, PICKED = map(golden, ('autoaugment_ops', 'randaugment', 'autoaugment_policies'))
 SHAPE = (32, 32, 3)
-apply = jax.jit(ops.apply)
+apply = jax.jit(ops.apply, static_argnames='indexed')
 P_VALUE = 1e-3
 
 
-def run(name, level, sign, image, constants, center=(0.0, 0.0)):
+def run(name, level, sign, image, constants, center=(0.0, 0.0), indexed=True):
     op = ops.resolve(name, level, sign == '-', image.shape, constants)
-    return np.asarray(apply(op, image, jnp.array(center, jnp.float32)))
+    return np.asarray(apply(op, image, jnp.array(center, jnp.float32), indexed=indexed))
 
 
+@pytest.mark.parametrize('indexed', [True, False])
 @pytest.mark.parametrize('name', ops.NAMES)
-def test_op_is_the_original_s_to_the_last_pixel(name):
+def test_op_is_the_original_s_to_the_last_pixel(name, indexed):
     compared = 0
     for key in OPS.files:
         if not key.startswith(f'{name}/') or not key.endswith('/out'):
@@ -35,7 +36,7 @@ def test_op_is_the_original_s_to_the_last_pixel(name):
         constants = ops.FAITHFUL if kind == 'aa' else ops.FAITHFUL_RANDAUGMENT
         center = tuple(map(float, rest[0][1:].split('_'))) if name == 'Cutout' else (0.0, 0.0)
         np.testing.assert_array_equal(
-            run(name, int(level[1:]), sign, OPS[f'images/{image}'], constants, center),
+            run(name, int(level[1:]), sign, OPS[f'images/{image}'], constants, center, indexed),
             OPS[key],
             err_msg=key,
         )
@@ -207,23 +208,74 @@ def test_randaugment_chooses_uniformly():
 # Recipes
 
 
-def test_both_ways_to_map_agree():
-    """Image after image in its own branch, as on CPU, and all at once, as on accelerators."""
-    table, draw = augment.autoaugment(POLICIES['cifar'], SHAPE, ops.FAITHFUL)
-    images = np.random.RandomState(0).randint(0, 256, (64, *SHAPE)).astype(np.uint8)
-    rows, places = jax.vmap(draw)(jax.random.split(jax.random.key(1), 64))
-    mapped = jax.jit(lambda *args: augment.apply_ops(args[0], table, *args[1:]))(
-        images, rows, places
+@pytest.mark.parametrize('shape', [(32, 32, 3), (28, 28, 1), (13, 18, 3)])
+def test_all_ways_to_map_agree(shape):
+    """One by one as on CPU, all at once by index as on GPUs, by comparison as on TPUs.
+
+    On every operation, at levels of the policies and beyond.
+    """
+    random = np.random.RandomState(0)
+    table = augment._stack(
+        [
+            ops.resolve(name, level, negative, shape, constants)
+            for constants in (ops.FAITHFUL, ops.corrected(shape[0]))
+            for name in ops.NAMES
+            for level in (0, 1, 4, 6, 9, 10, 17, 30)
+            for negative in (False, True)
+        ]
     )
-    table = jax.tree.map(jnp.asarray, table)
+    n = len(table.kind)
+    spread = random.randint(1, 257, (n, 1, 1, 1))
+    images = (random.randint(0, 257 - spread) + random.randint(0, spread, (n, *shape))).astype(
+        np.uint8
+    )
+    rows, places = np.arange(n, dtype=np.int32)[:, None], random.rand(n, 1, 2).astype(np.float32)
+    mapped = jax.jit(functools.partial(augment.one_by_one, table))(images, rows, places)
+    for indexed in (True, False):
+        together = jax.jit(functools.partial(augment.all_at_once, table, indexed))
+        np.testing.assert_array_equal(mapped, together(images, rows, places))
+    assert (mapped != images).any(axis=(1, 2, 3)).mean() > 0.7
 
-    def one(image, rows, places):
-        for row, place in zip(rows, places):
-            image = ops.apply(jax.tree.map(lambda x, row=row: x[row], table), image, place)
-        return image
 
-    np.testing.assert_array_equal(mapped, jax.jit(jax.vmap(one))(images, rows, places))
-    assert (mapped != images).any(axis=(1, 2, 3)).mean() > 0.4
+@pytest.mark.parametrize('shape', [(32, 32, 3), (28, 28, 1), (5, 9, 3), (4, 4, 1)])
+@pytest.mark.parametrize('padding', [1, 4])
+def test_flip_and_shift_as_products(shape, padding):
+    image = jnp.asarray(np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8))
+    number = 2 * padding + 1
+    draws = [x.reshape(-1) for x in np.indices((2, number, number))]
+
+    def by_index(flipped, dy, dx):
+        return augment.shift(augment.flip(image, flipped == 1), padding, dy, dx)
+
+    def by_products(flipped, dy, dx):
+        return augment.flip_and_shift(image, flipped == 1, dy, dx, padding)
+
+    moved = [np.asarray(jax.jit(jax.vmap(f))(*draws)) for f in (by_index, by_products)]
+    np.testing.assert_array_equal(*moved)
+
+
+def test_products_are_rounded_before_they_are_added():
+    """Of all pairs of pixels and all factors, where NumPy cannot do otherwise."""
+    degenerate, image = (x.astype(np.uint8) for x in np.indices((256, 256)))
+    blend = jax.jit(functools.partial(ops._blend, jnp))
+    difference = image.astype(np.float32) - degenerate.astype(np.float32)
+    for level in range(31):
+        factor = np.float32(level / 10 * 1.8 + 0.1)
+        expected = np.clip(degenerate.astype(np.float32) + factor * difference, 0, 255)
+        ours = blend(degenerate, image, ops._halves(factor))
+        np.testing.assert_array_equal(ours, expected.astype(np.uint8))
+
+
+@pytest.mark.parametrize('indexed', [True, False])
+def test_autocontrast_of_all_ranges(indexed):
+    """The products are rounded first, of every lowest and highest value."""
+    low, high = (x[:, None] for x in np.triu_indices(256, 1))
+    images = np.stack([low, high], axis=1).astype(np.uint8)[..., None]
+    tables = jax.jit(jax.vmap(lambda image: ops._autocontrast(image, indexed)))(images)
+    scale = np.float32(255) / (high - low).astype(np.float32)
+    values = np.arange(256, dtype=np.float32)[None]
+    expected = np.clip(scale * values - scale * low.astype(np.float32), 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(tables[:, 0], expected)
 
 
 def _finish(augmentation, batch_key=0):

@@ -19,6 +19,8 @@ PROGRAM = """HloModule step, is_scheduled=true
 
 %fused_computation (p: f32[8,4]) -> f32[8,4] {
   %p = f32[8,4]{1,0} parameter(0)
+  %gather.2 = f32[128,2]{1,0:T(8,128)} gather(%p, %i), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,2}
+  %gather.3 = f32[128]{0} gather(%p, %j), collapsed_slice_dims={0,1}, slice_sizes={1,1}
   ROOT %copy.9 = f32[8,4]{0,1} copy(%p)
 }
 
@@ -35,6 +37,7 @@ ENTRY %main (a: u8[5000,32,32,3]) -> f32[8,4] {
   %all-reduce.1 = (f32[64]{0:T(128)S(1)}, /*index=1*/f32[3,3]{1,0}) all-reduce(%fusion.1), channel_id=1, replica_groups={{0,1},{2,3}}, use_global_device_ids=true
   %all-reduce.2 = f32[4]{0} all-reduce(%fusion.1), channel_id=2, replica_groups=[1,4]<=[4], use_global_device_ids=true
   %recv-done = f32[4]{0} recv-done(%recv), channel_id=3
+  %while.1 = (s32[], f32[8,4]) while(%t), condition=%cond, body=%body
   ROOT %transpose.1 = bf16[8,4]{0,1} transpose(%fusion.1), dimensions={1,0}
 }
 """
@@ -53,6 +56,8 @@ def test_a_program_is_read():
     assert [i.name for i in hlo.large_copies(program, 64)] == ['copy.3', 'copy.1', 'transpose.1']
     assert [hlo.groups(i) for i in hlo.collectives(program)] == [[[0, 1], [2, 3]], '[1,4]<=[4]']
     assert [i.name for i in hlo.host_transfers(program)] == ['recv-done']
+    assert hlo.gathers(PROGRAM) == [('gather.2', 2), ('gather.3', 1)]
+    assert [i.name for i in hlo.loops(program)] == ['while.1']
     assert hlo.cycles_by_layer(program) == [
         ('args[3]', 646908),
         ('jvp(Net)/conv1', 100),
@@ -97,6 +102,7 @@ def test_facts_of_a_program_for_devices_that_are_here():
     assert found['memory']['all'] > found['memory']['arguments'] > gradients
     shown = dict(facts.rows(found, 64, target))
     assert shown['transfers to the host'] == 'none' and 'of 1 GiB' in shown['memory of a device']
+    assert set(shown) >= {'gathers, of single elements', 'loops'}
     evaluated = facts.of_program(programs.lower_eval_step(experiment), target)
     assert evaluated['flops'] > 1e8
 
@@ -171,3 +177,19 @@ def test_images_of_a_replica_do_not_fill_the_lanes_of_a_tpu(tmp_path):
         '--steps=train',
     )
     assert found['train']['padding'] < 2.2
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize('recipe', ['autoaugment_cutout', 'randaugment'])
+def test_augmentation_on_a_tpu_reads_no_single_elements_and_loops_over_no_images(tmp_path, recipe):
+    """Of the loops none but that over the replicas of a device, of which there is one here."""
+    found = {
+        augment: _compiled(
+            tmp_path, 'tpu:v5e:2x2', *SMALL, f'--config.data.augment={augment}', '--steps=train'
+        )['train']
+        for augment in ('none', recipe)
+    }
+    assert found[recipe]['loops'] == found['none']['loops']
+    assert all(gather['elements'] > 1 for gather in found[recipe]['gathers'])
+    # 8 images of a device: in the order of the gradients of a network that is tiny.
+    assert found[recipe]['bytes'] < found['none']['bytes'] + 8 * 4e6

@@ -160,12 +160,41 @@ def shift(image: jax.Array, padding: int, dy: ArrayLike, dx: ArrayLike) -> jax.A
 def basic(image: jax.Array, key: jax.Array, padding: int) -> jax.Array:
     """The paper's basic recipe: flip with probability 1/2, then a uniformly random shift crop."""
     flip_key, y_key, x_key = jax.random.split(key, 3)
-    image = flip(image, jax.random.bernoulli(flip_key))
+    flipped = jax.random.bernoulli(flip_key)
     if not padding:
-        return image
+        return flip(image, flipped)
     dy = jax.random.randint(y_key, (), 0, 2 * padding + 1)
     dx = jax.random.randint(x_key, (), 0, 2 * padding + 1)
-    return shift(image, padding, dy, dx)
+    return lax.platform_dependent(
+        image,
+        flipped,
+        dy,
+        dx,
+        tpu=lambda *args: flip_and_shift(*args, padding),
+        default=lambda image, flipped, dy, dx: shift(flip(image, flipped), padding, dy, dx),
+    )
+
+
+def flip_and_shift(
+    image: jax.Array, flipped: ArrayLike, dy: ArrayLike, dx: ArrayLike, padding: int
+) -> jax.Array:
+    """`shift` of `flip`, as a matrix product for the rows and one for the columns.
+
+    On a TPU crops at places of their own are a loop over the images. bfloat16 has all integers up
+    to 256, and of a sum all terms but one are 0: this is exact.
+    """
+
+    def selection(size, offset, mirrored):
+        # Which pixel (second axis) comes to a place (first axis).
+        period = max(2 * size - 2, 1)
+        source = (jnp.arange(size) + offset - padding) % period
+        source = jnp.minimum(source, period - source)
+        source = jnp.where(mirrored, size - 1 - source, source)
+        return (source[:, None] == jnp.arange(size)[None]).astype(jnp.bfloat16)
+
+    rows, columns = selection(image.shape[0], dy, False), selection(image.shape[1], dx, flipped)
+    moved = jnp.einsum('yh,hwc->ywc', rows, image.astype(jnp.bfloat16))
+    return jnp.einsum('xw,ywc->yxc', columns, moved).astype(image.dtype)
 
 
 # Policies: a table of operations, of which each image gets some
@@ -186,13 +215,15 @@ def autoaugment(
       draw: key -> (rows of the table (2,), places (2, 2) for the squares of its Cutout). A line is
         chosen uniformly, each operation done with its chance, its sign turned with chance 1/2.
     """
-    table = [ops.resolve('Identity', 0, False, shape, constants)]
-    rows = np.zeros((len(policy), 2, 2), np.int32)
-    for line, operations in enumerate(policy):
-        for i, (name, _, level) in enumerate(operations):
-            for negative in (0, 1):
-                rows[line, i, negative] = len(table)
-                table.append(ops.resolve(name, level, bool(negative), shape, constants))
+    table = [
+        ops.resolve('Identity', 0, False, shape, constants),
+        *(
+            ops.resolve(name, level, negative, shape, constants)
+            for line in policy
+            for name, _, level in line
+            for negative in (False, True)
+        ),
+    ]
     chances = np.array([[chance for _, chance, _ in line] for line in policy], np.float32)
 
     def draw(key):
@@ -200,7 +231,7 @@ def autoaugment(
         line = jax.random.randint(line_key, (), 0, len(policy))
         done = jax.random.bernoulli(chance_key, jnp.asarray(chances)[line])
         sign = jax.random.bernoulli(sign_key, shape=(2,)).astype(jnp.int32)
-        chosen = jnp.take_along_axis(jnp.asarray(rows)[line], sign[:, None], axis=1)[:, 0]
+        chosen = 1 + 4 * line + 2 * jnp.arange(2, dtype=jnp.int32) + sign
         return jnp.where(done, chosen, 0), jax.random.uniform(place_key, (2, 2), jnp.float32)
 
     return _stack(table), draw
@@ -236,29 +267,40 @@ def apply_ops(images: jax.Array, table: ops.Op, rows: jax.Array, places: jax.Arr
     """Carries out on each image the operations of its rows of the table, one after the other.
 
     On CPU image after image, each in the branch of its operation alone; elsewhere all images at
-    once, in all branches.
+    once, in all branches. A TPU reads by comparison, see `ops`.
 
     Args:
       images: uint8 (N, H, W, C).
-      table: ops.Op, stacked.
+      table: ops.Op of NumPy arrays, stacked.
       rows: int32 (N, L).
       places: (N, L, 2) uniform numbers, for Cutout.
     """
-    table = jax.tree.map(jnp.asarray, table)
-
-    def one(image, rows, places):
-        for i in range(rows.shape[0]):
-            op = jax.tree.map(lambda x, row=rows[i]: x[row], table)
-            image = ops.apply(op, image, places[i])
-        return image
-
     return lax.platform_dependent(
         images,
         rows,
         places,
-        cpu=lambda *args: lax.map(lambda x: one(*x), args),
-        default=lambda *args: jax.vmap(one)(*args),
+        cpu=functools.partial(one_by_one, table),
+        tpu=functools.partial(all_at_once, table, False),
+        default=functools.partial(all_at_once, table, True),
     )
+
+
+def one_by_one(table: ops.Op, images: jax.Array, rows: jax.Array, places: jax.Array) -> jax.Array:
+    """`apply_ops` in a loop over the images."""
+    return lax.map(lambda args: _apply_rows(table, True, *args), (images, rows, places))
+
+
+def all_at_once(
+    table: ops.Op, indexed: bool, images: jax.Array, rows: jax.Array, places: jax.Array
+) -> jax.Array:
+    """`apply_ops` for all images together, where values are read by index or by comparison."""
+    return jax.vmap(functools.partial(_apply_rows, table, indexed))(images, rows, places)
+
+
+def _apply_rows(table, indexed, image, rows, places):
+    for i in range(rows.shape[0]):
+        image = ops.apply(ops.pick(table, rows[i], indexed), image, places[i], indexed)
+    return image
 
 
 # After the pixels

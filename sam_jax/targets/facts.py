@@ -18,16 +18,17 @@ def of_program(lowered: jax.stages.Lowered, target: Target) -> dict[str, Any]:
     {'compile_seconds'; 'memory': bytes of a device by use; 'flops', 'bytes': of a device, by XLA's
     count, 0 for GPUs that are not there, of which it counts nothing; 'roofline_seconds': the longer
     one of flops / peak and bytes / bandwidth; 'compiler_cycles', 'compiler_seconds': the compiler's
-    own estimate, where it makes one, of loops one turn; 'collectives'; 'padding': of
-    results, see `hlo.padding`; 'host_transfers'; 'copies' of large arrays; 'costly': [layer,
-    cycles]}.
+    own estimate, where it makes one, of loops one turn; 'collectives'; 'padding': of results, see
+    `hlo.padding`; 'host_transfers'; 'copies' of large arrays; 'gathers' and what each reads at a
+    place, in elements; 'loops'; 'costly': [layer, cycles]}.
     """
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
-    program = hlo.instructions(compiled.as_text() or '')
+    text = compiled.as_text() or ''
+    program = hlo.instructions(text)
     cycles = sum(i.cycles for i in program)
     flops, moved = cost.get('flops', 0.0), cost.get('bytes accessed', 0.0)
     return {
@@ -48,6 +49,8 @@ def of_program(lowered: jax.stages.Lowered, target: Target) -> dict[str, Any]:
             {'name': i.name, 'opcode': i.opcode, 'shape': i.shape, 'bytes': i.bytes}
             for i in hlo.large_copies(program, LARGE)
         ],
+        'gathers': [{'name': name, 'elements': n} for name, n in hlo.gathers(text)],
+        'loops': [{'name': i.name, 'op_name': i.op_name} for i in hlo.loops(program)],
         'costly': [list(pair) for pair in hlo.cycles_by_layer(program)[:COSTLY]],
     }
 
@@ -76,6 +79,7 @@ def rows(found: dict[str, Any], images: int, target: Target) -> list[tuple[str, 
     memory, gib = found['memory'], 2**30
     parts = ', '.join(f'{name} {memory[name] / gib:.3g}' for name in memory if name != 'all')
     together = found['collectives']
+    single = sum(gather['elements'] == 1 for gather in found['gathers'])
     shown = [
         ('compiled in', f'{found["compile_seconds"]:.1f} s'),
         (
@@ -93,6 +97,8 @@ def rows(found: dict[str, Any], images: int, target: Target) -> list[tuple[str, 
             'copies of large arrays',
             '; '.join(f'{c["opcode"]} {c["shape"]}' for c in found['copies']) or 'none',
         ),
+        ('gathers, of single elements', f'{len(found["gathers"])}, {single}'),
+        ('loops', str(len(found['loops']) or 'none')),
     ]
     return shown
 

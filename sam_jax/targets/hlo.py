@@ -124,6 +124,23 @@ def host_transfers(program: Iterable[Instruction]) -> list[Instruction]:
     return [i for i in program if i.opcode.removesuffix('-done') in HOST]
 
 
+def gathers(text: str) -> list[tuple[str, int]]:
+    """Returns [(name, elements that are read at each place), ...], those within fusions as well.
+
+    Gathers of single elements are slow on a TPU.
+
+    Args:
+      text: of `compiled.as_text()`.
+    """
+    found = re.findall(r'%?([\w.-]+) = \S+ gather\(.*slice_sizes=\{([\d,]*)\}', text)
+    return [(name, math.prod(int(n) for n in sizes.split(',') if n)) for name, sizes in found]
+
+
+def loops(program: Iterable[Instruction]) -> list[Instruction]:
+    """Returns the loops."""
+    return [i for i in program if i.opcode == 'while']
+
+
 def groups(instruction: Instruction) -> list[list[int]] | str:
     """Returns the devices that exchange with each other; as text, where it is in another form."""
     match = re.search(r'replica_groups=(\{(?:\{[\d,]*\},?)*\}|\S+?)(?:, |$)', instruction.operands)
