@@ -191,5 +191,5 @@ def test_augmentation_on_a_tpu_reads_no_single_elements_and_loops_over_no_images
     }
     assert found[recipe]['loops'] == found['none']['loops']
     assert all(gather['elements'] > 1 for gather in found[recipe]['gathers'])
-    # 8 images of a device: in the order of the gradients of a network that is tiny.
-    assert found[recipe]['bytes'] < found['none']['bytes'] + 8 * 4e6
+    # 0.13 GB, of 8 images or of 32; of gathers of single pixels XLA counts some 50 GB for these 8.
+    assert found[recipe]['bytes'] < found['none']['bytes'] + 2e8
