@@ -1,13 +1,15 @@
 """Compiles the steps of a config for accelerators that are not there: what would they need?
 
-    sam-jax-compile --target=tpu:v5e:2x4 --config=cifar:model=wrn16_4 --config.data.dir=DIR
+    sam-jax-compile --target=tpu:v5e:2x4 --config=cifar:model=wrn16_4
     sam-jax-compile --target=gpu:h100:8 --config=cifar:model=wrn28_10 --json=facts.json
+    sam-jax-compile --target=cpu:1 --config=cifar:model=resnet56 --config.batch_size=32
 
-Nothing is allocated, and no accelerator is needed: the compilers come with pip install
-'sam_jax[tpu]' and 'sam_jax[cuda]', best into an environment of their own. Memory, operations and
-exchanges are the program's. Times, images/s and shares of the peak are ESTIMATES: the longer one of
-operations over peak and bytes over bandwidth, and the compiler's own cycles, of which a loop counts
-once.
+Nothing is allocated, and neither accelerator nor dataset is needed: the compilers come with pip
+install 'sam_jax[tpu]' and 'sam_jax[cuda]', best into an environment of their own. Memory, exchanges
+and kernels are the compiled program's; operations are those of its convolutions and matrix products
+before compilation; bytes are operands and results of its instructions. Times, images/s and shares
+of the peak are ESTIMATES and nothing that was measured: the longer one of operations over peak and
+bytes over bandwidth, and the compiler's own cycles.
 """
 
 import json
@@ -15,16 +17,17 @@ import json
 import jax
 from absl import flags
 
-from sam_jax import tables
+from sam_jax import memory, tables
 from sam_jax.cli import commands
 from sam_jax.targets import facts, hardware, programs
 
 _CONFIG = commands.define_config('The config.')
 _TARGET = flags.DEFINE_string(
-    'target', '', 'tpu:KIND:SHAPE or gpu:KIND:NUMBER, such as tpu:v5e:2x4, gpu:h100:8.'
+    'target', '', 'tpu:KIND:SHAPE, gpu:KIND:NUMBER or cpu:NUMBER: tpu:v5e:2x4, gpu:h100:8, cpu:1.'
 )
-_STEPS = flags.DEFINE_list('steps', ['train', 'eval'], 'Of train, eval.')
+_STEPS = flags.DEFINE_list('steps', list(programs.STEPS), 'Of train, eval.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
+_MARKDOWN = flags.DEFINE_string('markdown', '', 'Where what is printed goes as Markdown.')
 
 
 def main() -> None:
@@ -32,25 +35,58 @@ def main() -> None:
     target = hardware.target(_TARGET.value)
     config = _CONFIG.value
     experiment = programs.experiment_for(config, target.devices)
-    print(
-        f'{target.name}: {len(target.devices)} devices on {target.hosts} hosts; '
-        f'{experiment.layout.num_replicas} replicas of {config.replica_batch_size} images.'
+    layout, room = experiment.layout, target.device.memory
+    text = []
+
+    def say(part):
+        text.append(part)
+        print(part + '\n', flush=True)
+
+    say(
+        f'{config.model.name} on {target.name}: {len(layout.devices)} devices on {target.hosts} '
+        f'hosts; {layout.num_replicas} replicas of {config.replica_batch_size} images of '
+        f'{experiment.dataset.name}. {experiment.note}'.rstrip()
     )
-    written = {}
-    for step, lower, images in (
-        ('train', programs.lower_train_step, config.batch_size),
-        ('eval', programs.lower_eval_step, config.eval.batch_size),
-    ):
+    needed = memory.needs(experiment)
+    say(memory.summary(needed, room))
+    written = {
+        'target': target.name,
+        'devices': len(layout.devices),
+        'device_memory': room,
+        'config': json.loads(config.to_json_best_effort()),
+        'estimate': {**needed._asdict(), 'all': needed.all},
+    }
+    if memory.advice(needed, experiment, room):
+        say(memory.advice(needed, experiment, room))
+    for step, images in (('train', config.batch_size), ('eval', config.eval.batch_size)):
         if step not in _STEPS.value:
             continue
-        found = written[step] = facts.of_program(lower(experiment), target)
-        print('\n' + tables.markdown((f'{step} step', ''), facts.rows(found, images, target)))
-        if found['costly']:
-            print()
-            print(tables.markdown(('layer', 'estimated cycles'), found['costly']), flush=True)
+        program = programs.STEPS[step](experiment)
+        found = facts.of_program(program.lowered, target, program.flops, config.model.dtype)
+        written[step] = found
+        say(
+            tables.markdown(
+                (f'{step} step', ''), facts.rows(found, images, target, config.model.dtype)
+            )
+        )
+        if found.get('costly'):
+            say(
+                tables.markdown(
+                    ('layer', 'ESTIMATED cycles', 'bytes'),
+                    [
+                        (name, f'{cycles:,}', f'{moved:.3g}')
+                        for name, cycles, moved in found['costly']
+                    ],
+                )
+            )
+        if not found['fits'] and step == 'train':
+            say(memory.advice(needed, experiment, room, found['memory']['all'] or needed.all))
     if _JSON.value:
         with open(_JSON.value, 'w') as file:
-            json.dump({'target': target.name, **written}, file, indent=2)
+            json.dump(written, file, indent=2)
+    if _MARKDOWN.value:
+        with open(_MARKDOWN.value, 'w') as file:
+            file.write('\n\n'.join(text) + '\n')
 
 
 def run() -> None:
