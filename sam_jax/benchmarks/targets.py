@@ -59,7 +59,7 @@ HARDWARE = {
 DTYPES = ('bfloat16', 'float32')
 REMAT = ('False', 'True')
 
-_OUT = flags.DEFINE_string('out', '', 'Folder of the figures.', required=True)
+_OUT = flags.DEFINE_string('out', None, 'Folder of the figures.', required=True)
 _HARDWARE = flags.DEFINE_list('hardware', list(HARDWARE), 'What to compile for.')
 _MODELS = flags.DEFINE_list('models', list(MODELS), 'Models, in this order.')
 _DTYPES = flags.DEFINE_list('dtypes', list(DTYPES), 'Of model.dtype.')
@@ -106,9 +106,9 @@ def _paper_batch(model):
 def rows() -> Iterator[Row]:
     """Yields the rows that the flags name, those of a hardware together."""
     for hardware in _HARDWARE.value:
-        for model in _MODELS.value:
-            for dtype in _DTYPES.value:
-                for remat in _REMAT.value:
+        for dtype in _DTYPES.value:
+            for remat in _REMAT.value:
+                for model in _MODELS.value:
                     yield Row(model, hardware, dtype, remat)
 
 
