@@ -192,7 +192,7 @@ def _moved(i, shapes, computations):
         return 0.0
     if i.opcode.endswith('-start') and i.opcode != 'all-reduce-start':
         if i.opcode.startswith(SLICES):  # ((operand), result, ...), from one memory to the other
-            return size(i.shape[_closing(i.shape[1:]) + 1 :])
+            return next(_arrays(i.shape[_closing(i.shape[1:]) + 1 :]))[0]
         return in_main_memory(i.shape)  # (operand, result, ...)
     if i.opcode in SLICES:
         return 2 * in_main_memory(i.shape)
