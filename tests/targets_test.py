@@ -309,7 +309,7 @@ def test_what_a_step_needs():
     assert scanned.gradients == 3 * params
     assert scanned.activations - sam.activations == 3 * 4 * 32 * 64
     half, remat = _needs(model__dtype='bfloat16'), _needs(model__remat=True)
-    assert 0.4 < half.activations / sam.activations < 0.7
+    assert 0.4 < half.activations / sam.activations < 0.8
     assert remat.activations < 0.5 * sam.activations
 
 

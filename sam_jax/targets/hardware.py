@@ -138,7 +138,12 @@ def target(name: str) -> Target:
         ) from e
     share = math.prod(map(int, shape.split('x'))) / len(devices)
     whole = chips[kind]
-    device = Chip(*(x * share for x in whole[:-1]), whole.clock)
+    device = whole._replace(
+        flops=whole.flops * share,
+        float32_flops=whole.float32_flops * share,
+        bandwidth=whole.bandwidth * share,
+        memory=whole.memory * share,
+    )
     return Target(name, devices, device, len({d.process_index for d in devices}))
 
 
@@ -157,7 +162,7 @@ def _topology(platform, kind, shape):
     from jax.experimental import topologies
 
     if platform == 'tpu':
-        options = dict(TPU_OPTIONS.get(kind, {}))
+        options: dict[str, Any] = dict(TPU_OPTIONS.get(kind, {}))
         if f'{kind}:{shape}' in EIGHT_ON_A_HOST:
             options['chips_per_host_bounds'] = (2, 4, 1)
         return topologies.get_topology_desc(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -286,7 +286,8 @@ def costly(program: Iterable[Instruction]) -> list[tuple[str, tuple[float, float
 
     The order is that of the cycles, and of the bytes where the compiler estimates no cycles.
     """
-    cycles, moved = Counter(), Counter()
+    cycles: dict[str, float] = defaultdict(float)
+    moved: dict[str, float] = defaultdict(float)
     for i in program:
         name = layer(i.op_name)
         cycles[name] += i.times * i.cycles
