@@ -1,12 +1,13 @@
 """Does every row of the paper fit? Compiles them for hardware that is not there.
 
     python -m sam_jax.benchmarks.targets --out=FOLDER [--hardware=v5e-8,...] [--models=...]
-        [--dtypes=bfloat16] [--remat=False] [--minutes=30] [--table_only]
+        [--dtypes=bfloat16] [--remat=False] [--minutes=30] [--estimate_only] [--table_only]
 
 Runs `sam-jax-compile` for the train step of each row, one at a time, each in a process of its own,
-and prints the table. The figures of a row go to a file of the folder; a row that has its file is
-not compiled again, so the command can be stopped and started at will. What could not be compiled
-has a file too, which says why; delete it to try again.
+and prints the table. The figures of a row go to a file of the folder; a row that is compiled is not
+compiled again, so the command can be stopped and started at will. The file of a row that could not
+be compiled says why; delete it to try again. With --estimate_only nothing is compiled and a row has
+the estimate of sam_jax/memory.py alone.
 """
 
 import json
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from sam_jax import tables
+from sam_jax.targets import hardware as targets
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ _MODELS = flags.DEFINE_list('models', list(MODELS), 'Models, in this order.')
 _DTYPES = flags.DEFINE_list('dtypes', list(DTYPES), 'Of model.dtype.')
 _REMAT = flags.DEFINE_list('remat', list(REMAT), 'Of model.remat.')
 _MINUTES = flags.DEFINE_float('minutes', 60, 'A row that takes longer is given up.')
-_TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Compile nothing, print what is there.')
+_ESTIMATE_ONLY = flags.DEFINE_bool('estimate_only', False, 'Compile nothing, estimate.')
+_TABLE_ONLY = flags.DEFINE_bool('table_only', False, 'Print what is there.')
 
 
 class Row(NamedTuple):
@@ -112,21 +115,29 @@ def rows() -> Iterator[Row]:
                     yield Row(model, hardware, dtype, remat)
 
 
-def compile_row(row: Row, minutes: float) -> None:
-    """Compiles a row in a process of its own; its file then holds the figures, or why not."""
-    part = row.file + '.part'
-    command = [sys.executable, '-m', 'sam_jax.cli.compile', '--steps=train', f'--json={part}']
+def make(row: Row, steps: str, minutes: float) -> None:
+    """Estimates and compiles a row in a process of its own; its file says what came of it.
+
+    Args:
+      row: what to compile.
+      steps: 'train', or '' for the estimate alone.
+      minutes: after which it is given up.
+    """
+    command = [sys.executable, '-m', 'sam_jax.cli.compile', f'--steps={steps}']
     try:
         ended = subprocess.run(
-            [*command, *row.flags], capture_output=True, text=True, timeout=60 * minutes
+            [*command, f'--json={row.file}', *row.flags],
+            capture_output=True,
+            text=True,
+            timeout=60 * minutes,
         )
         failed = '' if not ended.returncode else (ended.stderr.strip().splitlines() or ['?'])[-1]
     except subprocess.TimeoutExpired:
         failed = f'not compiled in {minutes:g} minutes'
     if failed:
-        with open(part, 'w') as file:
-            json.dump({'failed': failed}, file)
-    os.replace(part, row.file)
+        known = read(row)  # first of all: opening the file to write empties it
+        with open(row.file, 'w') as file:
+            json.dump({**known, 'failed': failed}, file, indent=2)
 
 
 def read(row: Row) -> dict[str, Any]:
@@ -137,17 +148,32 @@ def read(row: Row) -> dict[str, Any]:
         return json.load(file)
 
 
-def cell(found: dict[str, Any]) -> str:
-    """Returns GiB that the compiled train step needs; bold with ! where the device has less."""
-    if 'train' not in found:
-        return 'late' if found else ''
-    memory = found['train']['memory']['all'] / 2**30
-    text = f'{memory:.3g}' if memory else 'refused'
-    return text if found['train']['fits'] else f'**{text} !**'
+def room(hardware: str) -> float:
+    """Returns the bytes of a device."""
+    platform, kind, _ = HARDWARE[hardware][0].split(':')
+    if platform == 'gpu':
+        return targets.GPUS[kind].memory
+    # Each of the two cores of a v3 chip is a device.
+    return targets.TPUS[kind].memory / (2 if kind == 'v3' else 1)
+
+
+def cell(found: dict[str, Any], estimate: float, memory: float) -> str:
+    """Returns the GiB of a train step, bold with ! where they are more than a device has.
+
+    Args:
+      found: what the file of a row holds.
+      estimate: bytes by estimate, which stand with ~ where the row is not compiled.
+      memory: bytes of a device.
+    """
+    compiled = found.get('train')
+    needs = compiled['memory']['all'] if compiled else estimate
+    fits = compiled['fits'] if compiled else needs <= memory
+    text = f'{needs / 2**30:.3g}' if compiled else f'~{needs / 2**30:.3g}'
+    return text if fits else f'**{text if needs else "refused"} !**'
 
 
 def speed(found: dict[str, Any]) -> str:
-    """Returns the estimated images/s of a compiled step and its share of the peak."""
+    """Returns the images/s of a compiled step, by the slower of the estimates of its time."""
     step = found.get('train', {})
     seconds = max(step.get('roofline_seconds', 0), step.get('compiler_seconds', 0))
     return f'{found["config"]["batch_size"] / seconds:,.0f}' if seconds else ''
@@ -155,30 +181,27 @@ def speed(found: dict[str, Any]) -> str:
 
 def table() -> str:
     """Returns the tables of memory, and of the estimated speed, of the rows that are there."""
-    hardware = [h for h in HARDWARE if h in _HARDWARE.value]
     memory, speeds = [], []
     for model in _MODELS.value:
         for dtype in _DTYPES.value:
             for remat in _REMAT.value:
-                found = {h: read(Row(model, h, dtype, remat)) for h in hardware}
+                found = {h: read(Row(model, h, dtype, remat)) for h in HARDWARE}
                 known = [f for f in found.values() if 'estimate' in f]
                 if not known:
                     continue
-                config = known[0]['config']
-                head = (
-                    model,
-                    f'{config["batch_size"]} / {config["replica_batch_size"]}',
-                    dtype,
-                    'yes' if remat == 'True' else '',
-                )
-                estimate = f'{known[0]["estimate"]["all"] / 2**30:.3g}'
-                memory.append((*head, estimate, *map(cell, found.values())))
-                speeds.append((*head, *map(speed, found.values())))
-    head = ('model', 'batch / replica', 'dtype', 'remat')
+                head = (model, dtype, 'yes' if remat == 'True' else '')
+                # Of eight devices; with others no more than the data differs.
+                estimate = known[0]['estimate']['all']
+                shown = {h: found[h] for h in _HARDWARE.value}
+                memory.append((*head, *(cell(f, estimate, room(h)) for h, f in shown.items())))
+                if any(map(speed, shown.values())):
+                    speeds.append((*head, *map(speed, shown.values())))
+    head = ('model', 'dtype', 'remat')
+    rooms = [f'{h} ({room(h) / 2**30:.3g})' for h in _HARDWARE.value]
     return '\n\n'.join(
         [
-            tables.markdown((*head, 'estimate before', *hardware), memory),
-            tables.markdown((*head, *hardware), speeds),
+            tables.markdown((*head, *rooms), memory),
+            tables.markdown((*head, *_HARDWARE.value), speeds),
         ]
     )
 
@@ -188,11 +211,14 @@ def main(argv: list[str]) -> None:
     del argv
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.INFO)
     os.makedirs(_OUT.value, exist_ok=True)
+    steps = '' if _ESTIMATE_ONLY.value else 'train'
     for row in rows() if not _TABLE_ONLY.value else ():
-        if not os.path.exists(row.file):
+        done = read(row)
+        if not done or steps and not {'train', 'failed'} & set(done):
             _log.info('%s ...', ' '.join(row))
-            compile_row(row, _MINUTES.value)
-            _log.info('%s', cell(read(row)) or read(row))
+            make(row, steps, _MINUTES.value)
+            done = read(row)
+            _log.info('%s', done.get('failed') or cell(done, done['estimate']['all'], 0))
     print(table())
 
 

@@ -56,6 +56,7 @@ def main() -> None:
         'config': json.loads(config.to_json_best_effort()),
         'estimate': {**needed._asdict(), 'all': needed.all},
     }
+    _write(written, text)
     if memory.advice(needed, experiment, room):
         say(memory.advice(needed, experiment, room))
     for step, images in (('train', config.batch_size), ('eval', config.eval.batch_size)):
@@ -81,6 +82,11 @@ def main() -> None:
             )
         if not found['fits'] and step == 'train':
             say(memory.advice(needed, experiment, room, found['memory']['all'] or needed.all))
+        _write(written, text)
+
+
+def _write(written, text):
+    """Leaves in the files what is known so far: a compilation may take long."""
     if _JSON.value:
         with open(_JSON.value, 'w') as file:
             json.dump(written, file, indent=2)
