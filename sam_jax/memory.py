@@ -1,9 +1,8 @@
 """What a training step needs of a device's memory, estimated before it is compiled.
 
-State and data are known. What a gradient keeps of its forward pass for its backward pass is counted
-as JAX writes it down, and compilers differ in what they make of it: they may need less, since they
-fuse, or more, where they fill arrays up to their tiles (docs/targets.md has both). So only what is
-known refuses a run; the rest warns.
+State and data are known. What a gradient keeps of its forward pass for its backward pass is known
+but for what a compiler makes of it: docs/targets.md compares. So only what is known refuses a run;
+the rest warns.
 """
 
 import logging
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 from sam_jax import replicas
 from sam_jax.errors import UserError
@@ -70,7 +70,11 @@ def needs(experiment: Any) -> Needs:
 
 
 def kept(model: Network, shape: tuple[int, ...]) -> float:
-    """Returns the bytes that a gradient keeps between its passes, besides the params.
+    """Returns the bytes that a gradient keeps between its passes, besides params and images.
+
+    They are what the backward pass reads, written back to what it is made of: an elementwise
+    operation is computed anew, as all compilers do that fuse it with its users. So left are results
+    of convolutions, products, reductions and calls, and operands of convolutions and products.
 
     Args:
       model: flax module of `models.create_model`.
@@ -80,18 +84,59 @@ def kept(model: Network, shape: tuple[int, ...]) -> float:
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
-    def backward(variables, x):
+    def loss(variables, x):
         rngs = {name: jax.random.key(0) for name in ('dropout', 'shake')}
+        return model.apply(variables, x, train=True, mutable=['batch_stats'], rngs=rngs)[0].sum()
 
-        def loss(params):
-            return model.apply(
-                {**variables, 'params': params}, x, train=True, mutable=['batch_stats'], rngs=rngs
-            )[0].sum()
+    def backward(variables, x):
+        rest = {name: tree for name, tree in variables.items() if name != 'params'}
+        return jax.vjp(lambda p: loss({**rest, 'params': p}, x), variables['params'])[1]
 
-        return jax.vjp(loss, variables['params'])[1]
+    jaxpr = jax.make_jaxpr(backward)(variables, images).jaxpr
+    # With `model.remat` these are the inputs of the blocks. Of each block the rest is made anew.
+    forward = jax.make_jaxpr(loss)(variables, images).jaxpr if model.remat else jaxpr
+    blocks = [e.params['jaxpr'] for e in forward.eqns if e.primitive.name in REMAT]
+    largest = max((_stored(b, [x for e in b.eqns for x in e.outvars]) for b in blocks), default=0)
+    return _stored(jaxpr, jaxpr.outvars) + largest
 
-    residuals = jax.eval_shape(backward, variables, images)
-    return max(_size(residuals) - _size(variables['params']), 0)
+
+def _stored(jaxpr, read):
+    """Bytes of what must be stored so that these variables of a program can be read."""
+    makers = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
+    operands = {x for e in jaxpr.eqns if e.primitive.name in PRODUCTS for x in _variables(e.invars)}
+    found, left = {}, _variables(read)
+    while left:
+        x = left.pop()
+        if x in found or x not in makers:
+            continue
+        found[x] = x in operands or not _elementwise(makers[x])
+        if not found[x]:
+            left += _variables(makers[x].invars)
+    return _size([x.aval for x, stays in found.items() if stays])
+
+
+REMAT = ('remat2', 'checkpoint')  # as versions of JAX have it
+PRODUCTS = ('conv_general_dilated', 'dot_general')
+ELEMENTWISE = frozenset(
+    'abs add add_any and broadcast_in_dim convert_element_type copy div eq exp expand_dims ge gt '
+    'integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign '
+    'sqrt square squeeze stop_gradient sub tanh'.split()
+)
+
+
+def _elementwise(equation):
+    inner = [
+        x
+        for x in map(lambda x: getattr(x, 'jaxpr', x), equation.params.values())
+        if hasattr(x, 'eqns')
+    ]
+    if inner:  # a function of its own, such as relu
+        return all(_elementwise(e) for jaxpr in inner for e in jaxpr.eqns)
+    return equation.primitive.name in ELEMENTWISE
+
+
+def _variables(atoms):
+    return [x for x in atoms if not isinstance(x, Literal)]
 
 
 def _size(tree):

@@ -310,7 +310,7 @@ def test_what_a_step_needs():
     assert scanned.activations - sam.activations == 3 * 4 * 32 * 64
     half, remat = _needs(model__dtype='bfloat16'), _needs(model__remat=True)
     assert 0.4 < half.activations / sam.activations < 0.8
-    assert remat.activations < 0.5 * sam.activations
+    assert remat.activations < sam.activations
 
 
 def test_what_is_kept_is_about_what_the_compiled_step_takes():
