@@ -218,7 +218,7 @@ def main(argv: list[str]) -> None:
             _log.info('%s ...', ' '.join(row))
             make(row, steps, _MINUTES.value)
             done = read(row)
-            _log.info('%s', done.get('failed') or cell(done, done['estimate']['all'], 0))
+            _log.info('%s', done.get('failed') or cell(done, done['estimate']['all'], room(row.hardware)))
     print(table())
 
 
