@@ -18,32 +18,33 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 from absl import app, flags
 
-from sam_jax import tables
+from sam_jax import memory, settings, tables
 from sam_jax.targets import hardware as targets
+from sam_jax.targets import programs
 
 _log = logging.getLogger(__name__)
 
-# Model -> the flags of its row of the paper. The paper's EfficientNets are B7 and L2; the smaller
-# ones are fine-tuned as B7 is, at their own resolution.
+# Model -> config of its row of the paper, and what differs. The paper has EfficientNet B7 and L2;
+# the smaller ones are fine-tuned as B7 is, at their own resolution.
 _SIDES = (224, 240, 260, 300, 380, 456, 528)
 MODELS = {
-    'wrn28_10': ('--config=cifar:model=wrn28_10',),
-    'shake_shake_26_2x96d': ('--config=cifar:model=shake_shake_26_2x96d',),
-    **{f'resnet{n}': (f'--config=imagenet:model=resnet{n}',) for n in (50, 101, 152)},
+    'wrn28_10': ('cifar:model=wrn28_10', {}),
+    'shake_shake_26_2x96d': ('cifar:model=shake_shake_26_2x96d', {}),
+    **{f'resnet{n}': (f'imagenet:model=resnet{n}', {}) for n in (50, 101, 152)},
     **{
         f'efficientnet-b{i}': (
-            '--config=finetune:dataset=imagenet,model=efficientnet-b7',
-            f'--config.model.name=efficientnet-b{i}',
-            f'--config.data.image_size={side}',
+            'finetune:dataset=imagenet,model=efficientnet-b7',
+            {'model.name': f'efficientnet-b{i}', 'data.image_size': side},
         )
         for i, side in enumerate(_SIDES)
     },
-    'efficientnet-b7': ('--config=finetune:dataset=imagenet,model=efficientnet-b7',),
-    'efficientnet-l2-475': ('--config=finetune:dataset=imagenet,model=efficientnet-l2-475',),
-    'pyramidnet272': ('--config=cifar:model=pyramidnet272',),
-    'pyramidnet272_shakedrop': ('--config=cifar:model=pyramidnet272_shakedrop',),
+    'efficientnet-b7': ('finetune:dataset=imagenet,model=efficientnet-b7', {}),
+    'efficientnet-l2-475': ('finetune:dataset=imagenet,model=efficientnet-l2-475', {}),
+    'pyramidnet272': ('cifar:model=pyramidnet272', {}),
+    'pyramidnet272_shakedrop': ('cifar:model=pyramidnet272_shakedrop', {}),
 }
 
 # As people call it -> --target, and how many times the batch of the paper.
@@ -85,25 +86,13 @@ class Row(NamedTuple):
         return os.path.join(_OUT.value, '_'.join(parts) + '.json')
 
     @property
-    def flags(self) -> list[str]:
-        """The arguments of `sam-jax-compile`."""
-        target, times = HARDWARE[self.hardware]
-        more = [f'--config.batch_size={times * _paper_batch(self.model)}'] if times > 1 else []
-        return [
-            f'--target={target}',
-            *MODELS[self.model],
-            f'--config.model.dtype={self.dtype}',
-            f'--config.model.remat={self.remat}',
-            *more,
-        ]
-
-
-def _paper_batch(model):
-    if model == 'efficientnet-l2-475':
-        return 512
-    if model.startswith('efficientnet'):
-        return 1024
-    return 4096 if model.startswith('resnet') else 256
+    def changes(self) -> dict[str, Any]:
+        """What differs from the config."""
+        base, changes = MODELS[self.model]
+        times = HARDWARE[self.hardware][1]
+        if times > 1:
+            changes = {**changes, 'batch_size': times * settings.load(base)[1].batch_size}
+        return {**changes, 'model.dtype': self.dtype, 'model.remat': self.remat}
 
 
 def rows() -> Iterator[Row]:
@@ -115,22 +104,39 @@ def rows() -> Iterator[Row]:
                     yield Row(model, hardware, dtype, remat)
 
 
-def make(row: Row, steps: str, minutes: float) -> None:
-    """Estimates and compiles a row in a process of its own; its file says what came of it.
+def estimate(row: Row) -> None:
+    """Writes the estimate of a row into its file, which no compiler is asked for."""
+    config = settings.load(MODELS[row.model][0])[1]
+    for key, value in row.changes.items():
+        settings.override(config, key, str(value))
+    experiment = programs.experiment_for(config, jax.devices())
+    needed = memory.needs(experiment)
+    with open(row.file, 'w') as file:
+        json.dump(
+            {
+                'config': json.loads(config.to_json_best_effort()),
+                'estimate': {**needed._asdict(), 'all': needed.all},
+            },
+            file,
+            indent=2,
+        )
+
+
+def make(row: Row, minutes: float) -> None:
+    """Compiles a row in a process of its own; its file says what came of it.
 
     Args:
       row: what to compile.
-      steps: 'train', or '' for the estimate alone.
       minutes: after which it is given up.
     """
-    command = [sys.executable, '-m', 'sam_jax.cli.compile', f'--steps={steps}']
+    command = [
+        *(sys.executable, '-m', 'sam_jax.cli.compile', '--steps=train', f'--json={row.file}'),
+        f'--target={HARDWARE[row.hardware][0]}',
+        f'--config={MODELS[row.model][0]}',
+        *(f'--config.{key}={value}' for key, value in row.changes.items()),
+    ]
     try:
-        ended = subprocess.run(
-            [*command, f'--json={row.file}', *row.flags],
-            capture_output=True,
-            text=True,
-            timeout=60 * minutes,
-        )
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
         failed = '' if not ended.returncode else (ended.stderr.strip().splitlines() or ['?'])[-1]
     except subprocess.TimeoutExpired:
         failed = f'not compiled in {minutes:g} minutes'
@@ -211,14 +217,21 @@ def main(argv: list[str]) -> None:
     del argv
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', level=logging.INFO)
     os.makedirs(_OUT.value, exist_ok=True)
-    steps = '' if _ESTIMATE_ONLY.value else 'train'
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', 8)  # as most of the hardware has, for the estimates
     for row in rows() if not _TABLE_ONLY.value else ():
         done = read(row)
-        if not done or steps and not {'train', 'failed'} & set(done):
-            _log.info('%s ...', ' '.join(row))
-            make(row, steps, _MINUTES.value)
-            done = read(row)
-            _log.info('%s', done.get('failed') or cell(done, done['estimate']['all'], room(row.hardware)))
+        if _ESTIMATE_ONLY.value and not done:
+            estimate(row)
+        elif not _ESTIMATE_ONLY.value and not {'train', 'failed'} & set(done):
+            make(row, _MINUTES.value)
+        else:
+            continue
+        done = read(row)
+        shown = (
+            cell(done, done['estimate']['all'], room(row.hardware)) if 'estimate' in done else ''
+        )
+        _log.info('%s: %s %s', ' '.join(row), shown, done.get('failed', ''))
     print(table())
 
 
