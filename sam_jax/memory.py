@@ -190,12 +190,13 @@ def advice(needed: Needs, experiment: Any, memory: float, compiled: float = 0) -
 
 
 def check(experiment: Any) -> None:
-    """Looks, before a run is compiled, whether its step fits; on CPU nothing is asked.
+    """Looks, before a run is compiled, whether its step fits an accelerator that tells its memory.
 
     Raises:
       UserError: what is known alone is too much. Of an estimate that is too large the log warns.
     """
-    if experiment.layout.devices[0].platform == 'cpu':
+    local = [d for d in experiment.layout.devices if d.process_index == jax.process_index()]
+    if any(d.platform == 'cpu' or not d.memory_stats() for d in local):
         return
     free, _ = replicas.free_memory(experiment.layout.devices)
     needed = needs(experiment)

@@ -331,7 +331,7 @@ class _Accelerator:
         self._free = free
 
     def memory_stats(self):
-        return {'bytes_limit': self._free, 'bytes_in_use': 0}
+        return self._free and {'bytes_limit': self._free, 'bytes_in_use': 0}
 
 
 def _check(free, **settings):
@@ -362,6 +362,7 @@ def test_a_run_that_may_not_fit_is_warned_of(caplog):
     assert record.levelname == 'WARNING' and 'This is an estimate.' in record.getMessage()
     caplog.clear()
     _check(int(needed.all) + 1)
+    _check(None)  # of an accelerator that does not tell its memory
     assert not caplog.records
 
 
@@ -441,8 +442,8 @@ def test_a_step_on_a_tpu_copies_no_dataset_and_exchanges_once(tmp_path):
 
 @pytest.mark.targets
 def test_a_slice_of_several_hosts(tmp_path):
-    found = _compiled(tmp_path, 'tpu:v5e:2x4', *SMALL, '--config.batch_size=64', '--steps=eval')
-    assert found['eval']['collectives'][0]['groups'] == [list(range(8))]
+    found = _compiled(tmp_path, 'tpu:v5e:4x4', *SMALL, '--config.batch_size=128', '--steps=eval')
+    assert found['eval']['collectives'][0]['groups'] == [list(range(16))]
 
 
 @pytest.mark.targets
