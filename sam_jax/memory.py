@@ -19,6 +19,14 @@ from sam_jax.models.layers import Network
 
 _log = logging.getLogger(__name__)
 
+REMAT = ('remat2', 'checkpoint')  # as versions of JAX have it
+PRODUCTS = ('conv_general_dilated', 'dot_general')
+ELEMENTWISE = frozenset(
+    'abs add add_any and broadcast_in_dim convert_element_type copy div eq exp expand_dims ge gt '
+    'integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign '
+    'sqrt square squeeze stop_gradient sub tanh'.split()
+)
+
 
 class Needs(NamedTuple):
     """Bytes of one device.
@@ -115,15 +123,6 @@ def _stored(jaxpr, read):
     return _size([x.aval for x, stays in found.items() if stays])
 
 
-REMAT = ('remat2', 'checkpoint')  # as versions of JAX have it
-PRODUCTS = ('conv_general_dilated', 'dot_general')
-ELEMENTWISE = frozenset(
-    'abs add add_any and broadcast_in_dim convert_element_type copy div eq exp expand_dims ge gt '
-    'integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign '
-    'sqrt square squeeze stop_gradient sub tanh'.split()
-)
-
-
 def _elementwise(equation):
     inner = [
         x
@@ -157,36 +156,32 @@ def _figures(needed):
     return ', '.join(f'{name} {getattr(needed, name) / 2**30:.3g}' for name in names)
 
 
-def advice(needed: Needs, experiment: Any, memory: float, compiled: float = 0) -> str:
-    """Returns the sentence about a step that a device cannot hold, or ''.
+def advice(needed: Needs, experiment: Any, memory: float) -> str:
+    """Returns the sentence about a step whose estimate is more than a device has, or ''.
 
     Args:
       needed: of `needs`.
       experiment: Experiment.
       memory: bytes of a device.
-      compiled: what the compiled program needs, where that is known already.
     """
-    if (compiled or needed.all) <= memory:
+    if needed.all <= memory:
         return ''
-    config = experiment.config
     gib = 2**30
-    says = (
-        f'The compiled step needs {compiled / gib:.3g} GiB of a device'
-        if compiled
-        else f'A step needs about {needed.all / gib:.3g} GiB of a device ({_figures(needed)})'
+    return (
+        f'A step needs about {needed.all / gib:.3g} GiB of a device ({_figures(needed)}), which '
+        f'has {memory / gib:.3g}; use {ways(experiment)}.'
     )
-    ways = [
-        *([] if config.model.remat else ['--config.model.remat=True']),
-        *(
-            [f'a replica_batch_size below {config.replica_batch_size}']
-            if config.replica_batch_size > 1
-            else []
-        ),
-    ]
-    more = 'devices with more memory'
+
+
+def ways(experiment: Any) -> str:
+    """Returns what helps where a step is too large."""
+    config = experiment.config
+    found = [] if config.model.remat else ['--config.model.remat=True']
+    if config.replica_batch_size > 1:
+        found.append(f'a replica_batch_size below {config.replica_batch_size}')
     if experiment.layout.replicas_per_device > 1:
-        more = 'more devices, or ' + more
-    return f'{says}, which has {memory / gib:.3g}; use {", ".join([*ways, more])}.'
+        found.append('more devices')
+    return ', or '.join(filter(None, [', '.join(found), 'devices with more memory']))
 
 
 def check(experiment: Any) -> None:

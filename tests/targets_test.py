@@ -350,6 +350,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_is_compiled():
     )
     for way in ('--config.model.remat=True', 'a replica_batch_size below 32', 'more devices'):
         assert way in message
+    assert message.endswith(', or devices with more memory.')
     with pytest.raises(UserError) as e:
         _check(1, batch_size=1, replica_batch_size=1, model__remat=True)
     assert 'use devices with more memory.' in str(e.value)
@@ -389,6 +390,19 @@ def test_the_command_on_this_machine(tmp_path):
 
 
 @pytest.mark.parametrize(
+    'flags,sentence',
+    [
+        (['--steps=trian'], "--steps has 'trian'; the steps are train, eval."),
+        (['--steps=', '--json=nowhere/f.json'], "--json is 'nowhere/f.json'; it cannot be written"),
+    ],
+)
+def test_bad_flags_get_a_sentence(flags, sentence):
+    ended = _command('--target=cpu:1', *SMALL, *flags)
+    assert ended.returncode == 2 and sentence in ended.stderr
+    assert 'Traceback' not in ended.stderr
+
+
+@pytest.mark.parametrize(
     'name', ['', 'tpu', 'tpu:v5e', 'tpu:v9:2x2', 'gpu:h99:8', 'tpu:v5e:2by2', 'cpu:many']
 )
 def test_other_targets_get_a_sentence(name):
@@ -409,23 +423,20 @@ SMALL = (
 
 def _compiled(tmp_path, target, *flags):
     out = tmp_path / 'facts.json'
-    ended = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'sam_jax.cli.compile',
-            f'--target={target}',
-            f'--json={out}',
-            *flags,
-        ],
+    ended = _command(f'--target={target}', f'--json={out}', *flags)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(out.read_text())
+
+
+def _command(*flags):
+    return subprocess.run(
+        [sys.executable, '-m', 'sam_jax.cli.compile', *flags],
         cwd=ROOT,
         env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
         text=True,
         timeout=1200,
     )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(out.read_text())
 
 
 @pytest.mark.targets

@@ -19,19 +19,23 @@ from absl import flags
 
 from sam_jax import memory, tables
 from sam_jax.cli import commands
+from sam_jax.errors import UserError
 from sam_jax.targets import facts, hardware, programs
 
 _CONFIG = commands.define_config('The config.')
 _TARGET = flags.DEFINE_string(
     'target', '', 'tpu:KIND:SHAPE, gpu:KIND:NUMBER or cpu:NUMBER: tpu:v5e:2x4, gpu:h100:8, cpu:1.'
 )
-_STEPS = flags.DEFINE_list('steps', list(programs.STEPS), 'Of train, eval.')
+_STEPS = flags.DEFINE_list('steps', list(programs.STEPS), 'Of train, eval; empty for none.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 _MARKDOWN = flags.DEFINE_string('markdown', '', 'Where what is printed goes as Markdown.')
 
 
 def main() -> None:
     """Compiles what the flags say."""
+    for step in _STEPS.value:
+        if step not in programs.STEPS:
+            raise UserError(f'--steps has {step!r}; the steps are {", ".join(programs.STEPS)}.')
     target = hardware.target(_TARGET.value)
     config = _CONFIG.value
     experiment = programs.experiment_for(config, target.devices)
@@ -81,18 +85,21 @@ def main() -> None:
                 )
             )
         if not found['fits'] and step == 'train':
-            say(memory.advice(needed, experiment, room, found['memory']['all'] or needed.all))
+            say(f'The train step does not fit: use {memory.ways(experiment)}.')
         _write(written, text)
 
 
 def _write(written, text):
     """Leaves in the files what is known so far: a compilation may take long."""
-    if _JSON.value:
-        with open(_JSON.value, 'w') as file:
-            json.dump(written, file, indent=2)
-    if _MARKDOWN.value:
-        with open(_MARKDOWN.value, 'w') as file:
-            file.write('\n\n'.join(text) + '\n')
+    for flag, content in ((_JSON, json.dumps(written, indent=2)), (_MARKDOWN, '\n\n'.join(text))):
+        try:
+            if flag.value:
+                with open(flag.value, 'w') as file:
+                    file.write(content + '\n')
+        except OSError as e:
+            raise UserError(
+                f'--{flag.name} is {flag.value!r}; it cannot be written: {e.strerror}.'
+            ) from e
 
 
 def run() -> None:
