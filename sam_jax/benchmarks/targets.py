@@ -164,30 +164,46 @@ def room(hardware: str) -> float:
 
 
 def cell(found: dict[str, Any], estimate: float, memory: float) -> str:
-    """Returns the GiB of a train step, bold with ! where they are more than a device has.
+    """Returns whether a row fits: with the GiB of its compiled step, or by estimate alone.
 
     Args:
-      found: what the file of a row holds.
-      estimate: bytes by estimate, which stand with ~ where the row is not compiled.
+      found: what the file of the row holds.
+      estimate: bytes by estimate.
       memory: bytes of a device.
     """
-    compiled = found.get('train')
-    needs = compiled['memory']['all'] if compiled else estimate
-    fits = compiled['fits'] if compiled else needs <= memory
-    text = f'{needs / 2**30:.3g}' if compiled else f'~{needs / 2**30:.3g}'
-    return text if fits else f'**{text if needs else "refused"} !**'
+    if 'train' not in found:
+        # A fifth more is what a compiled step may need, see docs/targets.md.
+        near = 'yes' if 1.2 * estimate <= memory else 'near'
+        return near if estimate <= memory else '**no**'
+    needs, fits = found['train']['memory']['all'], found['train']['fits']
+    return f'{needs / 2**30:.3g}' if fits else f'**{needs / 2**30:.3g}: no**'
 
 
-def speed(found: dict[str, Any]) -> str:
-    """Returns the images/s of a compiled step, by the slower of the estimates of its time."""
-    step = found.get('train', {})
+SPEED = ('GFLOP a device', 'GB a device', 'kernels', 'ms', 'images/s', 'share of peak')
+
+
+def speed(found: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the cells of SPEED of a compiled row; times by the slower of the estimates."""
+    step, config = found['train'], found['config']
     seconds = max(step.get('roofline_seconds', 0), step.get('compiler_seconds', 0))
-    return f'{found["config"]["batch_size"] / seconds:,.0f}' if seconds else ''
+    if not seconds:  # it was refused
+        return (f'{step["flops"] / 1e9:,.0f}', *[''] * (len(SPEED) - 1))
+    platform, kind, _ = found['target'].split(':')
+    chip = {'gpu': targets.GPUS, 'tpu': targets.TPUS}[platform][kind]
+    peak = chip.peak(config['model']['dtype']) / (2 if kind == 'v3' else 1)
+    return (
+        f'{step["flops"] / 1e9:,.0f}',
+        f'{step["bytes"] / 1e9:,.1f}',
+        f'{step["kernels"]:,}',
+        f'{1e3 * seconds:,.2f}',
+        f'{config["batch_size"] / seconds:,.0f}',
+        f'{100 * step["flops"] / seconds / peak:.0f} %',
+    )
 
 
 def table() -> str:
     """Returns the tables of memory, and of the estimated speed, of the rows that are there."""
-    memory, speeds = [], []
+    fitting, speeds = [], []
     for model in _MODELS.value:
         for dtype in _DTYPES.value:
             for remat in _REMAT.value:
@@ -199,15 +215,17 @@ def table() -> str:
                 # Of eight devices; with others no more than the data differs.
                 estimate = known[0]['estimate']['all']
                 shown = {h: found[h] for h in _HARDWARE.value}
-                memory.append((*head, *(cell(f, estimate, room(h)) for h, f in shown.items())))
-                if any(map(speed, shown.values())):
-                    speeds.append((*head, *map(speed, shown.values())))
+                cells = [cell(f, estimate, room(h)) for h, f in shown.items()]
+                fitting.append((*head, f'{estimate / 2**30:.3g}', *cells))
+                for h, f in shown.items():
+                    if 'train' in f:
+                        speeds.append((*head, h, *speed(f)))
     head = ('model', 'dtype', 'remat')
     rooms = [f'{h} ({room(h) / 2**30:.3g})' for h in _HARDWARE.value]
     return '\n\n'.join(
         [
-            tables.markdown((*head, *rooms), memory),
-            tables.markdown((*head, *_HARDWARE.value), speeds),
+            tables.markdown((*head, 'estimate', *rooms), fitting),
+            tables.markdown((*head, 'hardware', *SPEED), speeds),
         ]
     )
 
