@@ -70,9 +70,16 @@ class Experiment:
 
     @classmethod
     def of_any_size(
-        cls, config: Any, devices: Sequence[replicas.Device] | None = None, to_train: bool = True
+        cls,
+        config: Any,
+        devices: Sequence[replicas.Device] | None = None,
+        to_train: bool = True,
+        load: Callable[[Any], Dataset] = data.load_dataset,
     ) -> 'Experiment':
-        """As `from_config`, but whether the devices can hold the data is not asked."""
+        """As `from_config`, but whether the devices can hold the data is not asked.
+
+        `load` makes the dataset of `config.data`.
+        """
         settings.check(config)
         layout, note = replicas.make_layout(
             config.batch_size,
@@ -83,7 +90,7 @@ class Experiment:
         )
         if to_train:
             settings.check_with_layout(config, layout)
-        dataset = data.load_dataset(config.data)
+        dataset = load(config.data)
         settings.check_with_data(config, dataset)
         model = models.from_config(config.model, dataset.num_classes)
         return cls(config, layout, note, dataset, model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from sam_jax import distributed, periodic, provenance, replicas, run_log, settings
+from sam_jax import distributed, memory, periodic, provenance, replicas, run_log, settings
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -75,6 +75,7 @@ def train_and_evaluate(
     settings.check(config)
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
+    memory.check(experiment)
     with contextlib.closing(experiment.checkpoints(workdir)) as checkpoints, _Signal() as stop:
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()

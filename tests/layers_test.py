@@ -23,7 +23,7 @@ FLOORS = [
     },
     {'train_step', 'train_state', 'gradients', 'trajectory', 'evaluate'},
     {'settings'},
-    {'experiment', 'experiments', 'step_log', 'provenance'},
+    {'experiment', 'experiments', 'memory', 'step_log', 'provenance'},
     {'analysis', 'targets'},
     {'periodic'},
     {'train'},

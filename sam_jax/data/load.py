@@ -1,31 +1,38 @@
 """`load_dataset`: from `config.data` to a dataset of either input path."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from sam_jax.data import augment, decode, labels, records
+from sam_jax.data import augment, labels, records
 from sam_jax.data.resident import ResidentDataset
-from sam_jax.data.sources import SOURCES, check_split
+from sam_jax.data.sources import SOURCES, Source, check_split
 from sam_jax.data.streaming import StreamingDataset
 from sam_jax.errors import UserError
 
 NAMES = (*SOURCES, *records.STREAMS)
 
 
-def load_dataset(settings: Any) -> ResidentDataset | StreamingDataset:
+def load_dataset(
+    settings: Any,
+    sources: Mapping[str, Source] = SOURCES,
+    streams: Mapping[str, Any] = records.STREAMS,
+) -> ResidentDataset | StreamingDataset:
     """Reads, or for the streaming path opens, the dataset that `config.data` names.
 
     Args:
       settings: `config.data`.
+      sources: {name: Source} of those that are read whole.
+      streams: {name: Stream} of those that are read image by image.
 
     Raises:
       UserError: the dataset is not known, not on disk, or something in it is wrong.
     """
-    if settings.name in SOURCES:
-        return _resident(settings, SOURCES[settings.name])
-    if settings.name in records.STREAMS:
-        return _streaming(settings, records.STREAMS[settings.name])
+    if settings.name in sources:
+        return _resident(settings, sources[settings.name])
+    if settings.name in streams:
+        return _streaming(settings, streams[settings.name])
     raise UserError(f'data.name is {settings.name!r}; the datasets are {", ".join(NAMES)}.')
 
 
@@ -58,7 +65,6 @@ def _resident(settings, source):
 
 
 def _streaming(settings, stream):
-    decode.has_tensorflow()  # says so once, before several threads ask
     train, test, num_classes = stream.open(settings.dir)
     train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
     evals = {'test': test}

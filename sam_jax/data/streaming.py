@@ -95,6 +95,7 @@ class StreamingDataset(Dataset):
     def _read(self, examples, shape):
         import grain
 
+        decode.has_tensorflow()  # says so once, before several threads ask
         threads, batch = self.threads or os.cpu_count() or 1, int(np.prod(shape))
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batch + 2 * threads)
         batches = grain.MapDataset.source(examples).to_iter_dataset(ahead).batch(batch)

@@ -6,6 +6,9 @@ import os
 import re
 from typing import Any, NamedTuple
 
+import jax
+
+from sam_jax import replicas
 from sam_jax.errors import UserError, first_line
 
 
@@ -13,64 +16,89 @@ class Chip(NamedTuple):
     """A kind of chip, by its maker's data sheet.
 
     Attributes:
-      flops: dense bfloat16 operations a second.
-      bandwidth: bytes a second between chip and memory.
+      flops: dense bfloat16 operations a second; 0 where it is not known.
+      float32_flops: the same of float32 as JAX multiplies it by default: in bfloat16 on TPUs, in
+        TensorFloat-32 on GPUs.
+      bandwidth: bytes a second between chip and main memory; 0 where it is not known.
       memory: bytes.
       clock: cycles a second.
     """
 
     flops: float
+    float32_flops: float
     bandwidth: float
     memory: float
     clock: float
 
+    def peak(self, dtype: str) -> float:
+        """Returns the operations a second in a `model.dtype`."""
+        return self.flops if dtype == 'bfloat16' else self.float32_flops
 
-GPUS = {'h100': Chip(989e12, 3352e9, 84942979072, 1.98e9)}
-
-# What the compiler wants to know of a GPU that it cannot ask.
-GPU_FACTS = {
-    'h100': {
-        'gpu_device_info': {
-            'threads_per_block_limit': 1024,
-            'threads_per_warp': 32,
-            'shared_memory_per_block': 49152,
-            'shared_memory_per_core': 233472,
-            'threads_per_core_limit': 2048,
-            'core_count': 132,
-            'fpus_per_core': 128,
-            'block_dim_limit_x': 2147483647,
-            'block_dim_limit_y': 65535,
-            'block_dim_limit_z': 65535,
-            'memory_bandwidth': 3352320000000,
-            'l2_cache_size': 52428800,
-            'clock_rate_ghz': 1.98,
-            'device_memory_size': 84942979072,
-            'shared_memory_per_block_optin': 232448,
-            'cuda_compute_capability': {'major': 9},
-            'registers_per_core_limit': 65536,
-            'registers_per_block_limit': 65536,
-        },
-        'platform_name': 'CUDA',
-        'dnn_version_info': {'major': 9, 'minor': 8},
-        'device_description_str': 'NVIDIA H100 80GB HBM3',
-    }
-}
 
 # That flops are matrix units x their size x 2 x clock holds for each of them.
-CHIPS = {
-    'v3': Chip(123e12, 900e9, 32 * 2**30, 0.94e9),
-    'v4': Chip(275e12, 1228e9, 32 * 2**30, 1.05e9),
-    'v5e': Chip(197e12, 819e9, 16 * 2**30, 1.5e9),
-    'v5p': Chip(459e12, 2765e9, 95 * 2**30, 1.75e9),
-    'v6e': Chip(918e12, 1640e9, 32 * 2**30, 1.75e9),
+TPUS = {
+    kind: Chip(flops, flops, bandwidth, gib * 2**30, clock)
+    for kind, flops, bandwidth, gib, clock in (
+        ('v3', 123e12, 900e9, 32, 0.94e9),
+        ('v4', 275e12, 1228e9, 32, 1.05e9),
+        ('v5e', 197e12, 819e9, 16, 1.5e9),
+        ('v5p', 459e12, 2765e9, 95, 1.75e9),
+        ('v6e', 918e12, 1640e9, 32, 1.75e9),
+    )
 }
+GPUS = {
+    'a100-40': Chip(312e12, 156e12, 1555.2e9, 42331013120, 1.41e9),
+    'a100-80': Chip(312e12, 156e12, 2039.04e9, 85100068864, 1.41e9),
+    'h100': Chip(989e12, 494.5e12, 3352.32e9, 84942979072, 1.98e9),
+}
+
+# What the compiler wants to know of a GPU that it cannot ask, besides the above.
+GPU_LIMITS = {
+    'threads_per_block_limit': 1024,
+    'threads_per_warp': 32,
+    'shared_memory_per_block': 49152,
+    'threads_per_core_limit': 2048,
+    'block_dim_limit_x': 2147483647,
+    'block_dim_limit_y': 65535,
+    'block_dim_limit_z': 65535,
+    'registers_per_core_limit': 65536,
+    'registers_per_block_limit': 65536,
+}
+A100 = {
+    'cuda_compute_capability': {'major': 8},
+    'core_count': 108,
+    'fpus_per_core': 64,
+    'shared_memory_per_core': 167936,
+    'shared_memory_per_block_optin': 166912,
+    'l2_cache_size': 41943040,
+}
+GPU_FACTS = {
+    'a100-40': ('NVIDIA A100-SXM4-40GB', A100),
+    'a100-80': ('NVIDIA A100-SXM4-80GB', A100),
+    'h100': (
+        'NVIDIA H100 80GB HBM3',
+        {
+            'cuda_compute_capability': {'major': 9},
+            'core_count': 132,
+            'fpus_per_core': 128,
+            'shared_memory_per_core': 233472,
+            'shared_memory_per_block_optin': 232448,
+            'l2_cache_size': 52428800,
+        },
+    ),
+}
+
+# A v4 chip is one device of two cores, which is not what the compiler takes for granted.
+TPU_OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
+# Eight chips of these kinds are one host; of larger slices each host has four.
+EIGHT_ON_A_HOST = ('v5e:2x4', 'v6e:2x4')
 
 
 class Target(NamedTuple):
     """A slice of accelerators.
 
     Attributes:
-      name: 'tpu:v5e:2x4'.
+      name: such as 'tpu:v5e:2x4'.
       devices: of JAX, to be compiled for.
       device: one of them: a chip, or half of one where each of its two cores is a device.
       hosts: processes of a run on it.
@@ -83,19 +111,23 @@ class Target(NamedTuple):
 
 
 def target(name: str) -> Target:
-    """Returns the slice of a name: 'tpu:v5e:2x4', 'gpu:h100:8', or 'gpu:h100:2x8' for two hosts.
+    """Returns the slice of a name.
+
+    'tpu:v5e:2x4'; 'gpu:h100:8', or 'gpu:h100:2x8' for two hosts; 'cpu:1' for this machine.
 
     Raises:
       UserError: no such slice, or the compiler for it is not installed.
     """
-    match = re.fullmatch(r'(tpu|gpu):(\w+):(\d+(?:x\d+)*)', name)
-    chips = {'tpu': CHIPS, 'gpu': GPUS}.get(match[1], {}) if match else {}
-    if not match or match[2] not in chips:
+    match = re.fullmatch(r'(tpu|gpu):([\w-]+):(\d+(?:x\d+)*)|cpu:(\d+)', name)
+    chips = {'tpu': TPUS, 'gpu': GPUS}.get(match[1], {}) if match else {}
+    if not match or match[2] not in chips and not match[4]:
         raise UserError(
-            f'--target is {name!r}; it must be tpu:KIND:SHAPE or gpu:KIND:NUMBER, with one of the '
-            f'kinds {", ".join((*CHIPS, *GPUS))}, such as tpu:v5e:2x4 or gpu:h100:8.'
+            f'--target is {name!r}; it must be tpu:KIND:SHAPE, gpu:KIND:NUMBER or cpu:NUMBER, with '
+            f'one of the kinds {", ".join((*TPUS, *GPUS))}, such as tpu:v5e:2x4 or gpu:h100:8.'
         )
-    platform, kind, shape = match.groups()
+    platform, kind, shape, cpus = match.groups()
+    if cpus:
+        return _this_machine(name, int(cpus))
     try:
         devices = tuple(_topology(platform, kind, shape).devices)
     except Exception as e:  # whatever the compiler, or its absence, has to say
@@ -106,24 +138,59 @@ def target(name: str) -> Target:
         ) from e
     share = math.prod(map(int, shape.split('x'))) / len(devices)
     whole = chips[kind]
-    device = Chip(whole.flops * share, whole.bandwidth * share, whole.memory * share, whole.clock)
+    device = whole._replace(
+        flops=whole.flops * share,
+        float32_flops=whole.float32_flops * share,
+        bandwidth=whole.bandwidth * share,
+        memory=whole.memory * share,
+    )
     return Target(name, devices, device, len({d.process_index for d in devices}))
+
+
+def _this_machine(name, number):
+    """CPU devices, of whose speed nothing is known."""
+    jax.config.update('jax_num_cpu_devices', number)
+    devices = tuple(jax.devices('cpu')[:number])
+    return Target(name, devices, Chip(0, 0, 0, replicas.free_host_memory() / number, 0), 1)
 
 
 def _topology(platform, kind, shape):
     # Without it libtpu asks the machine's metadata service for a TPU, for minutes.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+    # One process at a time may use a TPU; any number may compile for one.
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     from jax.experimental import topologies
 
     if platform == 'tpu':
-        return topologies.get_topology_desc(platform='tpu', topology_name=f'{kind}:{shape}')
+        options: dict[str, Any] = dict(TPU_OPTIONS.get(kind, {}))
+        if f'{kind}:{shape}' in EIGHT_ON_A_HOST:
+            options['chips_per_host_bounds'] = (2, 4, 1)
+        return topologies.get_topology_desc(
+            platform='tpu', topology_name=f'{kind}:{shape}', **options
+        )
     hosts, gpus = map(int, f'1x{shape}'.split('x')[-2:])
     return topologies.get_topology_desc(
         platform='cuda',
         topology_name='',
         topology=f'1x{hosts}x{gpus}',
-        target_config=_text_proto(GPU_FACTS[kind]),
+        target_config=_text_proto(_gpu(kind)),
     )
+
+
+def _gpu(kind):
+    chip, (description, facts) = GPUS[kind], GPU_FACTS[kind]
+    return {
+        'gpu_device_info': {
+            **GPU_LIMITS,
+            **facts,
+            'memory_bandwidth': round(chip.bandwidth),
+            'clock_rate_ghz': chip.clock / 1e9,
+            'device_memory_size': chip.memory,
+        },
+        'platform_name': 'CUDA',
+        'dnn_version_info': {'major': 9, 'minor': 8},
+        'device_description_str': description,
+    }
 
 
 def _text_proto(facts):

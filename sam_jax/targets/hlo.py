@@ -1,14 +1,18 @@
-"""What an optimised program says of itself: its instructions, collectives and copies."""
+"""What an optimised program says of itself: its instructions, their cost, collectives, copies."""
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5}
 COLLECTIVES = ('all-reduce', 'all-gather', 'all-to-all', 'reduce-scatter', 'collective-permute')
 HOST = ('infeed', 'outfeed', 'send', 'recv')
+# What names an array, or runs what stands elsewhere, and moves nothing itself.
+FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all')
+FREE += ('while', 'conditional', 'call', 'opt-barrier')
+SLICES = ('dynamic-slice', 'gather', 'slice')
 
 
 class Instruction(NamedTuple):
@@ -20,8 +24,10 @@ class Instruction(NamedTuple):
       shape: of its result, as the program has it, with layouts.
       operands: the text behind the opcode: operands and attributes.
       computation: in which it stands.
-      cycles: the compiler's estimate; 0 where there is none.
+      cycles: the compiler's estimate for once; 0 where there is none.
       op_name: the path of JAX's operation that it comes from, or ''.
+      times: how often it is executed.
+      moved: bytes that it reads from main memory and writes there, once.
     """
 
     name: str
@@ -31,21 +37,38 @@ class Instruction(NamedTuple):
     computation: str
     cycles: int
     op_name: str
+    times: int = 1
+    moved: float = 0.0
 
     @property
     def bytes(self) -> float:
         """Size of the result."""
         return size(self.shape)
 
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r'%([\w.-]+)', self.operands[: _closing(f'({self.operands}') - 1])
+
 
 def size(shape: str) -> float:
     """Returns the bytes of an array or tuple, 'f32[8,32]{1,0}' or '(f32[8], u8[2])'."""
-    total = 0.0
-    for kind, dimensions in re.findall(r'\b(pred|[a-z]+\d\w*)\[([\d,]*)\]', shape):
+    return sum(each for each, _ in _arrays(shape))
+
+
+def in_main_memory(shape: str) -> float:
+    """Returns the bytes of those of the arrays that lie in main memory and not on the chip."""
+    return sum(each for each, layout in _arrays(shape) if 'S(' not in layout)
+
+
+def _arrays(shape):
+    """Yields (bytes, layout) of each array."""
+    for kind, dimensions, layout in re.findall(
+        r'\b(pred|[a-z]+\d\w*)\[([\d,]*)\](\{[^}]*\})?', shape
+    ):
         bits = re.search(r'\d+', kind)
         each = BYTES.get(kind, int(bits[0]) / 8 if bits else 1)
-        total += each * math.prod(int(n) for n in dimensions.split(',') if n)
-    return total
+        yield each * math.prod(int(n) for n in dimensions.split(',') if n), layout
 
 
 def padded_size(shape: str) -> float:
@@ -69,25 +92,40 @@ def padded_size(shape: str) -> float:
 def instructions(text: str) -> list[Instruction]:
     """Returns the instructions that are executed as such: not those within a fusion.
 
+    Of a loop whose number of turns the program tells, the instructions are executed so often; of
+    any other one, once. All branches of a condition are counted.
+
     Args:
       text: of `compiled.as_text()`.
     """
-    found, computation, fused = [], '', set()
+    computations, entry = _computations(text)
+    shapes = {i.name: i.shape for inside in computations.values() for i in inside}
+    return [
+        i._replace(times=times, moved=_moved(i, shapes, computations))
+        for name, times in _executed(computations, entry).items()
+        for i in computations[name]
+    ]
+
+
+def _computations(text):
+    """({computation: its instructions}, the one at which the program enters)."""
+    found: dict[str, list[Instruction]] = {}
+    computation = entry = ''
     for line in text.splitlines():
-        header = re.match(r'(?:ENTRY )?%?([\w.-]+) \(.*\{$', line)
+        header = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
         if header:
-            computation = header[1]
+            computation = header[2]
+            found[computation] = []
+            entry = computation if header[1] else entry
             continue
         match = re.match(r'\s+(?:ROOT )?%?([\w.-]+) = ', line)
         if not match:
             continue
         shape, rest = _shape(line[match.end() :])
         opcode, _, operands = rest.partition('(')
-        if opcode == 'fusion':
-            fused.update(re.findall(r'calls=%?([\w.-]+)', operands))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', operands)
         op_name = re.search(r'op_name="([^"]*)"', operands)
-        found.append(
+        found[computation].append(
             Instruction(
                 match[1],
                 opcode,
@@ -98,7 +136,7 @@ def instructions(text: str) -> list[Instruction]:
                 op_name[1] if op_name else '',
             )
         )
-    return [i for i in found if i.computation not in fused]
+    return found, entry
 
 
 def _shape(text):
@@ -106,12 +144,120 @@ def _shape(text):
     if not text.startswith('('):
         shape, _, rest = text.partition(' ')
         return shape, rest
+    end = _closing(text)
+    return text[:end], text[end + 1 :]
+
+
+def _closing(text):
+    """Where the bracket that a text begins with is closed: the place behind it."""
     depth = 0
     for end, character in enumerate(text):
         depth += {'(': 1, ')': -1}.get(character, 0)
         if not depth:
-            return text[: end + 1], text[end + 2 :]
-    return text, ''
+            return end + 1
+    return len(text)
+
+
+def _executed(computations, entry):
+    """{computation: how often it is executed} of those that are not within an instruction."""
+    times: Counter[str] = Counter()
+
+    def enter(name, turns):
+        times[name] += turns
+        for i in computations.get(name, ()):
+            if i.opcode == 'while':
+                for part in re.findall(r'(?:condition|body)=%?([\w.-]+)', i.operands):
+                    enter(part, turns * _trips(i, computations))
+            elif i.opcode in ('conditional', 'call') or i.opcode.endswith('-start'):
+                for part in _called(i):
+                    enter(part, turns)
+
+    enter(entry, 1)
+    return {name: turns for name, turns in times.items() if name in computations}
+
+
+def _called(i):
+    listed = re.search(r'branch_computations=\{([^}]*)\}', i.operands)
+    single = re.findall(
+        r'(?:calls|true_computation|false_computation|to_apply)=%?([\w.-]+)', i.operands
+    )
+    if i.opcode.startswith(COLLECTIVES):  # what they reduce by
+        return []
+    return re.findall(r'[\w.-]+', listed[1]) if listed else single
+
+
+def _trips(loop, computations):
+    """How many turns a loop makes: as the compiler says, or as it counts up to a constant."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.operands)
+    if known:
+        return int(known[1])
+    condition = re.search(r'condition=%?([\w.-]+)', loop.operands)
+    inside = computations.get(condition[1], ()) if condition else ()
+    limits = [i for i in inside if i.opcode == 'constant' and i.shape.startswith('s32[]')]
+    compared = [i for i in inside if i.opcode == 'compare' and 'direction=LT' in i.operands]
+    if len(limits) == len(compared) == 1:
+        return int(limits[0].operands.partition(')')[0])
+    return 1
+
+
+def _moved(i, shapes, computations):
+    """Bytes between main memory and the chip.
+
+    They are those of operands and results; of what is only sliced, or only updated in part, those
+    of the part.
+    """
+    if i.opcode in FREE or i.opcode.endswith('-done'):
+        return 0.0
+    if i.opcode.endswith('-start') and i.opcode != 'all-reduce-start':
+        if i.opcode.startswith(SLICES):  # ((operand), result, ...), from one memory to the other
+            return next(_arrays(i.shape[_closing(i.shape[1:]) + 1 :]))[0]
+        return in_main_memory(i.shape)  # (operand, result, ...)
+    if i.opcode in SLICES:
+        return 2 * in_main_memory(i.shape)
+    operands = [in_main_memory(shapes.get(name, '')) for name in i.inputs]
+    if i.opcode in ('dynamic-update-slice', 'scatter'):
+        return 2 * sum(operands[1:])
+    result = in_main_memory(i.shape)
+    if i.opcode == 'fusion':
+        called = re.search(r'calls=%?([\w.-]+)', i.operands)
+        inside = computations.get(called[1], ()) if called else ()
+        parts = _parts(inside)
+        operands = [min(n, parts.get(k, n)) for k, n in enumerate(operands)]
+        if inside and inside[-1].opcode == 'dynamic-update-slice':
+            sizes = {j.name: j.bytes for j in inside}
+            result = min(result, sizes.get(inside[-1].inputs[1], result))
+    return sum(operands) + result
+
+
+def _parts(inside):
+    """{operand of a fusion: bytes of it that are used}, of those used in part."""
+    users: dict[str, list[Instruction]] = {}
+    for i in inside:
+        for name in dict.fromkeys(i.inputs):
+            users.setdefault(name, []).append(i)
+    found = {}
+    for i in inside:
+        if i.opcode != 'parameter':
+            continue
+        # Its first operand is what a slice is taken of, or what is updated in place.
+        used = [
+            (j.bytes if j.opcode in SLICES else 0.0)
+            if j.opcode in (*SLICES, 'dynamic-update-slice') and j.inputs[0] == i.name
+            else math.inf
+            for j in users.get(i.name, ())
+        ]
+        found[int(i.operands.partition(')')[0])] = sum(used)
+    return found
+
+
+def kernels(program: Iterable[Instruction]) -> int:
+    """Returns how many instructions run on the device: all that compute or copy, with repeats."""
+    return sum(i.times for i in program if i.opcode not in FREE and not i.opcode.endswith('-done'))
+
+
+def bytes_moved(program: Iterable[Instruction]) -> float:
+    """Returns the bytes between main memory and the chip, of all instructions, with repeats."""
+    return sum(i.times * i.moved for i in program)
 
 
 def collectives(program: Iterable[Instruction]) -> list[Instruction]:
@@ -174,15 +320,22 @@ def layer(op_name: str) -> str:
     parts = [
         part
         for part in op_name.split('/')
-        if not re.match(r'jit\(|shard_map$|pmap$|while$|body$|cond$|branch_\d', part)
+        if not re.match(r'jit\(|shard_map$|pmap$|while$|body$|cond$|branch_\d|closed_call$', part)
         and not re.match(r'\w+\.(run_block|_\w+|conv|norm)$', part)
     ]
     return '/'.join(parts[:-1]) or ''.join(parts) or 'without a name'
 
 
-def cycles_by_layer(program: Iterable[Instruction]) -> list[tuple[str, int]]:
-    """Returns [(layer, estimated cycles), ...], the most first. Of a loop one turn counts."""
-    total: Counter[str] = Counter()
+def costly(program: Iterable[Instruction]) -> list[tuple[str, tuple[float, float]]]:
+    """Returns [(layer, (estimated cycles, bytes moved)), ...] with repeats, the costliest first.
+
+    The order is that of the cycles, and of the bytes where the compiler estimates no cycles.
+    """
+    cycles: dict[str, float] = defaultdict(float)
+    moved: dict[str, float] = defaultdict(float)
     for i in program:
-        total[layer(i.op_name)] += i.cycles
-    return [(name, cycles) for name, cycles in total.most_common() if cycles]
+        name = layer(i.op_name)
+        cycles[name] += i.times * i.cycles
+        moved[name] += i.times * i.moved
+    costs = [(name, (cycles[name], moved[name])) for name in cycles]
+    return sorted((pair for pair in costs if any(pair[1])), key=lambda pair: pair[1], reverse=True)

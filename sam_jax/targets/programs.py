@@ -1,18 +1,19 @@
-"""The train and eval step of a config, compiled for devices that are not there.
+"""The train and eval step of a config, for devices that are not there.
 
 Nothing is allocated: all arguments are shapes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sam_jax import replicas, train_step
 from sam_jax.experiment import Experiment
+from sam_jax.targets import absent, operations
 from sam_jax.train_state import HParams
 
 
@@ -27,10 +28,12 @@ class _SeenWhole(replicas.Layout):
 def experiment_for(config: Any, devices: Sequence[replicas.Device]) -> Experiment:
     """Returns the experiment of a config on devices that can be compiled for and not used.
 
+    Its dataset is of the shapes of the config's, and need not be there either.
+
     Raises:
       UserError: as `Experiment.from_config`.
     """
-    experiment = Experiment.of_any_size(config, devices)
+    experiment = Experiment.of_any_size(config, devices, load=absent.load_dataset)
     layout = experiment.layout
     whole = _SeenWhole(**{f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)})
     return dataclasses.replace(experiment, layout=whole)
@@ -41,8 +44,20 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
-def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
-    """Returns the train step, lowered: its arguments are state, feed, arrays, HParams."""
+class Step(NamedTuple):
+    """A compiled function's input.
+
+    Attributes:
+      lowered: what the compiler is given.
+      flops: operations of one device, by `operations.flops`.
+    """
+
+    lowered: jax.stages.Lowered
+    flops: float
+
+
+def train_step_of(experiment: Experiment) -> Step:
+    """Returns the train step; its arguments are state, feed, arrays, HParams."""
     dataset, config = experiment.dataset, experiment.config
     state = jax.eval_shape(experiment.create_state)
     feed = shapes(dataset.train_feed(config.seed, 0, experiment.layout))
@@ -50,14 +65,26 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
         feed = train_step.paired(feed, None)
     arrays = shapes(dataset.device_arrays(dataset.train))
     hparams = shapes(HParams.from_config(config))
-    return experiment.train_step.lower(state, feed, arrays, hparams)
+    return _step(experiment.train_step, state, feed, arrays, hparams)
 
 
-def lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
-    """Returns the evaluation step, lowered: params, statistics, arrays, feed."""
+def eval_step_of(experiment: Experiment) -> Step:
+    """Returns the evaluation step; its arguments are params, statistics, arrays, feed."""
     dataset, split = experiment.dataset, experiment.dataset.evals['test']
     state = jax.eval_shape(experiment.create_state)
     feeds = dataset.eval_feeds(split, experiment.config.eval.batch_size, experiment.layout)
-    return experiment.eval_step.lower(
-        state.params, state.batch_stats, shapes(dataset.device_arrays(split)), shapes(next(feeds))
+    return _step(
+        experiment.eval_step,
+        state.params,
+        state.batch_stats,
+        shapes(dataset.device_arrays(split)),
+        shapes(next(feeds)),
     )
+
+
+def _step(function: Any, *arguments: Any) -> Step:
+    # JAX traces once for both.
+    return Step(function.lower(*arguments), operations.flops(jax.make_jaxpr(function)(*arguments)))
+
+
+STEPS: dict[str, Callable[[Experiment], Step]] = {'train': train_step_of, 'eval': eval_step_of}

@@ -1,0 +1,202 @@
+"""What a training step needs of a device's memory, estimated before it is compiled.
+
+State and data are known. What a gradient keeps of its forward pass for its backward pass is known
+but for what a compiler makes of it: docs/targets.md compares. So only what is known refuses a run;
+the rest warns.
+"""
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from sam_jax import replicas
+from sam_jax.errors import UserError
+from sam_jax.models.layers import Network
+
+_log = logging.getLogger(__name__)
+
+REMAT = ('remat2', 'checkpoint')  # as versions of JAX have it
+PRODUCTS = ('conv_general_dilated', 'dot_general')
+ELEMENTWISE = frozenset(
+    'abs add add_any and broadcast_in_dim convert_element_type copy div eq exp expand_dims ge gt '
+    'integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign '
+    'sqrt square squeeze stop_gradient sub tanh'.split()
+)
+
+
+class Needs(NamedTuple):
+    """Bytes of one device.
+
+    Attributes:
+      state: what is trained: params, statistics, optimizer, moving average, the method's memory.
+      gradients: gradients, and the params where the second one is taken.
+      data: the images that lie on the device, and the uint8 images of a step that do not.
+      activations: the augmented images of a step, and what the gradient of one replica keeps
+        between its passes.
+      known: what no compiler can do without: state, one gradient, data.
+    """
+
+    state: float
+    gradients: float
+    data: float
+    activations: float
+    known: float
+
+    @property
+    def all(self) -> float:
+        """The estimate."""
+        return self.state + self.gradients + self.data + self.activations
+
+
+def needs(experiment: Any) -> Needs:
+    """Returns what a training step of an Experiment needs; its model is traced for it."""
+    config, dataset, layout = experiment.config, experiment.dataset, experiment.layout
+    state = jax.eval_shape(experiment.create_state)
+    params = _size(state.params)
+    copies = (config.sam.method != 'sgd') + 1 + (layout.replicas_per_device > 1)
+    # Each set of images lies on the device once, see `Experiment.arrays`.
+    arrays = {
+        (x.ctypes.data, x.shape): x
+        for split in (dataset.train, *experiment.evaluated.values())
+        for x in dataset.device_arrays(split).values()
+    }
+    images = layout.replicas_per_device * layout.replica_batch_size
+    streamed = 0 if dataset.num_images else images * math.prod(dataset.pixel_shape)
+    data = _size(list(arrays.values())) + streamed
+    replica = (layout.replica_batch_size, *dataset.image_shape)
+    return Needs(
+        _size(state),
+        copies * params,
+        data,
+        4 * images * math.prod(dataset.image_shape) + kept(experiment.model, replica),
+        _size(state) + params + data,
+    )
+
+
+def kept(model: Network, shape: tuple[int, ...]) -> float:
+    """Returns the bytes that a gradient keeps between its passes, besides params and images.
+
+    They are what the backward pass reads, written back to what it is made of: an elementwise
+    operation is computed anew, as all compilers do that fuse it with its users. So left are results
+    of convolutions, products, reductions and calls, and operands of convolutions and products.
+
+    Args:
+      model: flax module of `models.create_model`.
+      shape: of a replica's images, (N, H, W, C).
+    """
+    model = model.clone(batch_norm_axis=None)  # no devices are asked
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+    def loss(variables, x):
+        rngs = {name: jax.random.key(0) for name in ('dropout', 'shake')}
+        return model.apply(variables, x, train=True, mutable=['batch_stats'], rngs=rngs)[0].sum()
+
+    def backward(variables, x):
+        rest = {name: tree for name, tree in variables.items() if name != 'params'}
+        return jax.vjp(lambda p: loss({**rest, 'params': p}, x), variables['params'])[1]
+
+    jaxpr = jax.make_jaxpr(backward)(variables, images).jaxpr
+    # With `model.remat` these are the inputs of the blocks. Of each block the rest is made anew.
+    forward = jax.make_jaxpr(loss)(variables, images).jaxpr if model.remat else jaxpr
+    blocks = [e.params['jaxpr'] for e in forward.eqns if e.primitive.name in REMAT]
+    largest = max((_stored(b, [x for e in b.eqns for x in e.outvars]) for b in blocks), default=0)
+    return _stored(jaxpr, jaxpr.outvars) + largest
+
+
+def _stored(jaxpr, read):
+    """Bytes of what must be stored so that these variables of a program can be read."""
+    makers = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
+    operands = {x for e in jaxpr.eqns if e.primitive.name in PRODUCTS for x in _variables(e.invars)}
+    found, left = {}, _variables(read)
+    while left:
+        x = left.pop()
+        if x in found or x not in makers:
+            continue
+        found[x] = x in operands or not _elementwise(makers[x])
+        if not found[x]:
+            left += _variables(makers[x].invars)
+    return _size([x.aval for x, stays in found.items() if stays])
+
+
+def _elementwise(equation):
+    inner = [
+        x
+        for x in map(lambda x: getattr(x, 'jaxpr', x), equation.params.values())
+        if hasattr(x, 'eqns')
+    ]
+    if inner:  # a function of its own, such as relu
+        return all(_elementwise(e) for jaxpr in inner for e in jaxpr.eqns)
+    return equation.primitive.name in ELEMENTWISE
+
+
+def _variables(atoms):
+    return [x for x in atoms if not isinstance(x, Literal)]
+
+
+def _size(tree):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def summary(needed: Needs, memory: float) -> str:
+    """Returns the estimate in a sentence, with what a device has."""
+    gib = 2**30
+    return (
+        f'Before compilation a train step is ESTIMATED at {needed.all / gib:.3g} of '
+        f'{memory / gib:.3g} GiB of a device: {_figures(needed)}.'
+    )
+
+
+def _figures(needed):
+    names = ('state', 'gradients', 'data', 'activations')
+    return ', '.join(f'{name} {getattr(needed, name) / 2**30:.3g}' for name in names)
+
+
+def advice(needed: Needs, experiment: Any, memory: float) -> str:
+    """Returns the sentence about a step whose estimate is more than a device has, or ''.
+
+    Args:
+      needed: of `needs`.
+      experiment: Experiment.
+      memory: bytes of a device.
+    """
+    if needed.all <= memory:
+        return ''
+    gib = 2**30
+    return (
+        f'A step needs about {needed.all / gib:.3g} GiB of a device ({_figures(needed)}), which '
+        f'has {memory / gib:.3g}; use {ways(experiment)}.'
+    )
+
+
+def ways(experiment: Any) -> str:
+    """Returns what helps where a step is too large."""
+    config = experiment.config
+    found = [] if config.model.remat else ['--config.model.remat=True']
+    if config.replica_batch_size > 1:
+        found.append(f'a replica_batch_size below {config.replica_batch_size}')
+    if experiment.layout.replicas_per_device > 1:
+        found.append('more devices')
+    return ', or '.join(filter(None, [', '.join(found), 'devices with more memory']))
+
+
+def check(experiment: Any) -> None:
+    """Looks, before a run is compiled, whether its step fits an accelerator that tells its memory.
+
+    Raises:
+      UserError: what is known alone is too much. Of an estimate that is too large the log warns.
+    """
+    local = [d for d in experiment.layout.devices if d.process_index == jax.process_index()]
+    if any(d.platform == 'cpu' or not d.memory_stats() for d in local):
+        return
+    free, _ = replicas.free_memory(experiment.layout.devices)
+    needed = needs(experiment)
+    sentence = advice(needed, experiment, free)
+    if needed.known > free:
+        raise UserError(sentence)
+    if sentence:
+        _log.warning('%s This is an estimate.', sentence)
