@@ -6,6 +6,9 @@ What is computed where:
                   (at the params, or where the method wants its first gradient)
     per group     mean gradient -> sharpness-aware gradient, by the group's own second gradient
     all groups    mean, in one all-reduce -> clip -> optimizer -> moving average
+
+Devices that share a group exchange the gradient that is climbed. The second one meets the others in
+the mean over all groups alone, where the method is linear in it.
 """
 
 import functools
