@@ -270,29 +270,46 @@ def neighbour_order(devices: Sequence[Device], group_size: int) -> list[Device]:
     """Orders devices so that each run of `group_size` is a block of neighbours on a TPU's mesh.
 
     TPU devices carry `coords` (x, y, z) and `core_on_chip`; the mesh is tiled by boxes of
-    `group_size` devices, as near to cubes as its sides allow. Devices without coordinates (GPU,
-    CPU), or a mesh that no such box tiles, keep the order they came in, which is by process.
+    `group_size` devices, as near to cubes as its sides allow. A box lies within one host's part of
+    the mesh or consists of several hosts' parts, so that the devices of a process, too, are a run:
+    a pmap takes no others. Devices without coordinates (GPU, CPU), or a mesh that no such box
+    tiles, keep the order they came in, which is by process.
     """
     if group_size == 1 or not all(hasattr(d, 'coords') for d in devices):
         return list(devices)
-    places = [(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices]
-    low, high = np.min(places, axis=0), np.max(places, axis=0)
-    sides = high - low + 1
-    box = _tiling_box(sides, group_size)
+    places = np.array([(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices])
+    places -= places.min(axis=0)
+    sides = places.max(axis=0) + 1
+    host = _host_box(places, [d.process_index for d in devices])
     # A part of a mesh, or several slices of which each has coordinates of its own, are no mesh.
-    if box is None or not len(set(places)) == len(places) == np.prod(sides):
+    whole = len(np.unique(places, axis=0)) == len(devices) == np.prod(sides)
+    box = _tiling_box(sides, host, group_size) if whole and host is not None else None
+    if box is None:
         return list(devices)
+    inner, outer = np.minimum(box, host), np.maximum(box, host)
 
     def rank(i):
-        offset = np.asarray(places[i]) - low
         # The core comes last within a box and the boxes are in the mesh's order: z, y, x, core.
-        return tuple(offset[::-1] // box[::-1]) + tuple(offset[::-1] % box[::-1])
+        parts = places[i] // outer, places[i] % outer // inner, places[i] % inner
+        return tuple(np.concatenate([part[::-1] for part in parts]))
 
     return [devices[i] for i in sorted(range(len(devices)), key=rank)]
 
 
-def _tiling_box(sides, size):
-    """The most cubic box of `size` cells whose sides divide `sides`, or None."""
+def _host_box(places, processes):
+    """The sides of the box that each process has of the mesh, or None."""
+    mine = places[np.equal(processes, processes[0])]
+    sides = mine.max(axis=0) - mine.min(axis=0) + 1
+    boxes = [tuple(box) for box in places // sides]
+    owners = set(zip(boxes, processes))
+    return sides if len(owners) == len(set(boxes)) == len(set(processes)) else None
+
+
+def _tiling_box(sides, host, size):
+    """The most cubic box of `size` cells whose sides divide `sides`, or None.
+
+    Its sides divide those of a host's box, or are multiples of them.
+    """
     best = None
     for core in _divisors(sides[0]):
         for x in _divisors(sides[1]):
@@ -300,10 +317,13 @@ def _tiling_box(sides, size):
                 z, rest = divmod(size, core * x * y)
                 if rest or z < 1 or sides[3] % z:
                     continue
+                box = np.array([core, x, y, z])
+                if np.any(host % box) and np.any(box % host):
+                    continue
                 # Cores of a chip are nearest of all; then the least extent on the mesh.
                 key = (-core, x + y + z, max(x, y, z))
                 if best is None or key < best[0]:
-                    best = key, np.array([core, x, y, z])
+                    best = key, box
     return None if best is None else best[1]
 
 
