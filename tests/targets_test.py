@@ -9,9 +9,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from helpers import ROOT, small_config
 
+from sam_jax import replicas
 from sam_jax.errors import UserError
 from sam_jax.targets import facts, hardware, hlo, programs
 
@@ -140,3 +142,46 @@ def test_a_step_on_a_tpu_copies_no_dataset_and_exchanges_once(tmp_path):
 def test_a_slice_of_several_hosts(tmp_path):
     found = _compiled(tmp_path, 'tpu:v5e:2x4', *SMALL, '--config.batch_size=64', '--steps=eval')
     assert found['eval']['collectives'][0]['groups'] == [list(range(8))]
+
+
+def _all_reduces(lowered):
+    """The groups of each all-reduce of a lowered program, arrays of positions."""
+
+    def within(operation):
+        if operation.name == 'stablehlo.all_reduce':
+            yield np.array(operation.attributes['replica_groups'])
+        for region in operation.regions:
+            for block in region:
+                for inner in block:
+                    yield from within(inner.operation)
+
+    return list(within(lowered.compiler_ir('stablehlo').operation))
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize('backend', replicas.BACKENDS)
+@pytest.mark.parametrize(
+    'size,box',  # of two cores a chip, and chips by x, y, z
+    [(2, (2, 1, 1, 1)), (4, (2, 1, 2, 1)), (8, (2, 2, 2, 1)), (16, (2, 2, 2, 2))],
+)
+def test_groups_are_blocks_of_the_torus(size, box, backend):
+    """128 devices of 16 hosts: a group's all-reduce stays among neighbours, and within a host."""
+    devices = hardware.target('tpu:v4:4x4x4').devices
+    config = small_config(
+        batch_size=8 * len(devices),
+        replica_batch_size=8,
+        sam__replicas_per_group=size,
+        replica_backend=backend,
+    )
+    experiment = programs.experiment_for(config, devices)
+    ordered = experiment.layout.devices
+    places = np.array([(d.core_on_chip, *d.coords) for d in ordered])
+    hosts = np.array([d.process_index for d in ordered])
+    found = [g for g in _all_reduces(programs.lower_train_step(experiment)) if g.shape[1] == size]
+    assert found
+    for groups in found:
+        assert sorted(groups.ravel()) == list(range(len(devices)))
+        for group in groups:
+            sides = np.ptp(places[group], axis=0) + 1
+            assert sorted(sides) == sorted(box) and np.prod(sides) == size
+            assert len(set(hosts[group])) == max(size // 8, 1)
