@@ -94,8 +94,7 @@ class Layout:
         Within it `AXIS` names the axis of the devices, for sums over all of them or over groups of
         neighbours. With 'pmap' it is `jax.pmap`, with 'shard_map' the `jax.shard_map` under
         `jax.jit` that a pmap is made of, so that both compile the same program. On several
-        processes a pmap's arrays are those of its process, and it copies what is donated to it; the
-        other's are of all processes, and it does not.
+        processes a pmap's arrays are those of its process, the other's are of all processes.
 
         Args:
           function: pure. Its arrays are one device's, without the axis of the devices.
