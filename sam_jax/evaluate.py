@@ -49,19 +49,17 @@ def eval_step(
 def make_eval_step(
     model: Any, layout: Layout, dataset: Any, top5: bool = False
 ) -> jax.stages.Wrapped:
-    """Returns the pmapped evaluation step: (params, batch_stats, arrays, feed) -> sums."""
+    """Returns the evaluation step on all devices: (params, batch_stats, arrays, feed) -> sums."""
     step = functools.partial(
         eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5
     )
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None, devices=layout.devices
-    )
+    return layout.map(step, in_axes=(None, None, None, 0))
 
 
 def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[..., jax.Array]:
-    """Returns the pmapped step (params, batch_stats, arrays, feed) -> class probabilities.
+    """Returns the step (params, batch_stats, arrays, feed) -> class probabilities.
 
-    Float32 (devices of this process, examples of a device, classes), one row a device.
+    Float32, rows of shape (examples of a device, classes), one a device; see `replicas.rows`.
     """
 
     def step(params, batch_stats, arrays, feed):
@@ -69,7 +67,7 @@ def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[...,
         logits = model.apply({'params': params, 'batch_stats': batch_stats}, image, train=False)
         return jax.nn.softmax(logits).astype('float32')
 
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, None, 0), devices=layout.devices)
+    return layout.map(step, in_axes=(None, None, None, 0), out_axes=0)
 
 
 def evaluate(

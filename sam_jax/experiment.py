@@ -87,6 +87,7 @@ class Experiment:
             config.sam.replicas_per_group,
             config.replica_loop,
             devices,
+            config.replica_backend,
         )
         if to_train:
             settings.check_with_layout(config, layout)
@@ -162,7 +163,7 @@ class Experiment:
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Wrapped:
-        """The pmapped step: (state, feed, *constants) -> (state, metrics); state is donated."""
+        """The step: (state, feed, *constants) -> (state, metrics); state is donated."""
         return train_step.make_train_step(self.model, self.config, self.layout, self.dataset)
 
     @functools.cached_property
@@ -222,7 +223,7 @@ class Experiment:
 
     @functools.cached_property
     def eval_step(self) -> jax.stages.Wrapped:
-        """The pmapped step: (params, batch_stats, arrays, feed) -> sums."""
+        """The step of evaluations: (params, batch_stats, arrays, feed) -> sums."""
         return evaluate.make_eval_step(self.model, self.layout, self.dataset, self.config.eval.top5)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -252,7 +253,7 @@ class Experiment:
         step = evaluate.make_predict_step(self.model, self.layout, self.dataset)
         parts = []
         for feed in self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout):
-            rows = jax.device_get(
+            rows = replicas.rows(
                 step(
                     variables['params'],
                     variables['batch_stats'],

@@ -1,5 +1,6 @@
 """Gradients of a replica, of a group, and a group's sharpness-aware gradient."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -176,11 +177,14 @@ def risen_most(
 
 
 def over_group(
-    gradient: Callable[[Any], tuple[Any, Any]], group: Any, layout: Layout
+    gradient: Callable[[Any], tuple[Any, Any]], group: Any, layout: Layout, part: bool = False
 ) -> tuple[Any, Any]:
-    """Means over all replicas of a group, of which this device holds some; and what they keep."""
+    """Means over all replicas of a group, of which this device holds some; and what they keep.
+
+    With `part` over those of this device alone.
+    """
     result, kept = mean_over(gradient, group, layout.unroll)
-    if layout.devices_per_group > 1:
+    if layout.devices_per_group > 1 and not part:
         result = mean_over_devices(result, layout.axis_index_groups)
     return result, kept
 
@@ -195,7 +199,8 @@ def group_loss(
     """The loss of one group as a method sees it, by the replicas that this device holds of it.
 
     Its Evaluations report the cross entropy, and have aux = (aux, kept) of `replica_gradient`, the
-    latter with a leading axis; of the examples that rise most only the former.
+    latter with a leading axis; of the examples that rise most only the former. Where each of
+    several groups covers several devices, the `part` is that of this device's replicas.
 
     Args:
       batch_stats: before the step.
@@ -207,17 +212,19 @@ def group_loss(
         is climbed elsewhere then is the one that descends.
     """
 
-    def evaluate(params, climb=False, previous=False, most_risen=None, cotangents_of=None):
+    def evaluate(
+        params, climb=False, previous=False, most_risen=None, cotangents_of=None, part=False
+    ):
+        mean = functools.partial(over_group, layout=layout, part=part)
         climb = jnp.logical_and(climb, climbable) if climb is not False else False
         if most_risen is not None:
-            return of_most_risen(params, *most_risen)
+            return of_most_risen(mean, params, *most_risen)
         if cotangents_of is not None:
-            return of_cotangents(params, cotangents_of.aux[1]['logits'])
+            return of_cotangents(mean, params, cotangents_of.aux[1]['logits'])
         return told(
-            over_group(
+            mean(
                 lambda replica: replica_gradient(params, batch_stats, replica, training, climb),
                 group['previous'] if previous else group,
-                layout,
             )
         )
 
@@ -225,15 +232,15 @@ def group_loss(
         (grads, aux), kept = result
         return sharpness.Evaluation(grads, aux['objective'], aux['loss'], (aux, kept))
 
-    def of_cotangents(params, logits):
+    def of_cotangents(mean, params, logits):
         def gradient(pair):
             replica, logits = pair
             cotangents = jax.grad(lambda z: training.of_logits(z, replica)[0])(logits)
             return replica_gradient(params, batch_stats, replica, training, cotangents=cotangents)
 
-        return told(over_group(gradient, (group, logits), layout))
+        return told(mean(gradient, (group, logits)))
 
-    def of_most_risen(params, fraction, since):
+    def of_most_risen(mean, params, fraction, since):
         _, kept = since.aux
 
         def gradient(pair: tuple[Any, jax.Array]):
@@ -241,10 +248,12 @@ def group_loss(
             (grads, _), _ = replica_gradient(params, batch_stats, chosen, training)
             return (grads, loss), ()
 
-        (grads, loss), _ = over_group(gradient, (group, kept['losses']), layout)
+        (grads, loss), _ = mean(gradient, (group, kept['losses']))
         return sharpness.Evaluation(grads, reported=loss)
 
-    return sharpness.Loss(evaluate)
+    # One group of all devices has its means already, and no mean over all groups follows.
+    shared = 1 < layout.devices_per_group < len(layout.devices)
+    return sharpness.Loss(evaluate, functools.partial(evaluate, part=True) if shared else None)
 
 
 def group_step(

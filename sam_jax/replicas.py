@@ -9,16 +9,20 @@ lies within one device or covers several whole ones.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.errors import UserError
 
 AXIS = 'batch'
+
+# Ways to run one function on all devices, see `Layout.map`.
+BACKENDS = ('pmap', 'shard_map')
 
 # jax.Device, of which jaxlib tells type checkers nothing.
 Device = Any
@@ -29,11 +33,12 @@ class Layout:
     """Where the replicas of a run are computed.
 
     Attributes:
-      devices: the devices used, of all processes, in the order of the pmap axis.
+      devices: the devices used, of all processes, in the order of the axis.
       num_replicas: replicas in a global batch.
       replica_batch_size: examples in a replica.
       replicas_per_group: replicas that share an ascent.
       unroll: whether several replicas on a device are unrolled or scanned.
+      backend: one of `BACKENDS`; no number depends on it.
     """
 
     devices: tuple
@@ -41,6 +46,7 @@ class Layout:
     replica_batch_size: int
     replicas_per_group: int
     unroll: bool
+    backend: str = 'pmap'
 
     @property
     def replicas_per_device(self) -> int:
@@ -64,22 +70,102 @@ class Layout:
 
     @functools.cached_property
     def local_positions(self) -> list[int]:
-        """Positions on the pmap axis of this process's devices, ascending."""
+        """Positions on the axis of this process's devices, ascending."""
         here = jax.process_index()
         return [i for i, d in enumerate(self.devices) if d.process_index == here]
 
     @functools.cached_property
     def _mesh(self):
-        # pmap takes and returns the rows of its process's devices alone.
+        return Mesh(np.array(self.devices), (AXIS,))
+
+    @functools.cached_property
+    def _local_mesh(self):
         return Mesh(np.array([self.devices[i] for i in self.local_positions]), (AXIS,))
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        in_axes: Sequence[int | None],
+        out_axes: int | None = None,
+        donate_argnums: int | Sequence[int] = (),
+    ) -> jax.stages.Wrapped:
+        """Compiles a function that each device computes of its own row, all in step.
+
+        Within it `AXIS` names the axis of the devices, for sums over all of them or over groups of
+        neighbours. With 'pmap' it is `jax.pmap`, with 'shard_map' the `jax.shard_map` under
+        `jax.jit` that a pmap is made of, so that both compile the same program. On several
+        processes a pmap's arrays are those of its process, the other's are of all processes.
+
+        Args:
+          function: pure. Its arrays are one device's, without the axis of the devices.
+          in_axes: of each argument, 0 where a device gets its row of what `shard` placed, None
+            where all get the same, which `replicate` placed.
+          out_axes: None where the results are the same on all devices; 0 where each has its own:
+            they come as rows, which `rows` reads.
+          donate_argnums: arguments whose memory the results may take.
+        """
+        if self.backend == 'pmap':
+            return jax.pmap(
+                function,
+                axis_name=AXIS,
+                in_axes=tuple(in_axes),
+                out_axes=out_axes,
+                donate_argnums=donate_argnums,
+                devices=self.devices,
+            )
+
+        def of_rows(*arguments):
+            arguments = [
+                x if axis is None else jax.tree.map(lambda row: lax.squeeze(row, [0]), x)
+                for x, axis in zip(arguments, in_axes, strict=True)
+            ]
+            result = function(*arguments)
+            if out_axes is None:
+                return result
+            return jax.tree.map(lambda x: lax.expand_dims(x, [0]), result)
+
+        in_specs = tuple(map(_spec, in_axes))
+        # Unchecked: JAX cannot tell which results of a sum over groups are equal everywhere.
+        mapped = jax.shard_map(
+            of_rows, mesh=self._mesh, in_specs=in_specs, out_specs=_spec(out_axes), check_vma=False
+        )
+        return jax.jit(
+            mapped,
+            in_shardings=tuple(NamedSharding(self._mesh, spec) for spec in in_specs),
+            out_shardings=NamedSharding(self._mesh, _spec(out_axes)),
+            donate_argnums=donate_argnums,
+        )
 
     def replicate(self, tree: Any) -> Any:
         """Places a pytree of host arrays, the same on all processes, on every device."""
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
+        return self._place(tree, None)
 
     def shard(self, tree: Any) -> Any:
         """Places arrays of shape (devices of this process, ...), one row a device."""
-        return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+        return self._place(tree, 0)
+
+    def _place(self, tree, axis):
+        placed = jax.device_put(tree, NamedSharding(self._local_mesh, _spec(axis)))
+        if self.backend == 'pmap' or len(self.local_positions) == len(self.devices):
+            return placed
+        sharding = NamedSharding(self._mesh, _spec(axis))
+
+        def of_all_processes(x):
+            shape = x.shape if axis is None else (len(self.devices), *x.shape[1:])
+            parts = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+        return jax.tree.map(of_all_processes, placed)
+
+
+def _spec(axis):
+    return PartitionSpec() if axis is None else PartitionSpec(AXIS)
+
+
+def rows(x: jax.Array) -> np.ndarray:
+    """Returns the rows of this process's devices, of a result of `Layout.map` with out_axes=0."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def free_memory(devices: Sequence[Device]) -> tuple[float, int]:
@@ -111,6 +197,7 @@ def make_layout(
     replicas_per_group: int,
     loop: str = 'auto',
     devices: Sequence[Device] | None = None,
+    backend: str = 'pmap',
 ) -> tuple[Layout, str]:
     """Cuts the batch and chooses the devices.
 
@@ -121,6 +208,7 @@ def make_layout(
       loop: 'unroll', 'scan', or 'auto', which is to scan: it compiles a program of one replica, and
         docs/compile.md finds no step that is worth more.
       devices: default all devices of all processes.
+      backend: of the layout.
 
     Returns:
       (layout, note): note is a sentence if fewer devices are used than there are, else ''.
@@ -166,7 +254,7 @@ def make_layout(
     group_devices = max(replicas_per_group * len(devices) // num_replicas, 1)
     devices = tuple(neighbour_order(devices, group_devices))
     return Layout(
-        devices, num_replicas, replica_batch_size, replicas_per_group, loop == 'unroll'
+        devices, num_replicas, replica_batch_size, replicas_per_group, loop == 'unroll', backend
     ), note
 
 
@@ -181,29 +269,46 @@ def neighbour_order(devices: Sequence[Device], group_size: int) -> list[Device]:
     """Orders devices so that each run of `group_size` is a block of neighbours on a TPU's mesh.
 
     TPU devices carry `coords` (x, y, z) and `core_on_chip`; the mesh is tiled by boxes of
-    `group_size` devices, as near to cubes as its sides allow. Devices without coordinates (GPU,
-    CPU), or a mesh that no such box tiles, keep the order they came in, which is by process.
+    `group_size` devices, as near to cubes as its sides allow. A box lies within one host's part of
+    the mesh or consists of several hosts' parts, so that the devices of a process, too, are a run:
+    a pmap takes no others. Devices without coordinates (GPU, CPU), or a mesh that no such box
+    tiles, keep the order they came in, which is by process.
     """
     if group_size == 1 or not all(hasattr(d, 'coords') for d in devices):
         return list(devices)
-    places = [(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices]
-    low, high = np.min(places, axis=0), np.max(places, axis=0)
-    sides = high - low + 1
-    box = _tiling_box(sides, group_size)
+    places = np.array([(getattr(d, 'core_on_chip', 0), *d.coords) for d in devices])
+    places -= places.min(axis=0)
+    sides = places.max(axis=0) + 1
+    host = _host_box(places, [d.process_index for d in devices])
     # A part of a mesh, or several slices of which each has coordinates of its own, are no mesh.
-    if box is None or not len(set(places)) == len(places) == np.prod(sides):
+    whole = len(np.unique(places, axis=0)) == len(devices) == np.prod(sides)
+    box = _tiling_box(sides, host, group_size) if whole and host is not None else None
+    if box is None:
         return list(devices)
+    inner, outer = np.minimum(box, host), np.maximum(box, host)
 
     def rank(i):
-        offset = np.asarray(places[i]) - low
         # The core comes last within a box and the boxes are in the mesh's order: z, y, x, core.
-        return tuple(offset[::-1] // box[::-1]) + tuple(offset[::-1] % box[::-1])
+        parts = places[i] // outer, places[i] % outer // inner, places[i] % inner
+        return tuple(np.concatenate([part[::-1] for part in parts]))
 
     return [devices[i] for i in sorted(range(len(devices)), key=rank)]
 
 
-def _tiling_box(sides, size):
-    """The most cubic box of `size` cells whose sides divide `sides`, or None."""
+def _host_box(places, processes):
+    """The sides of the box that each process has of the mesh, or None."""
+    mine = places[np.equal(processes, processes[0])]
+    sides = mine.max(axis=0) - mine.min(axis=0) + 1
+    boxes = [tuple(box) for box in places // sides]
+    owners = set(zip(boxes, processes))
+    return sides if len(owners) == len(set(boxes)) == len(set(processes)) else None
+
+
+def _tiling_box(sides, host, size):
+    """The most cubic box of `size` cells whose sides divide `sides`, or None.
+
+    Its sides divide those of a host's box, or are multiples of them.
+    """
     best = None
     for core in _divisors(sides[0]):
         for x in _divisors(sides[1]):
@@ -211,10 +316,13 @@ def _tiling_box(sides, size):
                 z, rest = divmod(size, core * x * y)
                 if rest or z < 1 or sides[3] % z:
                     continue
+                box = np.array([core, x, y, z])
+                if np.any(host % box) and np.any(box % host):
+                    continue
                 # Cores of a chip are nearest of all; then the least extent on the mesh.
                 key = (-core, x + y + z, max(x, y, z))
                 if best is None or key < best[0]:
-                    best = key, np.array([core, x, y, z])
+                    best = key, box
     return None if best is None else best[1]
 
 

@@ -1,4 +1,4 @@
-"""The train step: a pure function of one device's part of the batch, and its pmap.
+"""The train step: a pure function of one device's part of the batch, mapped over the devices.
 
 What is computed where:
 
@@ -6,6 +6,9 @@ What is computed where:
                   (at the params, or where the method wants its first gradient)
     per group     mean gradient -> sharpness-aware gradient, by the group's own second gradient
     all groups    mean, in one all-reduce -> clip -> optimizer -> moving average
+
+Devices that share a group exchange the gradient that is climbed. The second one meets the others in
+the mean over all groups alone, where the method is linear in it.
 """
 
 import functools
@@ -50,7 +53,7 @@ def train_step(
     batch_fn: Callable[..., dict[str, jax.Array]],
     steps_per_epoch: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on one device of the pmap axis; pure.
+    """One step on one device of the axis; pure.
 
     Args:
       state: TrainState, the same on all devices.
@@ -229,7 +232,7 @@ def _report(state, report, finite, log_every_steps):
 def make_train_step(
     model: nn.Module, config: Any, layout: Layout, dataset: Any
 ) -> jax.stages.Wrapped:
-    """Returns the pmapped step: (state, feed, arrays, hparams) -> (state, metrics).
+    """Returns the step on all devices: (state, feed, arrays, hparams) -> (state, metrics).
 
     `feed` is sharded over the devices (`layout.shard`), everything else replicated
     (`layout.replicate`); the state's buffers are donated.
@@ -242,11 +245,4 @@ def make_train_step(
         batch_fn=dataset.train_batch,
         steps_per_epoch=dataset.num_train_examples // config.batch_size,
     )
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, 0, None, None),
-        out_axes=(None, None),
-        donate_argnums=0,
-        devices=layout.devices,
-    )
+    return layout.map(step, in_axes=(None, 0, None, None), donate_argnums=0)

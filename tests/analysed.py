@@ -15,8 +15,8 @@ def digits():
     return data.load_dataset(small_config().data)
 
 
-def layout(devices):
-    return replicas.make_layout(64, 8, 1, devices=jax.devices()[:devices])[0]
+def layout(devices, backend='pmap'):
+    return replicas.make_layout(64, 8, 1, devices=jax.devices()[:devices], backend=backend)[0]
 
 
 def network(seed=0, **options):
@@ -34,12 +34,14 @@ def network(seed=0, **options):
     return model, {'params': params, 'batch_stats': jax.tree.map(lambda x: x.astype(dtype), stats)}
 
 
-def objective(examples=90, devices=1, batch_size=32, model_and_variables=None, **options):
+def objective(
+    examples=90, devices=1, batch_size=32, model_and_variables=None, backend='pmap', **options
+):
     """Returns (Objective, params): 90 examples are no multiple of any batch."""
     model, variables = model_and_variables or network(dtype='float64')
     split = digits().train.subset(np.arange(examples))
     return objectives.create(
-        model, variables, digits(), split, layout(devices), batch_size, **options
+        model, variables, digits(), split, layout(devices, backend), batch_size, **options
     )
 
 

@@ -119,7 +119,7 @@ def wait_until(condition, seconds=120):
         time.sleep(0.02)
 
 
-def _free_port():
+def free_port():
     with socket.socket() as s:
         s.bind(('localhost', 0))
         return s.getsockname()[1]
@@ -133,7 +133,7 @@ def run_processes(flags, workdir, num_processes=2, devices_each=2, config='confi
         'JAX_PLATFORMS': 'cpu',
         'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices_each}',
     }
-    address = f'localhost:{_free_port()}'
+    address = f'localhost:{free_port()}'
     processes = [
         subprocess.Popen(
             [

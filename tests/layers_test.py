@@ -166,6 +166,19 @@ def test_outside_libraries(path):
     assert not top & LAZY
 
 
+@pytest.mark.parametrize('name', ['pmap', 'shard_map'])
+def test_one_place_maps_over_the_devices(name):
+    """`Layout.map`; so a run's `replica_backend` is that of all its programs."""
+    callers = {
+        path.relative_to(ROOT / 'sam_jax').as_posix()
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Attribute) and node.attr == name)
+        or (isinstance(node, ast.alias) and node.name.split('.')[-1] == name)
+    }
+    assert callers == {'replicas.py'}
+
+
 def test_sizes():
     # A habit and not a law, with room to spare: 300 and 80 lines are aimed at.
     lengths = {path: len(path.read_text().splitlines()) for path in MODULES}

@@ -75,10 +75,22 @@ MUTANTS = {
     ),
     'gradient averaged before the ascent': (
         GRADIENTS,
-        '    if layout.devices_per_group > 1:\n'
+        '    if layout.devices_per_group > 1 and not part:\n'
         '        result = mean_over_devices(result, layout.axis_index_groups)',
         '    result = mean_over_devices(result)',
         ALGORITHM_1,
+    ),
+    'a part of the only group': (
+        GRADIENTS,
+        'part=True) if shared else None',
+        'part=True)',
+        'tests/exchanges_test.py -k one_group',
+    ),
+    'wsam: a part of a gradient is clipped': (
+        COMBINED,
+        'linear=not clips',
+        'linear=True',
+        'tests/exchanges_test.py::test_a_part_is_as_good_as_the_group[wsam]',
     ),
     'statistics of the second pass': (
         GRADIENTS,
@@ -392,14 +404,14 @@ MUTANTS = {
     ),
     'wsam: the correction of gradients as they are': (
         COMBINED,
-        '(clipped(x.grads, max_norm if decoupled else None) for x',
+        '(clipped(x.grads, max_norm if clips else None) for x',
         '(x.grads for x',
         'tests/contract_test.py -k wsam',
     ),
     'functional_sam: the derivative there': (
         OF_EXAMPLES,
-        'clean, cotangents_of=clean)',
-        'clean)',
+        ', cotangents_of=clean)',
+        ')',
         'tests/contract_test.py -k functional',
     ),
     'functional_sam: of a group, the derivative there': (

@@ -176,11 +176,21 @@ def test_replicate_and_shard_place_rows_in_order():
 # Neighbours on a TPU's mesh.
 
 
-def _tpu(x, y, z, cores=1):
-    """Devices of a TPU in the order of JAX: by z, y, x, core."""
+def _tpu(x, y, z, cores=1, host=(0, 0, 0)):
+    """Devices of a TPU in the order of its mesh: by z, y, x, core; a host has a box of chips."""
+
+    def process(place):
+        across = [-(-n // h) if h else 1 for n, h in zip((x, y, z), host)]
+        box = [p // h if h else 0 for p, h in zip(place, host)]
+        return (box[2] * across[1] + box[1]) * across[0] + box[0]
+
     return [
         types.SimpleNamespace(
-            platform='tpu', process_index=0, id=i, coords=(p[2], p[1], p[0]), core_on_chip=p[3]
+            platform='tpu',
+            process_index=process(p[2::-1]),
+            id=i,
+            coords=(p[2], p[1], p[0]),
+            core_on_chip=p[3],
         )
         for i, p in enumerate(itertools.product(range(z), range(y), range(x), range(cores)))
     ]
@@ -230,6 +240,35 @@ def test_groups_are_compact_boxes(mesh, size, extents):
     assert [d.id for d in again] == [d.id for d in ordered]
 
 
+# Mesh, a host's chips, size of a group -> extents of a group.
+HOSTS = [
+    ((4, 4, 4, 2, (2, 2, 1)), 2, (2, 1, 1, 1)),
+    ((4, 4, 4, 2, (2, 2, 1)), 4, (2, 1, 1, 2)),
+    ((4, 4, 4, 2, (2, 2, 1)), 8, (2, 1, 2, 2)),
+    ((4, 4, 4, 2, (2, 2, 1)), 16, (2, 2, 2, 2)),
+    ((4, 4, 4, 2, (2, 2, 1)), 32, (2, 2, 2, 4)),
+    ((4, 4, 4, 1, (2, 2, 1)), 2, (1, 1, 1, 2)),
+    ((4, 4, 4, 1, (2, 2, 1)), 8, (1, 2, 2, 2)),
+    ((8, 8, 1, 1, (4, 2, 1)), 4, (1, 1, 2, 2)),
+    ((8, 8, 1, 1, (4, 2, 1)), 16, (1, 1, 4, 4)),
+    ((8, 4, 1, 1, (2, 2, 1)), 2, (1, 1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize('mesh,size,extents', HOSTS)
+def test_groups_are_boxes_and_so_are_hosts(mesh, size, extents):
+    """Both are runs: of devices that a process holds here and there JAX makes no pmap."""
+    devices = _tpu(*mesh)
+    random.Random(0).shuffle(devices)
+    ordered = replicas.neighbour_order(devices, size)
+    assert sorted(d.id for d in ordered) == list(range(len(devices)))
+    for start in range(0, len(ordered), size):
+        core, *sides = _box(ordered[start : start + size])
+        assert (core, *sorted(sides)) == extents
+    processes = [process for process, _ in itertools.groupby(d.process_index for d in ordered)]
+    assert len(processes) == len(set(processes)) > 1
+
+
 def test_the_mesh_may_start_anywhere():
     devices = _tpu(4, 4, 1, 2)
     shifted = [
@@ -254,6 +293,14 @@ KEPT = {
     'size that divides no sides': (_tpu(4, 4, 1), 12),
     'a hole in the mesh': (_tpu(4, 4, 1)[:-2], 2),
     'no coordinates': (_without(_tpu(4, 4, 1), 'coords', 'core_on_chip'), 4),
+    'no box is made of hosts': (_tpu(6, 4, 1, 1, (3, 2, 1)), 4),
+    'hosts are no boxes': (
+        [
+            types.SimpleNamespace(**{**vars(d), 'process_index': (0, 1, 1, 0)[i]})
+            for i, d in enumerate(_tpu(2, 1, 2))
+        ],
+        2,
+    ),
     'some without coordinates': (_tpu(2, 2, 1) + _without(_tpu(2, 2, 1), 'coords'), 4),
 }
 

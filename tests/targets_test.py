@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, small_config
 
-from sam_jax import data, memory, train
+from sam_jax import data, memory, replicas, train
 from sam_jax.errors import UserError
 from sam_jax.targets import absent, facts, hardware, hlo, operations, programs
 
@@ -526,3 +526,47 @@ def test_augmentation_on_a_tpu_reads_no_single_elements_and_loops_over_no_images
     assert all(gather['elements'] > 1 for gather in found[recipe]['gathers'])
     # 0.13 GB, of 8 images or of 32; of gathers of single pixels XLA counts some 50 GB for these 8.
     assert found[recipe]['xla_bytes'] < found['none']['xla_bytes'] + 2e8
+
+
+def _all_reduces(lowered):
+    """The groups of each all-reduce of a lowered program, arrays of positions."""
+
+    def within(operation):
+        if operation.name == 'stablehlo.all_reduce':
+            yield np.array(operation.attributes['replica_groups'])
+        for region in operation.regions:
+            for block in region:
+                for inner in block:
+                    yield from within(inner.operation)
+
+    return list(within(lowered.compiler_ir('stablehlo').operation))
+
+
+@pytest.mark.targets
+@pytest.mark.parametrize('backend', replicas.BACKENDS)
+@pytest.mark.parametrize(
+    'size,box', [(2, (1, 1, 2)), (4, (1, 2, 2)), (8, (2, 2, 2)), (16, (2, 2, 4))]
+)
+def test_groups_are_blocks_of_the_torus(size, box, backend):
+    """64 chips of 16 hosts: a group's all-reduce stays among neighbours, and in whole hosts."""
+    devices = hardware.target('tpu:v4:4x4x4').devices
+    config = small_config(
+        batch_size=8 * len(devices),
+        replica_batch_size=8,
+        sam__replicas_per_group=size,
+        replica_backend=backend,
+    )
+    experiment = programs.experiment_for(config, devices)
+    ordered = experiment.layout.devices
+    places = np.array([d.coords for d in ordered])
+    hosts = np.array([d.process_index for d in ordered])
+    found = [
+        g for g in _all_reduces(programs.train_step_of(experiment).lowered) if g.shape[1] == size
+    ]
+    assert found
+    for groups in found:
+        assert sorted(groups.ravel()) == list(range(len(devices)))
+        for group in groups:
+            sides = np.ptp(places[group], axis=0) + 1
+            assert tuple(sorted(sides)) == box and np.prod(sides) == size
+            assert len(set(hosts[group])) == max(size // 4, 1)

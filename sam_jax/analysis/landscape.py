@@ -14,7 +14,6 @@ import numpy as np
 
 from sam_jax import rngs
 from sam_jax.analysis import objective as objectives
-from sam_jax.replicas import AXIS
 
 # Examples that a device computes at once, whatever the number of devices.
 _AT_ONCE = 512
@@ -116,19 +115,13 @@ def make_surface(
         sums = objective.sums(moved['params'], moved['batch_stats'], batch)
         return jax.tree.map(jnp.add, total, sums)
 
-    step = jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(0, 0, None, None, None, None),
-        out_axes=0,
-        devices=layout.devices,
-    )
-    penalty = jax.pmap(
+    step = layout.map(step, in_axes=(0, 0, None, None, None, None), out_axes=0)
+    penalty = layout.map(
         lambda place, origin, directions: objective.penalty(
             at(place, origin, directions)['params']
         ),
         in_axes=(0, None, None),
-        devices=layout.devices,
+        out_axes=0,
     )
 
     def surface(places):

@@ -36,7 +36,7 @@ class Objective:
       batch_size: examples that are computed at once, by all devices together.
       batch_stats: BatchNorm's statistics, on the devices.
       arrays: the split's arrays, on the devices.
-      steps: {kind: pmapped step}, of `create`.
+      steps: {kind: step on all devices}, of `create`.
       placed: the batches, of `create`.
       label_smoothing, weight_decay, decay_norm_and_bias: as in a run's config.
     """
@@ -217,7 +217,7 @@ def place_feeds(
 
 
 def _make_steps(objective):
-    """The pmapped steps of each kind, a total with the sum over a batch added, and their means."""
+    """The steps of each kind, a total with the sum over a batch added, and their means."""
 
     def loss(params, batch_stats, batch):
         return objective.of_logits(objective.logits(params, batch_stats, batch), batch)
@@ -241,13 +241,8 @@ def _make_steps(objective):
                 jnp.add, total, lax.psum(part(params, batch_stats, batch, *vectors), AXIS)
             )
 
-        return jax.pmap(
-            step,
-            axis_name=AXIS,
-            in_axes=(None, None, None, None, 0, None),
-            out_axes=None,
-            donate_argnums=0,
-            devices=objective.layout.devices,
+        return objective.layout.map(
+            step, in_axes=(None, None, None, None, 0, None), donate_argnums=0
         )
 
     def make_mean(of_penalty):
@@ -259,12 +254,7 @@ def _make_steps(objective):
 
     gradient = jax.grad(objective.penalty)
     curvature = make_mean(lambda params, v: jax.jvp(gradient, (params,), (v,))[1])
-    count = jax.pmap(
-        lambda mask: lax.psum(jnp.sum(mask), AXIS),
-        axis_name=AXIS,
-        out_axes=None,
-        devices=objective.layout.devices,
-    )
+    count = objective.layout.map(lambda mask: lax.psum(jnp.sum(mask), AXIS), in_axes=(0,))
     return {
         'sums': make(objective.sums),
         'count': count,

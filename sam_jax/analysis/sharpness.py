@@ -193,9 +193,7 @@ def _make_groups_at_once(objective, m, ascent):
             sums = jax.tree.map(jnp.sum, jax.vmap(measure)(groups))
         return lax.psum(sums, AXIS)
 
-    step = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None, devices=layout.devices
-    )
+    step = layout.map(step, in_axes=(None, None, None, 0))
 
     @functools.cache
     def feeds(size):

@@ -127,8 +127,10 @@ def open_run(
     devices = devices or jax.devices()
     experiment = Experiment.of_run(workdir, devices[:1], data_dir)
     state, step = experiment.restore(workdir, epoch)
-    layout, _ = replicas.make_layout(len(devices), 1, 1, devices=devices)
     config, dataset = experiment.config, experiment.dataset
+    layout, _ = replicas.make_layout(
+        len(devices), 1, 1, devices=devices, backend=config.replica_backend
+    )
     splits = {**dataset.evals, 'train': dataset.train}
     if split not in splits:
         raise UserError(f'split is {split!r}; it must be one of {", ".join(splits)}.')

@@ -43,16 +43,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from sam_jax import (
-    convolutions,
-    gradients,
-    replicas,
-    settings,
-    tables,
-    train,
-    train_state,
-    train_step,
-)
+from sam_jax import convolutions, gradients, settings, tables, train, train_state, train_step
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
 
@@ -102,7 +93,11 @@ class Stepper:
     def __init__(self, config, make_step, own_state=None):
         experiment = Experiment.from_config(config, jax.devices()[:1])
         layout, dataset, self.model = experiment.layout, experiment.dataset, experiment.model
-        self._batch = functools.partial(_replica, layout=layout, dataset=dataset)
+        self._batch = layout.map(
+            functools.partial(_replica, layout=layout, dataset=dataset),
+            in_axes=(None, 0, None, None),
+            out_axes=0,
+        )
         state = experiment.create_state()
         if own_state:
             hparams = train_state.HParams.from_config(config)
@@ -122,11 +117,7 @@ class Stepper:
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images, labels) that the next step trains on, NumPy, as augmented and normalised."""
         feed, arrays, hparams = self._arguments
-        replica = jax.device_get(
-            jax.pmap(self._batch, axis_name=replicas.AXIS, in_axes=(None, 0, None, None))(
-                self.state.step, feed, arrays, hparams
-            )
-        )
+        replica = jax.device_get(self._batch(self.state.step, feed, arrays, hparams))
         return replica['image'][0], replica['label'][0]
 
     def gradients_a_step(self) -> float:
@@ -190,14 +181,7 @@ def _make_optax_step(model, config, layout, dataset):
     step = functools.partial(
         _optax_step, model=model, config=config, layout=layout, dataset=dataset
     )
-    return jax.pmap(
-        step,
-        axis_name=replicas.AXIS,
-        in_axes=(None, 0, None, None),
-        out_axes=(None, None),
-        donate_argnums=0,
-        devices=layout.devices,
-    )
+    return layout.map(step, in_axes=(None, 0, None, None), donate_argnums=0)
 
 
 def _using(config, method, **options):

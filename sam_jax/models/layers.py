@@ -58,7 +58,7 @@ class Network(nn.Module):
       num_classes: size of the head.
       dtype: dtype of the computation; params, statistics and logits stay in `param_dtype`.
       param_dtype: dtype of params.
-      batch_norm_axis: name of the pmap axis over whose devices BatchNorm averages its statistics;
+      batch_norm_axis: name of the axis over whose devices BatchNorm averages its statistics;
         None for those of a replica alone.
       frozen_batch_norm: normalise by the running statistics in training too, and leave them as they
         are (SAM paper, appendix C.2: fine-tuning).

@@ -10,7 +10,15 @@ from sam_jax.settings.overrides import flatten, jsonable, nearest
 from sam_jax.settings.schema import KEYS, Config, Key, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
-FREE_AT_RESUME = ('replica_loop', 'data.dir', 'data.threads', 'eval.', 'checkpoint.', 'analysis.')
+FREE_AT_RESUME = (
+    'replica_loop',
+    'replica_backend',
+    'data.dir',
+    'data.threads',
+    'eval.',
+    'checkpoint.',
+    'analysis.',
+)
 
 
 def check(config: Config) -> None:

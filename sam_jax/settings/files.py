@@ -13,7 +13,13 @@ from sam_jax.settings.overrides import flatten, nearest, unflatten
 from sam_jax.settings.schema import KEYS, Config
 
 # Keys that came later; without them the defaults were computed.
-ADDED = ('analysis.every_epochs', 'analysis.examples', 'analysis.steps', 'analysis.rho')
+ADDED = (
+    'replica_backend',
+    'analysis.every_epochs',
+    'analysis.examples',
+    'analysis.steps',
+    'analysis.rho',
+)
 
 
 def of_run(workdir: str) -> Config:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 
-from sam_jax import data, models, optimizers, schedules, sharpness
+from sam_jax import data, models, optimizers, replicas, schedules, sharpness
 from sam_jax.errors import UserError
 
 # A locked ConfigDict. No checker of types knows its keys; `check` does.
@@ -110,6 +110,11 @@ KEYS = {
         'auto',
         'several replicas on a device: `unroll`, or `scan` as does `auto`',
         choices=('auto', 'unroll', 'scan'),
+    ),
+    'replica_backend': Key(
+        'pmap',
+        'what runs a step on all devices: `pmap`, or `shard_map` under `jit`; same numbers',
+        choices=replicas.BACKENDS,
     ),
     'label_smoothing': _share(0.0, 'share of the label that all classes have alike'),
     'log_every_steps': _positive(100, 'steps between two lines of the log'),

@@ -117,7 +117,7 @@ def _loss(grads, params, grad_fn, loss):
             'grad_fn=sharpness.fill_masked(grad_fn, params), or the same of loss.'
         )
     if loss is not None:
-        return Loss(loss.evaluate)
+        return loss.uncounted()
     assert grad_fn is not None  # as was seen above
     loss = Loss(
         lambda params, climb=False, **more: (

@@ -59,7 +59,7 @@ def sharpness_aware(
 
         def climb(loss):
             eps, ascent_state = climbed(ascent, loss, clean, params, state.ascent, now)
-            there = loss.moved(params, eps, clean)
+            there = loss.moved(params, eps, clean, linear=combine.linear)
             grads, combine_state = combine.combine(clean.grads, there.grads, state.combine, params)
             return (
                 unless_still(eps, grads, clean),

@@ -22,14 +22,17 @@ class Combine(NamedTuple):
       init: params -> state.
       combine: (grads, perturbed_grads, state, params) -> (updates, state), when the gate is open.
       skip: (grads, state, params) -> (updates, state), when it is shut.
+      linear: whether `combine` is linear in perturbed_grads, with factors that do not depend on it,
+        and its state does not depend on it either; see `Loss`.
     """
 
     init: Callable[[Any], Any]
     combine: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
     skip: Callable[[Any, Any, Any], tuple[Any, Any]]
+    linear: bool = False
 
 
-def _stateless(function):
+def _stateless(function, linear=False):
     """A combination (g, g_p) -> updates without state; where the gate is shut, g."""
     return Combine(
         init=lambda params: (),
@@ -38,12 +41,13 @@ def _stateless(function):
             state,
         ),
         skip=lambda grads, state, params: (grads, state),
+        linear=linear,
     )
 
 
 def perturbed() -> Combine:
     """SAM's own: g_p. No state."""
-    return _stateless(lambda grads, perturbed_grads: perturbed_grads)
+    return _stateless(lambda grads, perturbed_grads: perturbed_grads, linear=True)
 
 
 def lerp(alpha: float) -> Combine:
@@ -53,7 +57,8 @@ def lerp(alpha: float) -> Combine:
             lambda g, g_p: ((1.0 - alpha) * promote(g) + alpha * promote(g_p)).astype(g.dtype),
             grads,
             perturbed_grads,
-        )
+        ),
+        linear=True,
     )
 
 

@@ -80,16 +80,24 @@ class Loss:
 
     Args:
       evaluate: (params, **which) -> Evaluation, with `which` of the keywords of a call.
+      part: the same of a part of the examples, where the caller averages over all parts what comes
+        of the step; None where there is one part. See `linear` of a call.
     """
 
-    def __init__(self, evaluate: Callable[..., Evaluation]) -> None:
-        self.evaluate, self.taken = evaluate, 0
+    def __init__(
+        self, evaluate: Callable[..., Evaluation], part: Callable[..., Evaluation] | None = None
+    ) -> None:
+        self.evaluate, self.part, self.taken = evaluate, part, 0
 
-    def __call__(self, params: Any, **which) -> Evaluation:
+    def __call__(self, params: Any, linear: bool = False, **which) -> Evaluation:
         """Evaluates the loss.
 
         Args:
           params: pytree.
+          linear: True where the step's result is linear in this gradient, with factors that do not
+            depend on it, and no memory depends on it. Then that of a part will do, since a mean of
+            results over the parts is the result of the mean: devices that share a group need not
+            exchange this gradient.
           **which: nothing for the gradient that descends, or one of
             climb: True (or a traced bool) for that of the loss itself, along which an ascent goes.
               The two differ for models that know a gradient for each (shake models);
@@ -100,7 +108,8 @@ class Loss:
               here in place of the one here.
         """
         self.taken += 1
-        evaluation = self.evaluate(params, **which)
+        evaluate = self.part if linear and self.part is not None else self.evaluate
+        evaluation = evaluate(params, **which)
         value = evaluation.value
         return evaluation._replace(
             grads=jax.tree.map(promote, evaluation.grads),
@@ -131,7 +140,11 @@ class Loss:
                 return clean
             return self.evaluate(at, **which)
 
-        return Loss(evaluate)
+        return Loss(evaluate, self.part)
+
+    def uncounted(self) -> 'Loss':
+        """The same loss, of which nothing has been asked yet."""
+        return Loss(self.evaluate, self.part)
 
 
 class Now:
@@ -198,7 +211,7 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
 
     def way(step):
         def go():
-            own = Loss(loss.evaluate)
+            own = loss.uncounted()
             grads, state, report = step(own)
             # A gradient and what a network keeps would be copied out of the branch for nothing.
             seen = report.perturbed._replace(grads=(), aux=())

@@ -65,6 +65,7 @@ def wsam(
     if max_norm is not None:
         ranges.positive(max_norm=max_norm)
     ball = ascent.lp_ball(rho)
+    clips = decoupled and max_norm is not None
 
     def init(params):
         zeros = wide_zeros(params) if decoupled else ()
@@ -73,8 +74,8 @@ def wsam(
     def step(loss, params, state, now):
         clean = loss(params, climb=True)
         eps, ball_state = ball.update(clean.grads, state[0], params, count=now.count)
-        there = loss.moved(params, eps, clean)
-        g, g_p = (clipped(x.grads, max_norm if decoupled else None) for x in (clean, there))
+        there = loss.moved(params, eps, clean, linear=not clips)
+        g, g_p = (clipped(x.grads, max_norm if clips else None) for x in (clean, there))
         sharp = jax.tree.map(lambda x, y: a * (y - x), g, g_p)
         if decoupled and now.given.get('corrected'):
             # What follows clips the gradient itself.
@@ -155,7 +156,7 @@ def cr_sam(rho: Rho, gamma: float = 0.1, beta: float = 0.01) -> Link:
     def step(loss, params, state, now):
         clean = loss(params, climb=True)
         eps, state = ball.update(clean.grads, state, params, count=now.count)
-        up, down = (loss.moved(params, eps, clean, sign) for sign in (1.0, -1.0))
+        up, down = (loss.moved(params, eps, clean, sign, linear=True) for sign in (1.0, -1.0))
         grads = jax.tree.map(
             lambda g, g_up, g_down: (
                 g_up + gamma * (g_up + g_down - 2.0 * g) + beta * (g_up - g_down)

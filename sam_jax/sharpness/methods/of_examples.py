@@ -40,7 +40,7 @@ def esam(rho: Rho, beta: float = 0.5, gamma: float = 0.5) -> Link:
         clean = loss(params, climb=True)
         eps, state = climbed(ball, loss, clean, params, state, now)
         some = {} if gamma == 1 else {'most_risen': (gamma, clean)}
-        there = loss.moved(params, eps, clean, **some)
+        there = loss.moved(params, eps, clean, linear=True, **some)
         return there.grads, state, Report(clean, there, lp_norm(eps))
 
     return as_optax(Method(ball.init, step))
@@ -69,7 +69,7 @@ def functional_sam(rho: Rho, p: float = 2.0, mask: Mask = None) -> Link:
     def step(loss, params, state, now):
         clean = loss(params, climb=True)
         eps, state = climbed(ball, loss, clean, params, state, now)
-        there = loss.moved(params, eps, clean, cotangents_of=clean)
+        there = loss.moved(params, eps, clean, linear=True, cotangents_of=clean)
         return there.grads, state, Report(clean, there, lp_norm(eps, p))
 
     return as_optax(Method(ball.init, step))

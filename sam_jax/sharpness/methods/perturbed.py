@@ -58,7 +58,7 @@ def sam(rho: Rho, p: float = 2.0, mask: Mask = None) -> Link:
     def step(loss, params, state, now):
         clean = loss(params, climb=True)
         eps, state = ball.update(clean.grads, state, params, count=now.count)
-        there = loss.moved(params, eps, clean)
+        there = loss.moved(params, eps, clean, linear=True)
         return there.grads, state, Report(clean, there, lp_norm(eps, p))
 
     return as_optax(Method(ball.init, step))

@@ -45,7 +45,7 @@ def sampa(rho: Rho, lam: float = 0.2) -> Link:
         rate = now.need('learning_rate', 'SAMPa')
         ahead = loss(move(params, jax.tree.map(lambda g: -jnp.asarray(rate, g.dtype) * g, state)))
         eps = taken(ball, state, params, now)
-        there = loss(move(params, eps), previous=True)
+        there = loss(move(params, eps), linear=True, previous=True)
         grads = jax.tree.map(lambda g, g_p: (1.0 - lam) * g_p + lam * g, ahead.grads, there.grads)
         return grads, ahead.grads, Report(ahead, there, lp_norm(eps))
 
