@@ -15,7 +15,7 @@ from configs import common
 from sam_jax import models, replicas, settings
 from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.settings import files, schema, shipped
+from sam_jax.settings import schema, shipped
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
@@ -100,7 +100,7 @@ def test_common_has_the_known_keys():
     assert set(flat) == set(settings.KEYS)
     for key, described in settings.KEYS.items():
         assert flat[key] == described.default and type(flat[key]) is described.kind, key
-    assert set(files.ADDED) <= set(flat)
+    assert set(schema.ADDED) <= set(flat)
 
 
 @pytest.mark.parametrize(

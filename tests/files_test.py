@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 from helpers import assert_trees_equal, small_config
@@ -609,8 +611,8 @@ def test_a_file_that_is_gone(tmp_path):
         _missing_gone(tmp_path).fingerprint()
 
 
-def _config(name, place, epochs=1, **settings):
-    config = small_config(
+def _config(name, place, **settings):
+    return small_config(
         data__name=name,
         data__dir=str(place),
         total_epochs=2,
@@ -619,13 +621,10 @@ def _config(name, place, epochs=1, **settings):
         checkpoint__keep_epochs=(1,),
         **settings,
     )
-    return config
 
 
 def _end_at(workdir, step):
     """Leaves of a finished run what it had after a step."""
-    import shutil
-
     for path in (workdir / 'checkpoints').iterdir():
         if path.name.isdigit() and int(path.name) > step:
             shutil.rmtree(path)
@@ -645,8 +644,7 @@ def test_resuming_on_the_same_data_elsewhere_and_on_other_data(name, tmp_path):
     _write_idx(places[2], arrays)
     settings = {'data__image_size': 8} if name == 'folder' else {}
 
-
-    devices = jax.devices()[:1]
+    run, devices = tmp_path / 'run', jax.devices()[:1]
     whole = train.train_and_evaluate(_config(name, places[0], **settings), str(run), devices)
     steps = {'folder': 4, 'idx': 3}[name]
     _end_at(run, steps)
