@@ -35,6 +35,17 @@ ARGUMENTS = {
             'data.name': 'svhn',
         }
     },
+    'fashion_mnist': {
+        'method=sgd,noise=0.4,fraction=0.1,seed=3': {
+            'model.name': 'wrn28_10',
+            'sam.method': 'sgd',
+            'data.label_noise': 0.4,
+            'data.label_noise_seed': 3,
+            'data.fraction': 0.1,
+            'data.fraction_seed': 3,
+        },
+        'small,rho=0.1': {'model.name': 'wrn10_1', 'sam.rho': 0.1, 'replica_batch_size': 32},
+    },
     'imagenet': {
         'model=resnet152,epochs=400,augment=imagenet_randaugment': {
             'model.name': 'resnet152',
