@@ -1,6 +1,6 @@
 """Fashion-MNIST: the right half of the paper's Table 5, and a small form of it for CPUs.
 
-    apt-get install dataset-fashion-mnist          # or --config.data.dir=DIR, see docs/howto/data.md
+    apt-get install dataset-fashion-mnist    # or --config.data.dir=DIR, see docs/howto/data.md
     ./scripts/train.sh configs/fashion_mnist.py
     ./scripts/train.sh configs/fashion_mnist.py:small
 
