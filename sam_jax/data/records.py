@@ -225,7 +225,7 @@ class FolderSource:
                 size = os.path.getsize(path)
             except OSError as e:
                 raise UserError(f'{path} cannot be read: {e.strerror}.') from e
-            digest.update(f'{os.path.relpath(path, self._folder)}\0{size}\n'.encode())
+            digest.update(f'{path[len(self._folder) :]}\0{size}\n'.encode())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, i):
