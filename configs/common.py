@@ -5,7 +5,16 @@ import ml_collections
 from sam_jax.settings import schema
 from sam_jax.settings.schema import set_method, set_model
 
-__all__ = ['finish', 'get_config', 'one_of', 'parse_arg', 'set_method', 'set_model', 'table_7']
+__all__ = [
+    'TABLE_7',
+    'finish',
+    'get_config',
+    'one_of',
+    'parse_arg',
+    'set_method',
+    'set_model',
+    'table_7',
+]
 
 
 def parse_arg(arg, **defaults):
@@ -75,26 +84,35 @@ def get_config():
     return schema.default_config()
 
 
+# The arguments of `table_7`; the empty ones are the first model's and its rho.
+TABLE_7 = {
+    'model': '',
+    'augment': 'basic',
+    'method': 'sam',
+    'rho': -1.0,
+    'doubled': False,
+    'seed': 0,
+}
+
+
 def table_7(arg, dataset, table, epochs):
-    """Returns the config of a row of the paper's Table 7.
+    """Returns the config of a row of the paper's Table 7, not finished.
 
     Args:
-      arg: the config's string argument.
+      arg: what `parse_arg` returns for TABLE_7.
       dataset: `data.name`.
       table: model -> (learning rate, weight decay, rho).
       epochs: how long to train.
     """
-    arg = parse_arg(
-        arg, model='wrn28_10', augment='basic', method='sam', rho=-1.0, doubled=False, seed=0
-    )
-    one_of('model', arg.model, tuple(table))
+    model = arg.model or next(iter(table))
+    one_of('model', model, tuple(table))
     c = get_config()
     c.seed = arg.seed
     c.total_epochs = epochs * (2 if arg.doubled else 1)
-    set_model(c, arg.model)
+    set_model(c, model)
     c.data.name = dataset
     c.data.augment = arg.augment
-    c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[arg.model]
+    c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[model]
     set_method(c, arg.method)
     c.sam.rho = arg.rho if arg.rho >= 0 else rho
-    return finish(c, arg)
+    return c

@@ -1,6 +1,8 @@
-"""Fashion-MNIST: the right half of the paper's Table 5.
+"""Fashion-MNIST: the right half of the paper's Table 5, and a small form of it for CPUs.
 
-    ./scripts/train.sh configs/fashion_mnist.py:model=wrn28_10 --config.data.dir=DIR
+    apt-get install dataset-fashion-mnist    # or --config.data.dir=DIR, see docs/howto/data.md
+    ./scripts/train.sh configs/fashion_mnist.py
+    ./scripts/train.sh configs/fashion_mnist.py:small
 
 Settings: paper, Table 7 and appendix C.1. Test error (%), mean and 95 % confidence interval of 5
 runs, SAM (baseline):
@@ -12,7 +14,9 @@ What the table calls auto augmentation is cutout alone on this dataset (its appe
 augment=cutout. Left open: the number of epochs (200 here, the default of the paper's code).
 
 Arguments: model (wrn28_10, shake_shake_26_2x96d), augment (a recipe), method (sam, sgd), rho
-(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), seed, smoke.
+(default that of Table 7), doubled (twice the epochs, as for the paper's baseline), noise (fraction
+of training labels drawn anew), fraction (of the training set, of each class alike), small, seed,
+smoke.
 """
 
 from configs import common
@@ -20,7 +24,15 @@ from configs import common
 # Table 7: learning rate, weight decay, rho.
 TABLE_7 = {'wrn28_10': (0.1, 5e-4, 0.05), 'shake_shake_26_2x96d': (0.1, 5e-4, 0.02)}
 DATASET, EPOCHS = 'fashion_mnist', 200
+SMALL, SMALL_EPOCHS = {'wrn10_1': (0.1, 5e-4, 0.05)}, 10
 
 
 def get_config(arg=''):
-    return common.table_7(arg, DATASET, TABLE_7, EPOCHS)
+    arg = common.parse_arg(arg, **common.TABLE_7, noise=0.0, fraction=1.0, small=False)
+    rows = (SMALL, SMALL_EPOCHS) if arg.small else (TABLE_7, EPOCHS)
+    c = common.table_7(arg, DATASET, *rows)
+    if arg.small:
+        c.batch_size, c.replica_batch_size = 128, 32
+    c.data.label_noise, c.data.fraction = arg.noise, arg.fraction
+    c.data.label_noise_seed = c.data.fraction_seed = arg.seed
+    return common.finish(c, arg)

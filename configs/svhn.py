@@ -26,4 +26,5 @@ DATASET, EPOCHS = 'svhn', 200
 
 
 def get_config(arg=''):
-    return common.table_7(arg, DATASET, TABLE_7, EPOCHS)
+    arg = common.parse_arg(arg, **common.TABLE_7)
+    return common.finish(common.table_7(arg, DATASET, TABLE_7, EPOCHS), arg)

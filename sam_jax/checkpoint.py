@@ -1,7 +1,7 @@
 """Checkpoints: orbax, asynchronous, checked when read.
 
     workdir/checkpoints/<step>/state    {path of a leaf: array}
-    workdir/checkpoints/<step>/meta     JSON: the config, checksums of the arrays, wall time so far
+    workdir/checkpoints/<step>/meta     JSON: config, fingerprint of the data, checksums, wall time
 
 The arrays are one host's copy of the replicated state, so a checkpoint knows no topology. Orbax
 writes beside and renames, so a process killed during a save leaves the previous checkpoint newest.

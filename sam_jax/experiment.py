@@ -283,22 +283,25 @@ class Experiment:
         )
 
     def restore_from(
-        self, checkpoints: Checkpoints, step: int | None = None
+        self, checkpoints: Checkpoints, step: int | None = None, to_train: bool = True
     ) -> tuple[TrainState, int, float]:
         """Returns (state on the devices, its step, wall time so far) of a checkpoint.
 
         Args:
           checkpoints: of `checkpoints`.
           step: of which step; default the newest whole one, or the beginning where there is none.
+          to_train: False where it is only evaluated, which may be on other data.
 
         Raises:
-          UserError: it is not there, or of other settings.
+          UserError: it is not there, or of other settings, or, to train, of other data.
         """
         # The settings are compared first: of another model they say more than shapes do.
         metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
         meta = next(filter(None, metas), None)
         if meta:
             settings.check_same_mathematics(self.config, meta['config'])
+            if to_train:
+                settings.check_same_data(self.dataset, meta.get('data', ''))
         target = self.create_state()
         found = (
             checkpoints.restore_newest(target)
@@ -332,5 +335,5 @@ class Experiment:
             if not checkpoints.steps():
                 raise none
             wanted = None if epoch is None else epoch * self.steps_per_epoch
-            state, step, _ = self.restore_from(checkpoints, wanted)
+            state, step, _ = self.restore_from(checkpoints, wanted, to_train=False)
         return state, step

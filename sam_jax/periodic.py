@@ -118,7 +118,11 @@ class Saving:
             run.checkpoints.save(
                 done,
                 state,
-                {'config': settings.jsonable(run.experiment.config), 'wall_time': run.wall_time()},
+                {
+                    'config': settings.jsonable(run.experiment.config),
+                    'data': run.experiment.dataset.fingerprint,
+                    'wall_time': run.wall_time(),
+                },
             )
             self._saved_at = time.time()
         if stopping and done < total:

@@ -15,7 +15,7 @@ from configs import common
 from sam_jax import models, replicas, settings
 from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.settings import files, schema, shipped
+from sam_jax.settings import schema, shipped
 
 CONFIGS = {p.stem: p for p in (ROOT / 'configs').glob('*.py')}
 ARGUMENTS = {
@@ -34,6 +34,17 @@ ARGUMENTS = {
             'sam.rho': 0.0,
             'data.name': 'svhn',
         }
+    },
+    'fashion_mnist': {
+        'method=sgd,noise=0.4,fraction=0.1,seed=3': {
+            'model.name': 'wrn28_10',
+            'sam.method': 'sgd',
+            'data.label_noise': 0.4,
+            'data.label_noise_seed': 3,
+            'data.fraction': 0.1,
+            'data.fraction_seed': 3,
+        },
+        'small,rho=0.1': {'model.name': 'wrn10_1', 'sam.rho': 0.1, 'replica_batch_size': 32},
     },
     'imagenet': {
         'model=resnet152,epochs=400,augment=imagenet_randaugment': {
@@ -100,7 +111,7 @@ def test_common_has_the_known_keys():
     assert set(flat) == set(settings.KEYS)
     for key, described in settings.KEYS.items():
         assert flat[key] == described.default and type(flat[key]) is described.kind, key
-    assert set(files.ADDED) <= set(flat)
+    assert set(schema.ADDED) <= set(flat)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,11 @@ BAD = [
         {'data.name': 'folder', 'data.image_size': 8, 'data.dir': 'nowhere'},
         ["data.dir is 'nowhere'", 'train/CLASS/IMAGE'],
     ),
+    (
+        {'data.fraction': 0.5, 'data.name': 'imagenet', 'data.image_size': 8},
+        ['data.fraction is 0.5', 'imagenet is streamed', "'folder'"],
+    ),
+    ({'data.name': 'idx'}, ["data.dir is ''", "data.name='idx'", 'must be a folder']),
     ({'data.skip_corrupt': True}, ['data.skip_corrupt is True', 'digits']),
     (
         {'data.mixup_alpha': 1.0, 'data.cutmix_alpha': 1.0},
@@ -313,14 +318,16 @@ def test_every_number_has_its_range():
         'data.randaugment_layers',
         'analysis.examples',
     }
-    lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5}
+    lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5, 'data.fraction': 1e-6}
     below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
     for key, (low, high, closed) in RANGES.items():
         assert low == lowest.get(key, 0), key
         if key in below_one:
             assert (high, closed) == (1, False), key
-        elif key in ('data.label_noise', 'data.label_noise_seed', 'seed'):
-            assert (high, closed) == (1 if key == 'data.label_noise' else 2**32 - 1, True), key
+        elif key in ('data.label_noise', 'data.fraction'):
+            assert (high, closed) == (1, True), key
+        elif key in ('data.label_noise_seed', 'data.fraction_seed', 'seed'):
+            assert (high, closed) == (2**32 - 1, True), key
         else:
             assert high == math.inf, key
 

@@ -17,6 +17,7 @@ from sam_jax.data.resident import Split
 ROWS = [
     ('cifar', ''),
     ('fashion_mnist', 'augment=cutout'),
+    ('fashion_mnist', 'small,noise=0.4'),
     ('label_noise', 'noise=0.4,mixup=8,validation'),
     ('ablations', 'figure=landscape,method=sgd'),
     ('ablations', 'figure=m,m=1'),

@@ -27,6 +27,7 @@ OPTIONAL = {
     'tensorflow': 'the same',
     'tensorflow-datasets': 'datasets of TFDS',
     'clu': 'TensorBoard',
+    'pyarrow': 'datasets of Hugging Face on disk',
     'submitit': 'sweeps on Slurm',
     'libtpu': 'TPUs',
     'jax-cuda13-plugin': 'NVIDIA GPUs',

@@ -2,7 +2,7 @@
 
 from sam_jax.data.augment import RECIPES
 from sam_jax.data.labels import LABEL_NOISE
-from sam_jax.data.load import NAMES, load_dataset
+from sam_jax.data.load import NAMES, OWN, load_dataset
 from sam_jax.data.resident import ResidentDataset
 from sam_jax.data.sources import SOURCES
 from sam_jax.data.streaming import StreamingDataset
@@ -10,6 +10,7 @@ from sam_jax.data.streaming import StreamingDataset
 __all__ = [
     'LABEL_NOISE',
     'NAMES',
+    'OWN',
     'RECIPES',
     'SOURCES',
     'ResidentDataset',

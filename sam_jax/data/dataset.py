@@ -58,6 +58,14 @@ class Dataset:
 
     # What the two input paths do each in its own way.
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells this data from other data in its place; '' where that would mean reading all.
+
+        Training goes on only on data of the same one.
+        """
+        raise NotImplementedError
+
     def device_arrays(self, split: Any) -> dict[str, np.ndarray]:
         """Returns the arrays of a split that the compiled functions take, on the host."""
         raise NotImplementedError

@@ -5,18 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from sam_jax import rngs
 from sam_jax.data import augment, labels, records
 from sam_jax.data.resident import ResidentDataset
-from sam_jax.data.sources import SOURCES, Source, check_split
+from sam_jax.data.sources import SOURCES, OwnSource, Source, check_split
 from sam_jax.data.streaming import StreamingDataset
 from sam_jax.errors import UserError
 
 NAMES = (*SOURCES, *records.STREAMS)
 
+# Of these, `data.dir` says which dataset it is.
+OWN = ('folder', *(name for name, source in SOURCES.items() if isinstance(source, OwnSource)))
+
 
 def load_dataset(
     settings: Any,
-    sources: Mapping[str, Source] = SOURCES,
+    sources: Mapping[str, Source | OwnSource] = SOURCES,
     streams: Mapping[str, Any] = records.STREAMS,
 ) -> ResidentDataset | StreamingDataset:
     """Reads, or for the streaming path opens, the dataset that `config.data` names.
@@ -37,12 +41,19 @@ def load_dataset(
 
 
 def _resident(settings, source):
-    train, test = source.read(settings.dir)
+    train, test, source = source.open(settings.dir)
     for name, split in [('train', train), ('test', test)]:
         check_split(split, source, f'{name} split of {settings.name}')
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f'The images of {settings.name} are {train.images.shape[1:]} in the train split and '
+            f'{test.images.shape[1:]} in the test split; they must be of one size.'
+        )
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)
+    if settings.fraction < 1:
+        train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
     relabel = labels.create(settings, settings.name, len(train), source.num_classes)
     true = train
     if relabel is not labels.unchanged:
@@ -70,6 +81,8 @@ def _streaming(settings, stream):
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train)
+    if settings.fraction < 1:
+        train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
     relabel = labels.create(settings, settings.name, len(train), num_classes)
     if relabel is not labels.unchanged:
         evals['train_true_labels'] = train
@@ -93,6 +106,28 @@ def _held_out(train, size=0):
     # As the paper's code: the last `size` examples, or the last tenth, but not of none.
     cut = len(train) - (size or max(1, len(train) // 10))
     return train.part(slice(None, cut)), train.part(slice(cut, None))
+
+
+def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Chooses a part of the examples in which each class keeps its share.
+
+    A random order of each class puts its example of rank r (from 0) of n at (r + 1/2) / n; the part
+    is the round(fraction N) examples that come first (Webster's method). So a class has its share
+    to within about one example, and a smaller part lies in every larger one of the same seed.
+
+    Args:
+      labels: the class of each example, integers (N,).
+      fraction: in (0, 1].
+      seed: decides which examples.
+
+    Returns:
+      Their positions, ascending.
+    """
+    places = np.empty(len(labels))
+    for label, n in zip(*np.unique(labels, return_counts=True)):
+        ranks = rngs.permutation(seed, 'fraction', n, label)
+        places[labels == label] = (ranks + 0.5) / n
+    return np.sort(np.argsort(places, kind='stable')[: round(fraction * len(labels))])
 
 
 def _augmentation(settings, policy, image_size):

@@ -14,8 +14,12 @@ TABLE = 1024  # places between two pixels for which TensorFlow has coefficients
 ATTEMPTS = 10
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode(encoded: bytes, keep_grey: bool = False) -> np.ndarray:
     """Returns the pixels of an image, uint8 (H, W, 3); of an animation its first frame.
+
+    Args:
+      encoded: bytes of a file.
+      keep_grey: whether an image of one channel stays one, (H, W, 1).
 
     Raises:
       ValueError: the bytes are no image.
@@ -26,6 +30,8 @@ def decode(encoded: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith('I;16') or image.mode == 'I':
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
+            if keep_grey and image.mode in ('1', 'L'):
+                return np.asarray(image.convert('L'))[..., None]
             return np.asarray(image.convert('RGB'))
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(str(e)) from e

@@ -5,6 +5,7 @@ that it holds, by any process, at any step. docs/data.md compares this with tf.d
 """
 
 import dataclasses
+import hashlib
 import os
 from typing import Any
 
@@ -41,6 +42,11 @@ class Records:
         """Returns (encoded image, label to train on, name) of the i-th example."""
         encoded, true, name = self.source[int(self.index[i])]
         return encoded, self.relabel(np.array([i]), np.array([true], np.int32))[0], name
+
+    @property
+    def labels(self) -> np.ndarray:
+        """True classes, int32 (n,); only of a source that knows them without reading its images."""
+        return self.source.labels[self.index]
 
     def part(self, chosen: slice | np.ndarray) -> 'Records':
         return dataclasses.replace(self, index=self.index[chosen])
@@ -181,7 +187,11 @@ class TfdsSource:
 
 
 class FolderSource:
-    """The image files of one split, in an order of their own that mixes the classes."""
+    """The image files of one split, in an order of their own that mixes the classes.
+
+    Attributes:
+      labels: their classes, int32.
+    """
 
     def __init__(self, folder, classes):
         files = []
@@ -197,9 +207,26 @@ class FolderSource:
             raise UserError(f'{folder} holds no images CLASS/IMAGE ({", ".join(EXTENSIONS)}).')
         # Mixed once, so that the last tenth (the validation split) is not the last classes.
         self._files = [files[i] for i in rngs.permutation(0, 'folder_order', len(files))]
+        self._folder = folder
+        self.labels = np.array([label for _, label in self._files], np.int32)
 
     def __len__(self):
         return len(self._files)
+
+    def fingerprint(self) -> str:
+        """Returns 16 hexadecimal digits of the names and sizes of the files, classes in the names.
+
+        Raises:
+          UserError: a file is gone.
+        """
+        digest = hashlib.sha256()
+        for path, _ in self._files:
+            try:
+                size = os.path.getsize(path)
+            except OSError as e:
+                raise UserError(f'{path} cannot be read: {e.strerror}.') from e
+            digest.update(f'{path[len(self._folder) :]}\0{size}\n'.encode())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, i):
         path, label = self._files[i]

@@ -1,6 +1,8 @@
 """The resident input path: uint8 data lies on every device, a step receives indices."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +54,15 @@ class ResidentDataset(Dataset):
     @property
     def num_images(self) -> int:
         return len(self.train.images)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of all images and labels, to train on and to test on."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.evals['test']):
+            for array in (split.images, split.labels):
+                digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:16]
 
     def original_images(self, count: int) -> np.ndarray:
         """Returns the first training images before augmentation, uint8 (n, H, W, C)."""

@@ -1,6 +1,7 @@
 """Datasets that fit in memory: read once from their source into uint8 arrays on the host."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sam_jax import rngs
-from sam_jax.data import decode
+from sam_jax.data import decode, files, huggingface
 from sam_jax.data.resident import Split
 from sam_jax.errors import UserError, first_line
 
@@ -32,6 +33,48 @@ class Source:
     std: tuple
     policy: str = 'cifar'
     validation_size: int = 0
+
+    def open(self, data_dir: str) -> tuple[Split, Split, 'Source']:
+        """Returns (train Split, test Split, the Source itself)."""
+        return *self.read(data_dir), self
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSource:
+    """A dataset of anyone's own in `data.dir`: what is to be known of it is found there.
+
+    Attributes:
+      read: data_dir -> (train Split, test Split), and the number of classes if the files say it.
+    """
+
+    read: Callable[[str], tuple]
+
+    def open(self, data_dir: str) -> tuple[Split, Split, Source]:
+        """Reads it.
+
+        The training examples get an order of their own that mixes the classes. The mean and the
+        deviation are those of all training images.
+
+        Returns:
+          (train Split, test Split, a Source that describes them).
+
+        Raises:
+          UserError: fewer than two classes, or a label that is none.
+        """
+        train, test, *said = self.read(data_dir)
+        num_classes = said[0] if any(said) else int(train.labels.max()) + 1
+        if num_classes < 2 or (not any(said) and num_classes > len(train)):
+            raise UserError(
+                f'The labels in data.dir {data_dir!r} make {num_classes} classes of {len(train)} '
+                'training images; they must be counted from 0, and be of two or more classes.'
+            )
+        for name, split in (('train', train), ('test', test)):
+            check_labels(split.labels, num_classes, f'the {name} split in {data_dir!r}')
+            split.labels = split.labels.astype(np.int32)
+        mean, std = files.moments(train.images)
+        # Mixed once, so that the last tenth (the validation split) is not the last classes.
+        train = train.part(rngs.permutation(0, 'own_order', len(train)))
+        return train, test, Source(self.read, num_classes, mean, std)
 
 
 def read_digits(data_dir: str) -> tuple[Split, Split]:
@@ -73,20 +116,26 @@ def tfds_builder(name: str, data_dir: str, file_format: str = '') -> Any:
     """
     import tensorflow_datasets as tfds
 
-    decode.tensorflow()
-    place = os.path.expanduser(data_dir) if data_dir else None
-    try:
-        builder = tfds.builder(name, data_dir=place)
-        missing = not builder.is_prepared()
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError):
-        missing = True
-    if missing:
+    builder = _prepared(name, data_dir)
+    if builder is None:
         shown = data_dir or tfds.core.constants.DATA_DIR
         raise UserError(
             f'Dataset {name} is not in {shown} (config.data.dir is {data_dir!r}); prepare it '
             f'there with: {prepare_command(name, data_dir, file_format)}'
         )
     return builder
+
+
+def _prepared(name, data_dir):
+    """The builder of a TensorFlow dataset if it lies prepared in `data_dir`, or None."""
+    import tensorflow_datasets as tfds
+
+    decode.tensorflow()
+    try:
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) if data_dir else None)
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError):
+        return None
+    return builder if builder.is_prepared() else None
 
 
 def prepare_command(name: str, data_dir: str, file_format: str = '') -> str:
@@ -196,6 +245,35 @@ def _decoded_split(builder, split):
     return Split(np.asarray(arrays['image'], np.uint8), np.asarray(arrays['label'], np.int32))
 
 
+# Where Debian's package dataset-fashion-mnist puts its files.
+DEBIAN_FASHION_MNIST = '/usr/share/datasets/fashion-mnist'
+
+
+def read_fashion_mnist(data_dir: str) -> tuple[Split, Split]:
+    """Fashion-MNIST, 28x28x1: of TFDS if it is prepared in `data_dir`, else IDX files in there.
+
+    With no data_dir, TFDS's own folder, and then the place of Debian's package. The training images
+    are the same, in another order.
+
+    Raises:
+      UserError: there is neither; the message says what to do.
+    """
+    if importlib.util.find_spec('tensorflow_datasets') and _prepared('fashion_mnist', data_dir):
+        return read_tfds('fashion_mnist', data_dir)
+    place = os.path.expanduser(data_dir) if data_dir else DEBIAN_FASHION_MNIST
+    if not files.holds_idx(place):
+        raise UserError(
+            f'Dataset fashion_mnist is not there (config.data.dir is {data_dir!r}): on Debian and '
+            'Ubuntu `apt-get install dataset-fashion-mnist` puts it where it is found with '
+            "data.dir=''; or put its four IDX files (train-images-idx3-ubyte.gz, ...) into "
+            f'data.dir; or prepare it with: {prepare_command("fashion_mnist", data_dir)}'
+        )
+    train, test = files.read_idx(place)
+    for split in (train, test):
+        split.labels = split.labels.astype(np.int32)
+    return train, test
+
+
 def read_fake_cifar(data_dir: str) -> tuple[Split, Split]:
     """Random images of CIFAR's shape, 5,000 and 1,000 of them: for benchmarks and smoke runs."""
     del data_dir
@@ -207,7 +285,7 @@ def read_fake_cifar(data_dir: str) -> tuple[Split, Split]:
     return split('fake_train', 5000), split('fake_test', 1000)
 
 
-SOURCES = {
+SOURCES: dict[str, Source | OwnSource] = {
     'digits': Source(read_digits, 10, (0.30533,), (0.37669,)),
     'fake_cifar10': Source(read_fake_cifar, 10, (0.5,) * 3, (0.289,) * 3),
     'cifar10': Source(
@@ -231,7 +309,9 @@ SOURCES = {
         policy='svhn',
         validation_size=73257 - 65929,
     ),
-    'fashion_mnist': Source(
-        lambda data_dir: read_tfds('fashion_mnist', data_dir), 10, (0.1307,), (0.3081,)
-    ),
+    # The mean and deviation of MNIST, as in the paper's code.
+    'fashion_mnist': Source(read_fashion_mnist, 10, (0.1307,), (0.3081,)),
+    'idx': OwnSource(files.read_idx),
+    'npz': OwnSource(files.read_npz),
+    'huggingface': OwnSource(huggingface.read_huggingface),
 }

@@ -43,6 +43,14 @@ class StreamingDataset(Dataset):
     threads: int = 0
     corrupt: 'Corrupt' = dataclasses.field(default_factory=lambda: Corrupt())
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the names and sizes of the files of a folder; '' of other datasets."""
+        sources = (split.source for split in (self.train, self.evals['test']))
+        return '-'.join(
+            source.fingerprint() for source in sources if isinstance(source, records.FolderSource)
+        )
+
     def device_arrays(self, split: records.Records) -> dict[str, np.ndarray]:
         """Nothing of a split lies on the devices."""
         del split

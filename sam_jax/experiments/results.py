@@ -18,14 +18,20 @@ from typing import Any
 
 from scipy import stats
 
-from sam_jax import run_log
+from sam_jax import data, run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import FREE_AT_RESUME, jsonable, load, override, short_names
+from sam_jax.settings import FREE_AT_RESUME, completed, jsonable, load, override, short_names
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
 # What differs between the runs of one mean, and what does not change the result.
-_NOT_COMPARED = ('seed', 'data.label_noise_seed', 'log_every_steps', *FREE_AT_RESUME)
+_NOT_COMPARED = (
+    'seed',
+    'data.label_noise_seed',
+    'data.fraction_seed',
+    'log_every_steps',
+    *FREE_AT_RESUME,
+)
 # Their places differ from seed to seed and from machine to machine; whether there is one matters.
 _FILES = ('model.init_from', 'data.labels_from')
 # What may differ between a method and the baseline that it is compared with.
@@ -65,11 +71,11 @@ def settings_of(flat: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides the distribution of a run's result, of its flat settings.
 
     That is all but seeds and what does not change the mathematics; of files only whether there is
-    one; of the data set `folder` the name of the folder, which is the data set; of method `sgd` no
-    setting of an ascent that it does not have.
+    one; of data sets of one's own the name of the folder or file, which is the data set; of method
+    `sgd` no setting of an ascent that it does not have.
     """
-    settings = {k: v for k, v in flat.items() if not k.startswith(_NOT_COMPARED)}
-    if flat['data.name'] == 'folder':
+    settings = {k: v for k, v in completed(flat).items() if not k.startswith(_NOT_COMPARED)}
+    if flat['data.name'] in data.OWN:
         settings['data.dir'] = os.path.basename(os.path.normpath(flat['data.dir']))
     settings.update({k: bool(settings[k]) for k in _FILES if k in settings})
     if settings.get('sam.method') == 'sgd':

@@ -3,13 +3,14 @@
 from sam_jax.settings.checks import (
     FREE_AT_RESUME,
     check,
+    check_same_data,
     check_same_mathematics,
     check_with_data,
     check_with_layout,
 )
 from sam_jax.settings.files import check_flags, load, of_run
 from sam_jax.settings.overrides import flatten, jsonable, nearest, override, short_names, unflatten
-from sam_jax.settings.schema import DTYPES, KEYS, Config, Key, default_config
+from sam_jax.settings.schema import DTYPES, KEYS, Config, Key, completed, default_config
 
 __all__ = [
     'Config',
@@ -19,9 +20,11 @@ __all__ = [
     'Key',
     'check',
     'check_flags',
+    'check_same_data',
     'check_same_mathematics',
     'check_with_data',
     'check_with_layout',
+    'completed',
     'default_config',
     'flatten',
     'jsonable',

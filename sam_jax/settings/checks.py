@@ -7,7 +7,7 @@ from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 from sam_jax.replicas import Layout
 from sam_jax.settings.overrides import flatten, jsonable, nearest
-from sam_jax.settings.schema import KEYS, Config, Key, model_options
+from sam_jax.settings.schema import KEYS, Config, Key, completed, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_AT_RESUME = (
@@ -156,6 +156,11 @@ def _check_data_settings(settings):
             f'data.skip_corrupt is True; the images of {settings.name} are read as a whole, and '
             'none of them is passed over.'
         )
+    if streams and settings.name != 'folder' and settings.fraction < 1:
+        raise UserError(
+            f'data.fraction is {settings.fraction}; {settings.name} is streamed, and to know its '
+            "classes all of it would be read: set it to 1, or use data.name='folder'."
+        )
     if settings.mixup_alpha and settings.cutmix_alpha:
         raise UserError(
             f'data.mixup_alpha is {settings.mixup_alpha} and data.cutmix_alpha is '
@@ -223,7 +228,7 @@ def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
     Raises:
       UserError: naming the keys with both values.
     """
-    now = jsonable(config)
+    now, before = jsonable(config), completed(before)
     changed = [
         f'{key} (was {before.get(key)!r}, now {now.get(key)!r})'
         for key in sorted(now.keys() | before.keys())
@@ -233,4 +238,23 @@ def check_same_mathematics(config: Config, before: dict[str, Any]) -> None:
         raise UserError(
             f'The workdir holds a run with other settings: {", ".join(changed)}; use them again to '
             'resume it, or choose a new workdir.'
+        )
+
+
+def check_same_data(dataset: Dataset, before: str) -> None:
+    """Refuses to resume on other data.
+
+    Args:
+      dataset: that of this start.
+      before: the fingerprint of the data of the checkpoint; '' where it is not known.
+
+    Raises:
+      UserError: with both fingerprints.
+    """
+    now = before and dataset.fingerprint
+    if now != before:
+        raise UserError(
+            f'The workdir holds a run on other data: the fingerprint of {dataset.name} was '
+            f'{before} and is {now}; let data.dir name the same files again to resume it, or '
+            'choose a new workdir.'
         )

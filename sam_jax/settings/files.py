@@ -10,16 +10,7 @@ from types import ModuleType
 from sam_jax.errors import UserError
 from sam_jax.settings import shipped
 from sam_jax.settings.overrides import flatten, nearest, unflatten
-from sam_jax.settings.schema import KEYS, Config
-
-# Keys that came later; without them the defaults were computed.
-ADDED = (
-    'replica_backend',
-    'analysis.every_epochs',
-    'analysis.examples',
-    'analysis.steps',
-    'analysis.rho',
-)
+from sam_jax.settings.schema import Config, completed
 
 
 def of_run(workdir: str) -> Config:
@@ -36,8 +27,7 @@ def of_run(workdir: str) -> Config:
         raise UserError(
             f'{workdir!r} must be the folder of a run, but {path} cannot be read: {e}.'
         ) from e
-    later = {key: KEYS[key].default for key in ADDED}
-    return unflatten({**later, **settings})
+    return unflatten(completed(settings))
 
 
 def check_flags(argv: Sequence[str], default: str) -> str:

@@ -129,7 +129,7 @@ KEYS = {
     'model.sync_batch_norm': Key(False, 'statistics over all replicas, one a device'),
     'model.remat': Key(False, 'compute activations anew in the backward pass: less memory, slower'),
     'data.name': Key('cifar10', 'the dataset', choices=data.NAMES),
-    'data.dir': Key('', 'where datasets lie; empty for the default of TensorFlow Datasets'),
+    'data.dir': Key('', 'where the dataset lies; empty for the default of TensorFlow Datasets'),
     'data.augment': Key('basic', 'the recipe of augmentation', choices=tuple(data.RECIPES)),
     'data.padding': _amount(4, 'pixels of the shift crop'),
     'data.cutout_size': _positive(16, 'side of the square that `cutout` empties'),
@@ -148,6 +148,13 @@ KEYS = {
     'data.validation': Key(
         False, 'hold out the last tenth of the training set and evaluate on it too'
     ),
+    'data.fraction': Key(
+        1.0,
+        'share of the training set (without the held-out part) to train on, of each class alike',
+        1e-6,
+        1,
+    ),
+    'data.fraction_seed': _seed("decides which examples these are, whatever the run's seed"),
     'data.label_noise': _share(
         0.0, 'fraction of training labels that get another one', below=False
     ),
@@ -209,6 +216,23 @@ KEYS = {
     'analysis.steps': Key(20, 'products of Lanczos', 5),
     'analysis.rho': _amount(0.05, 'of the ball whose sharpness is measured, whatever `sam.rho` is'),
 }
+
+
+# Keys that came later; without them the defaults were computed.
+ADDED = (
+    'replica_backend',
+    'analysis.every_epochs',
+    'analysis.examples',
+    'analysis.steps',
+    'analysis.rho',
+    'data.fraction',
+    'data.fraction_seed',
+)
+
+
+def completed(flat: dict[str, Any]) -> dict[str, Any]:
+    """Returns the flat settings of a run with the keys that its version did not have yet."""
+    return {**{key: KEYS[key].default for key in ADDED}, **flat}
 
 
 def _options(family):

@@ -10,7 +10,7 @@ from sam_jax import data
 from sam_jax.data import records
 from sam_jax.data.dataset import Dataset
 from sam_jax.data.resident import Split
-from sam_jax.data.sources import SOURCES
+from sam_jax.data.sources import SOURCES, Source
 
 
 class Sizes(NamedTuple):
@@ -45,7 +45,7 @@ SIZES = {
 }
 CLASSES = {
     'folder': 1000,
-    **{name: source.num_classes for name, source in SOURCES.items()},
+    **{name: s.num_classes for name, s in SOURCES.items() if isinstance(s, Source)},
     **{name: s.num_classes for name, s in records.STREAMS.items() if hasattr(s, 'num_classes')},
 }
 

@@ -1,0 +1,185 @@
+"""Datasets of Hugging Face that lie on disk: Parquet files, or what `save_to_disk` has written.
+
+Both are tables of Arrow with encoded images in them; pyarrow and Pillow read them, without the
+library `datasets`.
+"""
+
+import glob
+import importlib.util
+import itertools
+import json
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from sam_jax.data import pillow
+from sam_jax.data.files import checked_split
+from sam_jax.data.resident import Split
+from sam_jax.errors import UserError, first_line
+
+# The splits to test on; the first that there is.
+TEST_SPLITS = ('test', 'validation', 'val', 'valid')
+# The column of labels, where several could be.
+LABEL_NAMES = ('label', 'labels', 'fine_label')
+
+_SHARD = re.compile(r'(.*)-(\d+)-of-(\d+)\.(arrow|parquet)')
+
+
+def read_huggingface(data_dir: str) -> tuple[Split, Split, int]:
+    """Reads a dataset of a folder, of which all images have one size.
+
+    A file belongs to a split if its name, or that of its folder, begins with the split's:
+    `train/data-00000-of-00001.arrow`, `data/train-00000-of-00002.parquet`, `test.parquet`.
+
+    Returns:
+      (train Split, test Split, number of classes: that of the feature ClassLabel, 0 without one).
+
+    Raises:
+      UserError: pyarrow, a split, a file of it or a column is not there, or something is damaged.
+    """
+    root = os.path.expanduser(data_dir)
+    if not data_dir or not os.path.isdir(root):
+        raise UserError(
+            f"data.dir is {data_dir!r}; with data.name='huggingface' it must be a folder that "
+            '`save_to_disk` wrote, or with Parquet files such as train.parquet and test.parquet.'
+        )
+    if not importlib.util.find_spec('pyarrow'):
+        raise UserError(
+            "data.name is 'huggingface', which needs pyarrow: pip install 'sam_jax[huggingface]'."
+        )
+    files = _files(root)
+    by_split = {split: [f for f in files if _is_of(split, f)] for split in ('train', *TEST_SPLITS)}
+    test = next((split for split in TEST_SPLITS if by_split[split]), None)
+    if not by_split['train'] or test is None:
+        raise UserError(
+            f'data.dir {data_dir!r} holds the files '
+            f'{", ".join(os.path.relpath(f, root) for f in files[:4]) or "none"}'
+            f'{", ..." if len(files) > 4 else ""}; it needs some of train and of one of '
+            f'{", ".join(TEST_SPLITS)}, Parquet or as `save_to_disk` writes them.'
+        )
+    train, names = _read_split(by_split['train'])
+    evaluated, test_names = _read_split(by_split[test])
+    if names != test_names:
+        raise UserError(
+            f'The classes of data.dir {data_dir!r} are called {", ".join(names) or "nothing"} in '
+            f'train and {", ".join(test_names) or "nothing"} in {test}; they must be the same.'
+        )
+    return train, evaluated, len(names)
+
+
+def _files(root):
+    """The tables in a folder and below, sorted; without those that `datasets` keeps for itself."""
+    for kind in ('parquet', 'arrow'):
+        found = sorted(
+            glob.glob(os.path.join(glob.escape(root), '**', f'*.{kind}'), recursive=True)
+        )
+        found = [f for f in found if not os.path.basename(f).startswith(('cache-', 'tmp'))]
+        if found:
+            return found
+    return []
+
+
+def _is_of(split, path):
+    names = (os.path.basename(os.path.dirname(path)), os.path.basename(path))
+    return any(re.split(r'[-_.]', name)[0] == split for name in names)
+
+
+def _check_shards(paths):
+    """Refuses shards I-of-N that are not N."""
+    for path in paths:
+        match = _SHARD.fullmatch(path)
+        if match:
+            begin, _, number, kind = match.groups()
+            for i in range(int(number)):
+                name = f'{begin}-{i:0{len(match[2])}d}-of-{number}.{kind}'
+                if name not in paths:
+                    raise UserError(f'There is no file {name}, one of the {int(number)} of {path}.')
+
+
+def _read_split(paths):
+    """(Split, names of the classes, () if they are not said) of the tables in some files."""
+    folders = sorted({os.path.dirname(path) for path in paths})
+    if len(folders) > 1:
+        raise UserError(
+            f'One split has files in several folders, {", ".join(folders)}; data.dir must be a '
+            'folder with one dataset.'
+        )
+    _check_shards(paths)
+    images, labels, names = [], [], ()
+    for path in paths:
+        table = _table(path)
+        image_column, label_column, names = _columns(table.schema, path)
+        if table[label_column].null_count:
+            raise UserError(f'{path} has examples without a {label_column!r}.')
+        labels.append(np.asarray(table[label_column].to_numpy()))
+        chunks = (chunk.to_pylist() for chunk in table[image_column].chunks)
+        for number, encoded in enumerate(itertools.chain.from_iterable(chunks)):
+            images.append(_pixels(encoded, f'Example {number} of {path}'))
+            if images[-1].shape != images[0].shape:
+                raise UserError(
+                    f'Example {number} of {path} is an image {_by(images[-1].shape)}, and the '
+                    f"first one is {_by(images[0].shape)}; data.name='huggingface' is for images "
+                    "of one size, 'folder' for others."
+                )
+    if not images:
+        raise UserError(f'{paths[0]} holds no examples.')
+    name = f'of {paths[0]}' + (' and its like' if len(paths) > 1 else '')
+    return checked_split((np.stack(images), name), (np.concatenate(labels), name)), names
+
+
+def _table(path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.endswith('.parquet'):
+            return pq.ParquetFile(path).read()
+        with pa.memory_map(path) as file:
+            return pa.ipc.open_stream(file).read_all()
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f'{path} is damaged or cannot be read: {first_line(e)}.') from e
+
+
+def _columns(schema: Any, path):
+    """(name of the images, of the labels, names of the classes or ()) in a table."""
+    import pyarrow as pa
+
+    said = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
+    features = {
+        name: feature
+        for name, feature in said.get('info', {}).get('features', {}).items()
+        if isinstance(feature, dict)
+    }
+    images = [
+        field.name
+        for field in schema
+        if pa.types.is_binary(field.type)
+        or (pa.types.is_struct(field.type) and field.type.get_field_index('bytes') >= 0)
+    ]
+    labels = [name for name, f in features.items() if f.get('_type') == 'ClassLabel']
+    labels = labels or [field.name for field in schema if pa.types.is_integer(field.type)]
+    if len(labels) > 1:
+        labels = [name for name in LABEL_NAMES if name in labels][:1] or labels
+    for what, found in (('images', images), ('labels', labels)):
+        if len(found) != 1:
+            raise UserError(
+                f'{path} has the columns {", ".join(schema.names)}; one of them must hold {what}, '
+                f'and {", ".join(found) or "none"} could.'
+            )
+    return images[0], labels[0], tuple(features.get(labels[0], {}).get('names') or ())
+
+
+def _pixels(encoded, what):
+    encoded = encoded['bytes'] if isinstance(encoded, dict) else encoded
+    if encoded is None:
+        raise UserError(f'{what} has no bytes of an image.')
+    try:
+        return pillow.decode(encoded, keep_grey=True)
+    except ValueError as e:
+        raise UserError(f'{what} cannot be decoded: {first_line(e)}.') from e
+
+
+def _by(shape):
+    return 'x'.join(map(str, shape))
