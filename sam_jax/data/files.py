@@ -153,7 +153,8 @@ def read_npz(data_dir: str) -> tuple[Split, Split]:
 
 def _npz_array(path, name):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: of a damaged file NumPy leaves its own open.
+        with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as file:
             if name in file.files:
                 return file[name]
             held = ', '.join(file.files) or 'nothing'
