@@ -5,4 +5,4 @@ set -euo pipefail
 unset VIRTUAL_ENV
 VENV="${VENV:-.venv-targets}"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-targets.txt
-exec python -m pytest tests/targets_test.py -m targets "$@"
+exec python -m pytest tests/targets_test.py tests/every_target_test.py -m targets "$@"
