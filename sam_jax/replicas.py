@@ -282,8 +282,10 @@ def neighbour_order(devices: Sequence[Device], group_size: int) -> list[Device]:
     host = _host_box(places, [d.process_index for d in devices])
     # A part of a mesh, or several slices of which each has coordinates of its own, are no mesh.
     whole = len(np.unique(places, axis=0)) == len(devices) == np.prod(sides)
-    box = _tiling_box(sides, host, group_size) if whole and host is not None else None
-    if host is None or box is None:
+    if not whole or host is None:
+        return list(devices)
+    box = _tiling_box(sides, host, group_size)
+    if box is None:
         return list(devices)
     inner, outer = np.minimum(box, host), np.maximum(box, host)
 

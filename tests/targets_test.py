@@ -575,3 +575,21 @@ def test_groups_are_blocks_of_the_torus(size, box, backend):
             sides = np.ptp(places[group], axis=0) + 1
             assert tuple(sorted(sides)) == box and np.prod(sides) == size
             assert len(set(hosts[group])) == max(size // 4, 1)
+
+
+@pytest.mark.targets
+def test_a_group_of_a_compiled_step_exchanges_one_gradient(tmp_path):
+    """SAM on a v4 slice, groups of 8 chips: one all-reduce of theirs, and one of all."""
+    found = _compiled(
+        tmp_path,
+        'tpu:v4:4x4x4',
+        '--config=digits',
+        '--config.batch_size=512',
+        '--config.replica_batch_size=8',
+        '--config.sam.replicas_per_group=8',
+        '--steps=train',
+    )
+    group, everyone = found['train']['collectives']
+    assert group['groups'] == np.arange(64).reshape(8, 8).tolist()
+    assert everyone['groups'] == [list(range(64))]
+    assert everyone['bytes'] == pytest.approx(group['bytes'], rel=1e-3)
