@@ -226,8 +226,8 @@ BOXES = [
 ]
 
 
-@pytest.mark.parametrize('mesh,size,extents', BOXES)
-def test_groups_are_compact_boxes(mesh, size, extents):
+def _ordered(mesh, size, extents):
+    """The devices of a mesh, given in some order, as neighbours: each group has these extents."""
     devices = _tpu(*mesh)
     random.Random(0).shuffle(devices)
     ordered = replicas.neighbour_order(devices, size)
@@ -235,6 +235,12 @@ def test_groups_are_compact_boxes(mesh, size, extents):
     for start in range(0, len(ordered), size):
         core, *sides = _box(ordered[start : start + size])
         assert (core, *sorted(sides)) == extents
+    return ordered
+
+
+@pytest.mark.parametrize('mesh,size,extents', BOXES)
+def test_groups_are_compact_boxes(mesh, size, extents):
+    ordered = _ordered(mesh, size, extents)
     # The order is that of the places, not of the list that came in.
     again = replicas.neighbour_order(_tpu(*mesh)[::-1], size)
     assert [d.id for d in again] == [d.id for d in ordered]
@@ -258,13 +264,7 @@ HOSTS = [
 @pytest.mark.parametrize('mesh,size,extents', HOSTS)
 def test_groups_are_boxes_and_so_are_hosts(mesh, size, extents):
     """Both are runs: of devices that a process holds here and there JAX makes no pmap."""
-    devices = _tpu(*mesh)
-    random.Random(0).shuffle(devices)
-    ordered = replicas.neighbour_order(devices, size)
-    assert sorted(d.id for d in ordered) == list(range(len(devices)))
-    for start in range(0, len(ordered), size):
-        core, *sides = _box(ordered[start : start + size])
-        assert (core, *sorted(sides)) == extents
+    ordered = _ordered(mesh, size, extents)
     processes = [process for process, _ in itertools.groupby(d.process_index for d in ordered)]
     assert len(processes) == len(set(processes)) > 1
 
