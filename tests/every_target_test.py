@@ -28,7 +28,8 @@ def _compiled(lowered):
 
 
 def _experiment(target, **settings):
-    config = small_config(batch_size=64, replica_batch_size=16, **settings)
+    # As many epochs as methods of the past want.
+    config = small_config(batch_size=64, replica_batch_size=16, total_epochs=20, **settings)
     return programs.experiment_for(config, hardware.target(target).devices)
 
 
