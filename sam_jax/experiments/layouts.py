@@ -52,6 +52,8 @@ def arrange(
     short = results.headings(rows)
     found, heads = {}, {}
     for settings, name, content in cells:
+        # Data sets of one's own all have the name of their kind.
+        settings = {**settings, 'data.name': settings.get('data.dir') or settings.get('data.name')}
         row = tuple((short[key], results.shown(settings.get(key))) for key in rows)
         place = ', '.join(filter(None, [_value(key, settings.get(key)) for key in columns]))
         head = ': '.join(filter(None, [place, name]))
@@ -97,11 +99,10 @@ def printed(row: PaperRow) -> str:
 
 def other_keys(groups: Sequence[Group], known: Sequence[str]) -> tuple[str, ...]:
     """Returns the settings that differ between groups and have no place in the layout yet."""
-    return tuple(
-        key
-        for key in results.varying(list(groups))
-        if key not in (*known, 'sam.method', 'sam.rho', 'data.labels_from')
-    )
+    placed = {*known, 'sam.method', 'sam.rho', 'data.labels_from'}
+    if 'data.name' in known:
+        placed.add('data.dir')
+    return tuple(key for key in results.varying(list(groups)) if key not in placed)
 
 
 def of_table(paper: Sequence[PaperRow], *numbers: int) -> list[PaperRow]:
@@ -109,6 +110,13 @@ def of_table(paper: Sequence[PaperRow], *numbers: int) -> list[PaperRow]:
     names = {f'Table {number}' for number in numbers}
     # A baseline's number is that of the better of two lengths, and stands there for both.
     return [row for row in paper if row.table in names and 'doubled=true' not in row.command]
+
+
+def _of_paper(row):
+    """Returns the settings of a row; what is read from a folder has the name of its dataset."""
+    told = re.search(r'dataset=(\w+)', row.command)
+    folder = 'data.dir' in row.settings and told
+    return {**row.settings, **({'data.dir': told[1]} if folder else {})}
 
 
 def method_of(settings: dict) -> str:
@@ -156,7 +164,7 @@ def beside_baseline(
             for g in (s.method, s.baseline)
         ]
         theirs = [
-            Cell(r.settings, f'{method_of(r.settings)} {named}', printed(r))
+            Cell(_of_paper(r), f'{method_of(r.settings)} {named}', printed(r))
             for r in numbers
             if r.metric == metric
         ]
@@ -189,12 +197,19 @@ def fixed_rho_beside_best(groups: list[Group], paper: list[PaperRow]) -> str:
         for s in switches
         for g, which in ((s.method, rho), (s.baseline, ''))
     ]
-    numbers = [r for r in of_table(paper, 3) if r.settings['model.name'] == 'efficientnet-b7']
+    numbers = [
+        r
+        for r in of_table(paper, 3)
+        if r.settings['model.name'] == 'efficientnet-b7' and r.settings['data.name'] != 'imagenet'
+    ]
     theirs = [
-        Cell(r.settings, f'{method_of(r.settings)}{which} error (%)', printed(r))
-        for rows_of, which in ((numbers, ', best rho'), (of_table(paper, 10), ', rho 0.05'))
-        for r in rows_of
-        for which in ['' if method_of(r.settings) == 'sgd' else which]
+        Cell(
+            _of_paper(r),
+            f'{method_of(r.settings)}{"" if method_of(r.settings) == "sgd" else rho} error (%)',
+            printed(r),
+        )
+        for which, rho in ((numbers, ', best rho'), (of_table(paper, 10), ', rho 0.05'))
+        for r in which
     ]
     own = (*rows, *other_keys([s.method for s in (*best, *fixed)], rows))
     show = functools.partial(errors, paper=of_table(paper, 10))

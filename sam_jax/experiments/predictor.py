@@ -69,13 +69,16 @@ def networks(groups: Sequence[results.Group]) -> list[Network]:
     found = []
     for group in groups:
         for record in group.finished:
-            said = next((said for _, said in flatness.analyses(record)), None)
-            if not said or not m_sharpness(said) or said['runs'][0]['split'] != 'train':
+            # What was measured before its end tells nothing of the errors at its end.
+            said = next((said for _, said in flatness.analyses(record)), {'runs': [{}]})
+            run = said['runs'][0]
+            if not m_sharpness(said) or run['split'] != 'train':
+                continue
+            if run['step'] != record.result['step']:
                 continue
             # Where a run keeps a moving average, that was measured.
             average = 'ema_' if f'test/ema_{_ERROR}' in record.result else ''
-            seen = said['runs'][0][_ERROR]
-            train = record.result.get(f'train_set/{average}{_ERROR}', seen)
+            train = record.result.get(f'train_set/{average}{_ERROR}', run[_ERROR])
             found.append(
                 Network(
                     group.settings['data.name'],
