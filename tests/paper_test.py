@@ -36,7 +36,9 @@ def _table(text, under=''):
     return [dict(zip(head, row)) for row in rows]
 
 
-def _analyse(run, below='', step=40, error_rate=0.0, sharpness=None, spectrum=None, rho=0.05):
+def _analyse(
+    run, below='', step=40, error_rate=0.0, sharpness=None, spectrum=None, rho=0.05, **more
+):
     """Writes what sam_jax/analysis/study.py says of one run."""
     said = {
         'name': run.name,
@@ -47,8 +49,9 @@ def _analyse(run, below='', step=40, error_rate=0.0, sharpness=None, spectrum=No
         'loss': 0.5,
         'error_rate': error_rate,
     }
+    said.update(more)
     folder = run / 'analysis' / below
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if sharpness:
         said['sharpness'] = {
             'SAM step': {'sharpness': 0.1, 'error_rise': 0.0},
@@ -305,6 +308,21 @@ def test_figure_4(tmp_path):
     assert [p.ylabel for p in made.picture] == ['training loss at w + eps', 'test error (%)']
 
 
+def test_figure_5(tmp_path):
+    for method, end in (('sam', 0.5), ('second_order_sam', 0.25)):
+        run = tmp_path / method
+        write_run(run, ablations.get_config(f'figure=order,method={method}'), error=2)
+        for below, step, cosine in (('epoch=1', 10, 1.0), ('epoch=2', 20, 0.75), ('', 40, end)):
+            _analyse(run, below, step=step, order_cosine=cosine)
+    made = _make('5', tmp_path)
+    assert [[*r.values()][-1] for r in _table(made.text)] == ['0.5', '0.25']
+    (panel,) = made.picture
+    assert [(c.x, list(c.mean)) for c in panel.curves] == [
+        ([1.0, 2.0, 4.0], [1.0, 0.75, 0.5]),
+        ([1.0, 2.0, 4.0], [1.0, 0.75, 0.25]),
+    ]
+
+
 def test_figure_6(tmp_path):
     for p, rho in itertools.product((2.0, math.inf), (1e-6, 0.1)):
         config = ablations.get_config(f'figure=p_norm,rho={rho}')
@@ -435,7 +453,7 @@ def test_table_3_5_7_and_9(tmp_path):
         file.write_text(json.dumps(said))
     for number, sam, sgd, rows in (
         ('3', '5.18 ± 0.02', '5.94 ± 0.06', 9),
-        ('5', '1.42 ± 0.02', '1.58 ± 0.03', 4),
+        ('5', '1.42 ± 0.02', '1.58 ± 0.03', 6),
         ('9', '2.7', '3.5 ± 0.1', 15),
     ):
         text = _make(f'table-{number}', tmp_path / number).text

@@ -170,6 +170,29 @@ def figure_4(groups: list[Group], paper: list[PaperRow]) -> Made:
     return _over_training(found, drawn, note)
 
 
+def figure_5(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """How near SAM's update is to that with the second-order terms, over training."""
+    del paper
+    found = [g for g in groups if any(map(_cosines, g.finished))]
+    if not found:
+        raise Lacking('of no finished run the cosine of the two orders is measured')
+    note = (
+        'The cosine is that of the two gradients of many examples together, at the params of the '
+        'run. The paper finds about 1 in the first half of the training and less near its end.'
+    )
+    return _over_training(found, (report.Drawn(_cosines, 'cosine of both orders'),), note)
+
+
+def _cosines(record):
+    """Returns [(epoch, cosine), ...] of what was measured of a run."""
+    runs = [said['runs'][0] for _, said in reversed(flatness.analyses(record))]
+    return [
+        (run['step'] * record.epochs_per_step, float(run['order_cosine']))
+        for run in runs
+        if 'order_cosine' in run
+    ]
+
+
 def figure_6(groups: list[Group], paper: list[PaperRow]) -> Made:
     """Test error against rho for balls of several norms and random directions."""
     del paper

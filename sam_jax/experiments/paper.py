@@ -125,6 +125,23 @@ WHOLE = {
         ),
         drawings.figure_4,
     ),
+    '5': Whole(
+        "The cosine between SAM's update and that with the second-order terms, over training.",
+        (
+            _sweep(
+                'ablations:figure=order',
+                ':method=sam,second_order_sam',
+                folder='order',
+                seeds=0,
+                more="--config.checkpoint.keep_epochs='(1,50,100,150,200)'",
+            ),
+            *(
+                f'sam-jax-analyze --runs=runs/order --what=order --epoch={epoch}'
+                for epoch in (1, 50, 100, 150, 200)
+            ),
+        ),
+        drawings.figure_5,
+    ),
     '6': Whole(
         'Test error against rho for balls of the 2-norm and the infinity norm, and for random '
         'directions.',
