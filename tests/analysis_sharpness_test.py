@@ -58,16 +58,16 @@ def test_the_cosine_of_the_orders_of_a_network(x64):
 
     def point(vector):
         g = gradient(vector)
-        return vector + 0.05 * g / np.linalg.norm(g)
+        return vector + RHO * g / np.linalg.norm(g)
 
     first = gradient(point(w))
     n = gradient(w) / np.linalg.norm(gradient(w))
     across, h = first - (n @ first) * n, 1e-5
     bent = (gradient(w + h * across) - gradient(w - h * across)) / (2 * h)
-    whole = first + 0.05 / np.linalg.norm(gradient(w)) * bent
+    whole = first + RHO / np.linalg.norm(gradient(w)) * bent
     expected = first @ whole / np.linalg.norm(first) / np.linalg.norm(whole)
-    assert expected < 0.9999
-    found = sharpness.order_cosine(at, params, 0.05)
+    assert expected < 1 - 1e-5
+    found = sharpness.order_cosine(at, params, RHO)
     np.testing.assert_allclose(1 - found, 1 - expected, rtol=1e-4)
 
 
