@@ -28,6 +28,49 @@ class Quadratic:
         return {'loss': loss, 'error_rate': loss / 10}
 
 
+def test_the_cosine_of_the_orders_on_a_quadratic(x64):
+    """The whole gradient is that of w -> L(w + rho Aw / |Aw|), here by its closed form."""
+    params, grad_fn, a = quadratic(np.float64)
+    w = flat(params)
+    g = a @ w
+    n = g / np.linalg.norm(g)
+    first = a @ (w + RHO * n)
+    jacobian = np.eye(len(w)) + RHO / np.linalg.norm(g) * (np.eye(len(w)) - np.outer(n, n)) @ a
+    whole = jacobian.T @ first
+    expected = first @ whole / np.linalg.norm(first) / np.linalg.norm(whole)
+    assert expected < 1 - 1e-6
+    at = Quadratic(grad_fn)
+    at.hessian_product = lambda params, v: grad_fn(v)
+    found = sharpness.order_cosine(at, params, RHO)
+    np.testing.assert_allclose(1 - found, 1 - expected, rtol=1e-6)
+
+
+def test_the_cosine_of_the_orders_of_a_network(x64):
+    """Against differences of its gradients."""
+    at, params = objective()
+    w, unravel = ravel_pytree(jax.device_get(params))
+
+    def placed(vector):
+        return at.layout.replicate(unravel(vector))
+
+    def gradient(vector):
+        return ravel_pytree(jax.device_get(at.gradient(placed(vector))))[0]
+
+    def point(vector):
+        g = gradient(vector)
+        return vector + RHO * g / np.linalg.norm(g)
+
+    first = gradient(point(w))
+    n = gradient(w) / np.linalg.norm(gradient(w))
+    across, h = first - (n @ first) * n, 1e-5
+    bent = (gradient(w + h * across) - gradient(w - h * across)) / (2 * h)
+    whole = first + RHO / np.linalg.norm(gradient(w)) * bent
+    expected = first @ whole / np.linalg.norm(first) / np.linalg.norm(whole)
+    assert expected < 1 - 1e-5
+    found = sharpness.order_cosine(at, params, RHO)
+    np.testing.assert_allclose(1 - found, 1 - expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize('p', [2.0, 1.5, np.inf])
 def test_the_sam_step_on_a_quadratic(x64, p):
     params, grad_fn, a = quadratic(np.float64)

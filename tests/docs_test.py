@@ -180,6 +180,7 @@ WRONG = {
     'sam-jax-analyze --workdir=RUN --what=spectra': "'spectra'",
     'sam-jax-preview --config=digits --what=op': 'op',
     'sam-jax-report runs/rho --ouf=x': 'ouf',
+    'sam-jax-figure 4 runs/rho --ouf=x': 'ouf',
     'sam-jax-nothing --x=1': 'sam-jax-nothing',
     'taskset -c 0 python -m sam_jax.benchmarks.step --case=digits': 'case',
     'python -m sam_jax.benchmarks.step --methods=sma': 'sma',

@@ -155,6 +155,8 @@ def test_a_run_and_what_comes_after_it_in_an_empty_folder(installed, tmp_path):
         '--engine=print',
     )
     assert done.returncode == 0 and 'mine.py' in done.stdout, done.stderr
+    done = _call(installed, tmp_path, 'sam-jax-figure')
+    assert done.returncode == 0 and '3-right: ' in done.stdout, done.stderr
     done = _call(installed, tmp_path, 'sam-jax-doctor')
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r'SAM on the digits +compiled in [\d.]+ s, \d+ steps', done.stdout)

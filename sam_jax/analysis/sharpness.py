@@ -22,7 +22,7 @@ from sam_jax.analysis import objective as objectives
 from sam_jax.replicas import AXIS
 from sam_jax.sharpness.ascent import Ascent, lp_ball
 from sam_jax.sharpness.direction import random_like
-from sam_jax.sharpness.trees import move
+from sam_jax.sharpness.trees import lp_norm, move
 
 # Entries of params that may be copied at once for groups that ascend side by side: 1 GiB. On CPU
 # XLA runs a convolution with kernels of several groups much slower than one after the other.
@@ -86,6 +86,31 @@ def of_average_direction(
         return objective.value(_moved(params, eps))
 
     return _rises(objective.value(params), [at(i) for i in range(draws)])
+
+
+def order_cosine(objective: objectives.Objective, params: Any, rho: float) -> float:
+    """The cosine of SAM's gradient and the one with the second-order terms (paper, C.4).
+
+        v = grad L(w + rho n), n = g / |g|        and        v + rho / |g| H (v - n n'v)
+
+    Both on the whole split; g and the Hessian H at w. NaN where g is 0.
+    """
+    gradient = objective.gradient(params)
+    norm = float(lp_norm(gradient))
+    if not norm:
+        return math.nan
+    n = jax.tree.map(lambda x: x / norm, gradient)
+    first = objective.gradient(_moved(params, jax.tree.map(lambda x: rho * x, n)))
+    along = _inner(n, first)
+    across = jax.tree.map(lambda v, x: v - along * x, first, n)
+    second = objective.hessian_product(params, across)
+    whole = jax.tree.map(lambda v, h: v + rho / norm * h, first, second)
+    return _inner(first, whole) / (float(lp_norm(first)) * float(lp_norm(whole)))
+
+
+def _inner(x, y):
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y))
+    return float(sum(jnp.vdot(a, b) for a, b in pairs))
 
 
 def _moved(params, eps):

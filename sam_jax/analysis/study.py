@@ -23,7 +23,7 @@ from sam_jax.sharpness import ascent, trees
 # Takes (what, done, total) of the progress.
 Tell = Callable[[str, int, int], None]
 
-WHAT = ('spectrum', 'sharpness', 'landscape')
+WHAT = ('spectrum', 'sharpness', 'landscape', 'order')
 SPLIT, EXAMPLES = 'train', 1000
 
 
@@ -44,7 +44,7 @@ class Settings:
       seed: of the probes and directions.
     """
 
-    what: tuple = WHAT
+    what: tuple = WHAT[:3]
     steps: int = 80
     probes: int = 4
     rho: float = 0.05
@@ -361,6 +361,8 @@ def analyze(
             )
         if 'sharpness' in settings.what:
             of_run['sharpness'] = measure_sharpness(run, settings, tell)
+        if 'order' in settings.what:
+            of_run['order_cosine'] = sharpness.order_cosine(run.objective, run.params, settings.rho)
     if drawn:
         figures.save(figures.spectra(drawn), os.path.join(out, 'spectrum.png'))
     # Between networks of different shapes there is no line.

@@ -67,4 +67,9 @@ def _rows(runs, what):
                     *(f'{100 * x["error_rise"]:z.2f}' for x in rises),
                 ],
             ]
+    if 'order' in what:
+        rows.append(
+            ['cosine of the first-order and the whole gradient of SAM']
+            + [f'{r["order_cosine"]:.4f}' for r in runs]
+        )
     return rows

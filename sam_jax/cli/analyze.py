@@ -9,7 +9,7 @@ numbers behind them as .npz. A landscape that was interrupted goes on where it s
     sam-jax-analyze --runs=SWEEP --what=spectrum,sharpness
 
 does so for every finished run in a folder and below that has no such measurements yet; then
-`sam-jax-report SWEEP` has their means.
+`sam-jax-report SWEEP` has their means. With --epoch=50 it writes to RUN/analysis/epoch=50/.
 """
 
 import contextlib
@@ -122,7 +122,9 @@ def _all_of(folder, settings, bars):
     if not finished:
         raise UserError(f'--runs is {folder!r}; none of the runs in it is finished.')
     for workdir in finished:
-        out = os.path.join(workdir, 'analysis')
+        # Each epoch in a folder of its own: they are drawn beside each other.
+        parts = [] if _EPOCH.value is None else [f'epoch={_EPOCH.value}']
+        out = os.path.join(workdir, 'analysis', *parts)
         if not study.is_done(out, settings, _SPLIT.value, _EXAMPLES.value):
             study.analyze([_open(workdir, settings)], out, settings, bars)
             _log.info('%s is measured.', os.path.relpath(workdir))

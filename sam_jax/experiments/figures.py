@@ -57,6 +57,7 @@ class Panel(NamedTuple):
       level: (label, mean, half) of a horizontal line, or None.
       log_x: x is a radius, 0 or more, on a logarithmic axis; intervals are bars and not bands.
       log_y: whether y is logarithmic.
+      dots: each place is a thing of its own, on a logarithmic x; no line goes through them.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Panel(NamedTuple):
     level: tuple | None = None
     log_x: bool = False
     log_y: bool = False
+    dots: bool = False
 
 
 def shade(position: float) -> tuple[float, float, float, float]:
@@ -117,7 +119,9 @@ def _draw(ax, panel):
     for curve in panel.curves:
         style = {'color': curve.color, 'linestyle': '--' if curve.dashed else '-'}
         half = [0.0 if math.isnan(h) else h for h in curve.half]
-        if panel.log_x:
+        if panel.dots:
+            ax.plot(curve.x, curve.mean, 'o', label=curve.label, color=curve.color)
+        elif panel.log_x:
             ax.errorbar(
                 curve.x, curve.mean, half, marker='o', capsize=3, label=curve.label, **style
             )
@@ -144,6 +148,8 @@ def _draw(ax, panel):
         ax.set_xscale('symlog', linthresh=min(filter(None, places)), linscale=0.5)
         ax.set_xticks(places, [f'{x:g}' for x in places])
         ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if panel.dots:
+        ax.set_xscale('log')
     if panel.xlabel == 'epoch':
         # From the start of the run: its first ticks are 0 and a whole number of epochs.
         ax.set_xlim(left=0)
@@ -154,7 +160,7 @@ def _draw(ax, panel):
         ax.set_yscale('log')
         ax.yaxis.set_major_formatter(_Plain())
         ax.yaxis.set_minor_formatter(_Plain())
-    else:
+    elif not panel.dots:
         ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0]))
     ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     named = len(panel.curves) + bool(panel.level)

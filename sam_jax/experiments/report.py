@@ -5,7 +5,8 @@ import csv
 import json
 import os
 import statistics
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from sam_jax import tables
 from sam_jax.errors import UserError
@@ -172,31 +173,53 @@ def rho_panels(groups: list[results.Group]) -> Any:
     return described
 
 
-def training_panels(groups: list[results.Group]) -> Any:
-    """Returns the Panels of training loss and test error against epochs."""
+class Drawn(NamedTuple):
+    """A curve over epochs.
+
+    Attributes:
+      of: takes a Record, returns [(epoch, value), ...].
+      name: of its axis.
+      log_y: whether that is logarithmic.
+    """
+
+    of: Callable[[results.Record], list[tuple[float, float]]]
+    name: str
+    log_y: bool = False
+
+
+def percents(metric: str) -> Callable[[results.Record], list[tuple[float, float]]]:
+    """Returns Drawn.of of an error rate, in percent."""
+    return lambda record: [(epoch, 100 * value) for epoch, value in record.curve(metric)]
+
+
+TRAINING = (
+    Drawn(lambda record: record.curve('train/loss'), 'training loss', log_y=True),
+    Drawn(percents(TEST), 'test error (%)'),
+)
+
+
+def training_panels(groups: list[results.Group], drawn: Sequence[Drawn] = TRAINING) -> Any:
+    """Returns the Panels of what is drawn against epochs."""
     described = []
     for title, inside in by_panel(groups).items():
         inside = [g for g in inside if g.finished]
         if not inside:
             continue
         keys = [k for k in results.varying(inside) if k not in PANEL] or ['sam.method']
-        for metric, name, scale in (
-            ('train/loss', 'training loss', 1),
-            (TEST, 'test error (%)', 100),
-        ):
+        for of, name, log_y in drawn:
             curves = []
             for i, g in enumerate(inside):
                 points = collections.defaultdict(list)
                 for record in g.finished:
-                    for epoch, value in record.curve(metric):
-                        points[epoch].append(scale * value)
+                    for epoch, value in of(record):
+                        points[epoch].append(value)
                 if points:
                     x = sorted(points)
                     means, halves = zip(*(results.mean_and_interval(points[p]) for p in x))
                     color = figures.shade(i / max(1, len(inside) - 1))
                     curves.append(figures.Curve(label(g, keys), x, means, halves, color))
             if curves:
-                described.append(figures.Panel(title, 'epoch', name, curves, log_y=scale == 1))
+                described.append(figures.Panel(title, 'epoch', name, curves, log_y=log_y))
     return described
 
 

@@ -1,0 +1,258 @@
+"""The paper's figures, drawn of finished runs: each as a picture with its numbers.
+
+A function for each takes the groups of runs and the paper's rows, and returns `Made`; it raises
+`layouts.Lacking` where the runs lack what it needs.
+"""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sam_jax import tables
+from sam_jax.experiments import figures, flatness, layouts, predictor, report, results
+from sam_jax.experiments.layouts import Cell, Lacking
+from sam_jax.experiments.results import TEST, Group, PaperRow
+
+
+class Made(NamedTuple):
+    """A figure or a table.
+
+    Attributes:
+      text: Markdown.
+      picture: Panels, or a figure of matplotlib; None of a table.
+    """
+
+    text: str
+    picture: Any = None
+
+
+def figure_1_left(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """The reduction of the error by switching to SAM, as the report has it."""
+    switches = results.switches(groups)
+    if not switches:
+        raise Lacking('no method stands beside a baseline with the same other settings')
+    keys = results.varying(groups)
+    text = tables.of_records(report.rows_of_switches(switches, keys, paper))
+    return Made(
+        f'{text}\n\n{report.SWITCHES}', figures.reductions(report.rows_of_figure_1(switches, paper))
+    )
+
+
+# So many landscapes fit beside each other.
+_SURFACES = 4
+
+
+def figure_1_right(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """The landscapes that were measured, of the first run of each group."""
+    del paper
+    surfaces, rows = [], []
+    for name, (_, folder, _) in _measured(groups, 'landscape_1.npz').items():
+        with np.load(os.path.join(folder, 'landscape_1.npz')) as file:
+            loss, places, done = file['loss'], file['places'], int(file['done'])
+        if done < len(loss):
+            continue
+        ticks = np.unique(places[:, 0])
+        surfaces.append(figures.Surface(name, ticks, loss.reshape(len(ticks), len(ticks))))
+        rows.append(
+            {
+                'run': name,
+                'loss at the minimum': f'{loss[len(loss) // 2]:.4g}',
+                'highest loss': f'{np.max(loss):.4g}',
+            }
+        )
+    if not surfaces:
+        raise Lacking('no run has a landscape that is measured to its end')
+    note = '' if len(rows) <= _SURFACES else f'\n\nThe first {_SURFACES} are drawn.'
+    return Made(tables.of_records(rows) + note, figures.surfaces(surfaces[:_SURFACES]))
+
+
+# Figure 3, left: (lambda_max, lambda_max / lambda_5).
+SPECTRA = {
+    ('sgd', 1): (62.9, 2.5),
+    ('sgd', 50): (12.5, 1.7),
+    ('sgd', 300): (24.2, 11.4),
+    ('sam', 1): (18.6, 3.6),
+    ('sam', 50): (8.9, 1.9),
+    ('sam', 300): (1.0, 2.6),
+}
+
+
+def figure_3_left(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """Spectra of the Hessian by method and epoch; means over the runs in the table."""
+    del paper
+    rows, drawn = [], []
+    for group, name in zip(groups, _names(groups)):
+        by_epoch = {}
+        for record in group.finished:
+            for folder, said in flatness.analyses(record):
+                run = said['runs'][0]
+                if 'spectrum' in run:
+                    epoch = run['step'] * record.epochs_per_step
+                    by_epoch.setdefault(round(epoch, 3), []).append((folder, run['spectrum']))
+        for epoch, measured in sorted(by_epoch.items()):
+            title = f'{name}, epoch {epoch:g}'
+            with np.load(os.path.join(measured[0][0], 'spectrum_1.npz')) as file:
+                drawn.append(
+                    figures.Spectrum(title, file['grid'], file['density'], file['eigenvalues'])
+                )
+            theirs = SPECTRA.get((layouts.method_of(group.settings), epoch), ('', ''))
+            row = {'runs': name, 'epoch': f'{epoch:g}', 'number': len(measured)}
+            for (key, shown), number in zip(
+                (('lambda_max', 'lambda_max'), ('lambda_ratio', 'lambda_max / lambda_5')), theirs
+            ):
+                values = [float(spectrum[key]) for _, spectrum in measured]
+                row[shown] = results.interval(results.mean_and_interval(values))
+                row[f'{shown}, paper'] = number
+            rows.append(row)
+    if not drawn:
+        raise Lacking('no run has a spectrum that is measured')
+    note = 'The paper has WRN-40-10 without BatchNorm on CIFAR-10.'
+    return Made(f'{tables.of_records(rows)}\n\n{note}', figures.spectra(drawn))
+
+
+def figure_3_middle(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """Test error against rho, a curve for each m."""
+    del paper
+    return _against_rho(
+        [_with_m(g) for g in groups if 'sam.rho' in g.settings or g.is_baseline], ('m',)
+    )
+
+
+def _with_m(group):
+    """Returns the group with m, in place of what it is made of, among its settings."""
+    settings = dict(group.settings)
+    # A baseline has no m, but its batches do.
+    m = settings.pop('replica_batch_size') * settings.pop('sam.replicas_per_group', 1)
+    return Group({**settings, 'm': m}, group.finished, group.unfinished)
+
+
+def figure_3_right(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """How well m-sharpness tells the generalisation gap, for each m."""
+    del paper
+    known = predictor.networks(groups)
+    found = predictor.associations(known)
+    if not found:
+        raise Lacking(
+            f'{len(known)} of the finished runs have m-sharpness of the training split at their '
+            f'end, and {predictor.LEAST} of one dataset are the least'
+        )
+    note = (
+        'The gap is the test error less the training error. Mutual information is that of the '
+        'signs of the differences between two networks, as a share of what is open (Jiang et al. '
+        '2019); the conditional one is the least over what is given of up to two settings. The '
+        'paper has two tasks of the PGDL competition, and its curves are not printed as numbers: '
+        'the axes go from 0.030 to 0.050 and from 0.14 to 0.17.'
+    )
+    return Made(
+        f'{tables.of_records(predictor.rows(found))}\n\n{note}', predictor.panels(known, found)
+    )
+
+
+def figure_4(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """SAM with and without the second-order terms, over training."""
+    del paper
+    methods = ('sam', 'second_order_sam')
+    found = [g for g in groups if g.settings['sam.method'] in methods and g.finished]
+    if {g.settings['sam.method'] for g in found} != {*methods}:
+        raise Lacking('there are no finished runs of both sam and second_order_sam')
+    drawn = (
+        report.Drawn(
+            lambda record: record.curve('train/perturbed_loss'), 'training loss at w + eps', True
+        ),
+        report.Drawn(report.percents(TEST), 'test error (%)'),
+    )
+    note = (
+        'At w + eps the paper has the training error, and here it is the training loss. The paper '
+        'finds the lower test error without the second-order terms.'
+    )
+    return _over_training(found, drawn, note)
+
+
+def figure_5(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """How near SAM's update is to that with the second-order terms, over training."""
+    del paper
+    found = [g for g in groups if any(map(_cosines, g.finished))]
+    if not found:
+        raise Lacking('of no finished run the cosine of the two orders is measured')
+    note = (
+        'The cosine is that of the two gradients of many examples together, at the params of the '
+        'run. The paper finds about 1 in the first half of the training and less near its end.'
+    )
+    return _over_training(found, (report.Drawn(_cosines, 'cosine of both orders'),), note)
+
+
+def _cosines(record):
+    """Returns [(epoch, cosine), ...] of what was measured of a run."""
+    runs = [said['runs'][0] for _, said in reversed(flatness.analyses(record))]
+    return [
+        (run['step'] * record.epochs_per_step, float(run['order_cosine']))
+        for run in runs
+        if 'order_cosine' in run
+    ]
+
+
+def figure_6(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """Test error against rho for balls of several norms and random directions."""
+    del paper
+    found = [g for g in groups if g.settings['sam.method'] in ('sgd', 'sam', 'random_sam')]
+    return _against_rho(found, ('sam.method', 'sam.p'))
+
+
+def figure_7(groups: list[Group], paper: list[PaperRow]) -> Made:
+    """The rise of the loss that ascents of several steps find, over training."""
+    del paper
+    found = layouts.with_steps(groups)
+    if not any(layouts.rise(record) for g in found for record in g.finished):
+        raise Lacking('no finished run with several steps of ascent logs its perturbed loss')
+    note = 'The paper has the rise of the training error rate, and here it is that of the loss.'
+    return _over_training(found, (report.Drawn(layouts.rise, 'max L(w + eps) - L(w)'),), note)
+
+
+def _names(groups):
+    keys = results.varying(groups)
+    names = [report.label(g, keys) for g in groups]
+    return [f'{name} ({i})' if name in names[:i] else name for i, name in enumerate(names)]
+
+
+def _measured(groups, file):
+    """Returns {name of a group: (its first record with the file, folder, analysis.json)}."""
+    found = {}
+    for group, name in zip(groups, _names(groups)):
+        for record in group.finished:
+            for folder, said in flatness.analyses(record):
+                if os.path.exists(os.path.join(folder, file)):
+                    found.setdefault(name, (record, folder, said))
+    return found
+
+
+def _against_rho(groups, keys):
+    """Curves of the test error against rho, and the same as a table with a column for each."""
+    panels = report.rho_panels(groups)
+    if not panels:
+        raise Lacking('no finished runs differ in rho alone')
+    found = sorted(
+        [g for g in groups if g.values(TEST)], key=lambda g: g.settings.get('sam.rho', 0.0)
+    )
+    columns = [key for key in keys if key in results.varying(found)]
+    others = layouts.other_keys(found, (*columns, 'sam.rho'))
+    cells = [Cell(g.settings, 'test error (%)', g) for g in found]
+    text = layouts.arrange(cells, ('sam.rho', *others), columns, layouts.errors)
+    return Made(f'{text}\n\nThe paper prints none of its values.', panels)
+
+
+def _over_training(groups, drawn, note):
+    """Curves over epochs, and their last values as a table with a row for each group."""
+    rows = []
+    for group, name in zip(groups, _names(groups)):
+        row = {'runs': name, 'number': len(group.finished)}
+        for of, what, _ in drawn:
+            last = [told[-1][1] for told in map(of, group.finished) if told]
+            pair = results.mean_and_interval(last) if last else (math.nan, math.nan)
+            row[f'{what}, at the end'] = f'{pair[0]:.4g}' + (
+                '' if math.isnan(pair[1]) else f' ± {pair[1]:.2g}'
+            )
+        rows.append(row)
+    text = f'{tables.of_records(rows)}\n\n{note}'
+    return Made(text, report.training_panels(groups, drawn))
