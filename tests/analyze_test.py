@@ -216,7 +216,14 @@ def test_all_runs_of_a_folder(folders, tmp_path):
             sys.executable,
             '-c',
             COMMANDS,
-            json.dumps([command, command, [*command, f'--workdir={tmp_path / "runs" / "sgd"}']]),
+            json.dumps(
+                [
+                    command,
+                    command,
+                    [*command, f'--workdir={tmp_path / "runs" / "sgd"}'],
+                    [*command, '--what=order', '--epoch=1'],
+                ]
+            ),
         ],
         cwd=ROOT,
         env={**lean_environment(tmp_path), 'PYTHONPATH': str(ROOT / 'tests')},
@@ -224,16 +231,20 @@ def test_all_runs_of_a_folder(folders, tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ['0', '0', '2'], done.stderr
-    # Once each: the second call measures nothing.
+    assert done.stdout.split() == ['0', '0', '2', '0'], done.stderr
+    # Once each, and once after the first epoch: the second call measures nothing.
     assert [done.stderr.count(f'{name} is measured.') for name in ('sam', 'sgd', 'unfinished')] == [
-        1,
-        1,
+        2,
+        2,
         0,
     ]
     assert '--workdir is ' in done.stderr and 'give one of them' in done.stderr
 
     groups, _ = results.group(results.find([str(tmp_path / 'runs')]))
+    for group in groups:
+        found = flatness.analyses(group.finished[0])
+        assert [os.path.basename(folder) for folder, _ in found] == ['analysis', 'epoch=1']
+        assert 0 < found[1][1]['runs'][0]['order_cosine'] <= 1 + 1e-6
     names = [g.settings['sam.method'] for g in groups]
     rows = {row['measure']: row for row in flatness.rows(groups, names)}
     for name in ('sam', 'sgd'):
