@@ -366,7 +366,7 @@ def test_table_11(steps):
         ['2', '2.5 ± 0.71', '2 ± 0'],
     ]
     assert [*_table(text, '## The paper')[3].values()] == [
-        '5', '2.77 ± 0.03', '16.6 ± 0.06', '2.26 ± 0.05', '2.82 ± 0.04'
+        '5', '2.77 ± 0.03', '16.60 ± 0.06', '2.26 ± 0.05', '2.82 ± 0.04'
     ]  # fmt: skip
 
 
@@ -535,7 +535,7 @@ def test_table_8(noisy):
         ['0.1', '10.20', '10.40'],
     ]
     theirs = _table(text, '## The paper')
-    assert [*theirs[4].values()] == ['0.1', '4.6', '6', '8.7', '56.1'] and len(theirs) == 7
+    assert [*theirs[4].values()] == ['0.1', '4.6', '6.0', '8.7', '56.1'] and len(theirs) == 7
 
 
 def test_numbers_that_are_not_in_the_table_of_the_paper_s_rows():
