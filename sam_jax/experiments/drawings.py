@@ -68,6 +68,7 @@ def figure_1_right(groups: list[Group], paper: list[PaperRow]) -> Made:
     return Made(tables.of_records(rows) + note, figures.surfaces(surfaces[:_SURFACES]))
 
 
+_TOP, _RATIO = 'lambda_max', 'lambda_max / lambda_5'
 # Figure 3, left: (lambda_max, lambda_max / lambda_5).
 SPECTRA = {
     ('sgd', 1): (62.9, 2.5),
@@ -86,30 +87,36 @@ def figure_3_left(groups: list[Group], paper: list[PaperRow]) -> Made:
     for group, name in zip(groups, _names(groups)):
         by_epoch = {}
         for record in group.finished:
+            of_run = {}
             for folder, said in flatness.analyses(record):
                 run = said['runs'][0]
                 if 'spectrum' in run:
-                    epoch = run['step'] * record.epochs_per_step
-                    by_epoch.setdefault(round(epoch, 3), []).append((folder, run['spectrum']))
+                    of_run.setdefault(run['step'], (folder, run['spectrum']))
+            for step, found in of_run.items():
+                epoch = round(step * record.epochs_per_step, 3)
+                by_epoch.setdefault(epoch, []).append(found)
         for epoch, measured in sorted(by_epoch.items()):
             title = f'{name}, epoch {epoch:g}'
             with np.load(os.path.join(measured[0][0], 'spectrum_1.npz')) as file:
                 drawn.append(
                     figures.Spectrum(title, file['grid'], file['density'], file['eigenvalues'])
                 )
-            theirs = SPECTRA.get((layouts.method_of(group.settings), epoch), ('', ''))
             row = {'runs': name, 'epoch': f'{epoch:g}', 'number': len(measured)}
-            for (key, shown), number in zip(
-                (('lambda_max', 'lambda_max'), ('lambda_ratio', 'lambda_max / lambda_5')), theirs
-            ):
+            for key, shown in (('lambda_max', _TOP), ('lambda_ratio', _RATIO)):
                 values = [float(spectrum[key]) for _, spectrum in measured]
                 row[shown] = results.interval(results.mean_and_interval(values))
-                row[f'{shown}, paper'] = number
             rows.append(row)
     if not drawn:
         raise Lacking('no run has a spectrum that is measured')
+    theirs = [
+        {'runs': method, 'epoch': epoch, _TOP: top, _RATIO: ratio}
+        for (method, epoch), (top, ratio) in SPECTRA.items()
+    ]
     note = 'The paper has WRN-40-10 without BatchNorm on CIFAR-10.'
-    return Made(f'{tables.of_records(rows)}\n\n{note}', figures.spectra(drawn))
+    return Made(
+        layouts.both(tables.of_records(rows), tables.of_records(theirs), note),
+        figures.spectra(drawn),
+    )
 
 
 def figure_3_middle(groups: list[Group], paper: list[PaperRow]) -> Made:
@@ -185,12 +192,13 @@ def figure_5(groups: list[Group], paper: list[PaperRow]) -> Made:
 
 def _cosines(record):
     """Returns [(epoch, cosine), ...] of what was measured of a run."""
-    runs = [said['runs'][0] for _, said in reversed(flatness.analyses(record))]
-    return [
-        (run['step'] * record.epochs_per_step, float(run['order_cosine']))
+    runs = [said['runs'][0] for _, said in flatness.analyses(record)]
+    found = {
+        run['step'] * record.epochs_per_step: float(run['order_cosine'])
         for run in runs
         if 'order_cosine' in run
-    ]
+    }
+    return sorted(found.items())
 
 
 def figure_6(groups: list[Group], paper: list[PaperRow]) -> Made:
@@ -248,11 +256,11 @@ def _over_training(groups, drawn, note):
     for group, name in zip(groups, _names(groups)):
         row = {'runs': name, 'number': len(group.finished)}
         for of, what, _ in drawn:
-            last = [told[-1][1] for told in map(of, group.finished) if told]
+            told = [told[-1] for told in map(of, group.finished) if told]
+            last = [value for _, value in told]
             pair = results.mean_and_interval(last) if last else (math.nan, math.nan)
-            row[f'{what}, at the end'] = f'{pair[0]:.4g}' + (
-                '' if math.isnan(pair[1]) else f' ± {pair[1]:.2g}'
-            )
+            row[f'{what}: epoch'] = ', '.join(dict.fromkeys(f'{epoch:g}' for epoch, _ in told))
+            row[what] = f'{pair[0]:.4g}' + ('' if math.isnan(pair[1]) else f' ± {pair[1]:.2g}')
         rows.append(row)
     text = f'{tables.of_records(rows)}\n\n{note}'
     return Made(text, report.training_panels(groups, drawn))

@@ -9,17 +9,16 @@ from sam_jax.experiments.results import Group, Record, mean_and_interval, read
 def analyses(record: Record) -> list[tuple[str, dict]]:
     """Returns [(folder, content of analysis.json), ...] of a run; the newest checkpoint first.
 
-    The folders are `analysis` and, of earlier epochs, `analysis/epoch=N` below it. Of two of the
-    same step the first one counts.
+    The folders are `analysis` and, of one epoch each, `analysis/epoch=N` below it. Of the same step
+    there may be two, that have measured different things.
     """
     whole = os.path.join(record.workdir, 'analysis')
     below = sorted(os.listdir(whole)) if os.path.isdir(whole) else []
-    found = {}
-    for folder in (whole, *(os.path.join(whole, n) for n in below if n.startswith('epoch='))):
-        said = read(os.path.join(folder, 'analysis.json'))
-        if said:
-            found.setdefault(said['runs'][0]['step'], (folder, said))
-    return [found[step] for step in sorted(found, reverse=True)]
+    folders = (whole, *(os.path.join(whole, n) for n in below if n.startswith('epoch=')))
+    found = [(f, read(os.path.join(f, 'analysis.json'))) for f in folders]
+    return sorted(
+        [(f, said) for f, said in found if said], key=lambda one: -one[1]['runs'][0]['step']
+    )
 
 
 def of_run(record: Record) -> dict[str, float]:

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sam_jax import tables
-from sam_jax.experiments import report, results
+from sam_jax.experiments import results
 from sam_jax.experiments.results import TEST, VALIDATION, Group, PaperRow
 
 TOP5 = 'test/top5_error_rate'
+BASELINES = (
+    'The baseline is the better one of those with as many epochs and with twice as many. rho is '
+    'the best one of the validation split, or the only one.'
+)
 _ROWS = ('model.name', 'total_epochs', 'data.augment')
 
 
@@ -93,8 +97,8 @@ def errors(groups: list[Group], metric: str = TEST, paper: Sequence[PaperRow] = 
 
 
 def printed(row: PaperRow) -> str:
-    """Returns '2.7 ± 0.1' of a row of the paper."""
-    return f'{row.percent:g}' + (f' ± {row.interval}' if row.interval else '')
+    """Returns '14.0 ± 0.1' of a row of the paper, with its digits."""
+    return row.digits + (f' ± {row.interval}' if row.interval else '')
 
 
 def other_keys(groups: Sequence[Group], known: Sequence[str]) -> tuple[str, ...]:
@@ -171,7 +175,7 @@ def beside_baseline(
         if any(g.values(metric) for _, _, g in here):
             show = functools.partial(errors, metric=metric, paper=numbers)
             parts.append(both(arrange(here, own, columns, show), arrange(theirs, rows, columns)))
-    return '\n\n'.join([*parts, report.SWITCHES])
+    return '\n\n'.join([*parts, BASELINES])
 
 
 def _switches(groups, rho=None):

@@ -69,16 +69,12 @@ def networks(groups: Sequence[results.Group]) -> list[Network]:
     found = []
     for group in groups:
         for record in group.finished:
-            # What was measured before its end tells nothing of the errors at its end.
-            said = next((said for _, said in flatness.analyses(record)), {'runs': [{}]})
-            run = said['runs'][0]
-            if not m_sharpness(said) or run['split'] != 'train':
-                continue
-            if run['step'] != record.result['step']:
+            said = _at_its_end(record)
+            if said is None:
                 continue
             # Where a run keeps a moving average, that was measured.
             average = 'ema_' if f'test/ema_{_ERROR}' in record.result else ''
-            train = record.result.get(f'train_set/{average}{_ERROR}', run[_ERROR])
+            train = record.result.get(f'train_set/{average}{_ERROR}', said['runs'][0][_ERROR])
             found.append(
                 Network(
                     group.settings['data.name'],
@@ -95,6 +91,16 @@ def networks(groups: Sequence[results.Group]) -> list[Network]:
             'measure all with one --rho.'
         )
     return found
+
+
+def _at_its_end(record):
+    """Returns what was measured on the training split; before the end it tells nothing of it."""
+    for _, said in flatness.analyses(record):
+        run = said['runs'][0]
+        at_end = run['split'] == 'train' and run['step'] == record.result['step']
+        if at_end and m_sharpness(said):
+            return said
+    return None
 
 
 def m_sharpness(said: dict) -> dict[int, float]:

@@ -365,7 +365,8 @@ def switches(groups: list[Group]) -> list[Switch]:
 class PaperRow:
     """A number of the paper: its table, the metric, the error in percent, its interval as printed.
 
-    `settings` are those of the config that reproduces it; `note` says what to know about it.
+    `settings` are those of the config that reproduces it; `note` says what to know about it;
+    `digits` is the error as printed.
     """
 
     table: str
@@ -375,6 +376,7 @@ class PaperRow:
     interval: str
     note: str
     settings: dict
+    digits: str
 
     def __str__(self):
         interval = f' ± {self.interval}' if self.interval else ''
@@ -403,6 +405,7 @@ def read_paper(path: str | os.PathLike) -> list[PaperRow]:
                     line['interval'],
                     line['note'],
                     settings_of(jsonable(config)),
+                    line['percent'],
                 )
             )
     return rows
