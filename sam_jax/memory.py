@@ -51,6 +51,10 @@ class Needs(NamedTuple):
         """The estimate."""
         return self.state + self.gradients + self.data + self.activations
 
+    def as_json(self) -> dict[str, float]:
+        """Returns all of them by their names."""
+        return {**self._asdict(), 'all': self.all}
+
 
 def needs(experiment: Any) -> Needs:
     """Returns what a training step of an Experiment needs; its model is traced for it."""
@@ -68,16 +72,18 @@ def needs(experiment: Any) -> Needs:
     streamed = 0 if dataset.num_images else images * math.prod(dataset.pixel_shape)
     data = _size(list(arrays.values())) + streamed
     replica = (layout.replica_batch_size, *dataset.image_shape)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    activations = kept(experiment.model, variables, replica)
     return Needs(
         _size(state),
         copies * params,
         data,
-        4 * images * math.prod(dataset.image_shape) + kept(experiment.model, replica),
+        4 * images * math.prod(dataset.image_shape) + activations,
         _size(state) + params + data,
     )
 
 
-def kept(model: Network, shape: tuple[int, ...]) -> float:
+def kept(model: Network, variables: dict[str, Any], shape: tuple[int, ...]) -> float:
     """Returns the bytes that a gradient keeps between its passes, besides params and images.
 
     They are what the backward pass reads, written back to what it is made of: an elementwise
@@ -86,11 +92,11 @@ def kept(model: Network, shape: tuple[int, ...]) -> float:
 
     Args:
       model: flax module of `models.create_model`.
+      variables: shapes of its params and batch_stats.
       shape: of a replica's images, (N, H, W, C).
     """
     model = model.clone(batch_norm_axis=None)  # no devices are asked
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
     def loss(variables, x):
         rngs = {name: jax.random.key(0) for name in ('dropout', 'shake')}

@@ -22,8 +22,8 @@ import jax
 from absl import app, flags
 
 from sam_jax import memory, settings, tables
+from sam_jax.targets import facts, programs
 from sam_jax.targets import hardware as targets
-from sam_jax.targets import programs
 
 _log = logging.getLogger(__name__)
 
@@ -113,10 +113,7 @@ def estimate(row: Row) -> None:
     needed = memory.needs(experiment)
     with open(row.file, 'w') as file:
         json.dump(
-            {
-                'config': json.loads(config.to_json_best_effort()),
-                'estimate': {**needed._asdict(), 'all': needed.all},
-            },
+            {'config': json.loads(config.to_json_best_effort()), 'estimate': needed.as_json()},
             file,
             indent=2,
         )
@@ -154,13 +151,12 @@ def read(row: Row) -> dict[str, Any]:
         return json.load(file)
 
 
-def room(hardware: str) -> float:
-    """Returns the bytes of a device."""
-    platform, kind, _ = HARDWARE[hardware][0].split(':')
-    if platform == 'gpu':
-        return targets.GPUS[kind].memory
+def device(hardware: str) -> targets.Chip:
+    """Returns a device of the hardware; no compiler is asked how many a chip has."""
+    _, kind, _ = HARDWARE[hardware][0].split(':')
+    chip = (targets.GPUS | targets.TPUS)[kind]
     # Each of the two cores of a v3 chip is a device.
-    return targets.TPUS[kind].memory / (2 if kind == 'v3' else 1)
+    return chip.part(1 / 2) if kind == 'v3' else chip
 
 
 def cell(found: dict[str, Any], estimate: float, memory: float) -> str:
@@ -182,15 +178,13 @@ def cell(found: dict[str, Any], estimate: float, memory: float) -> str:
 SPEED = ('GFLOP a device', 'GB a device', 'kernels', 'ms', 'images/s', 'share of peak')
 
 
-def speed(found: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the cells of SPEED of a compiled row; times by the slower of the estimates."""
+def speed(found: dict[str, Any], device: targets.Chip) -> tuple[str, ...]:
+    """Returns the cells of SPEED of a row that is compiled for such devices."""
     step, config = found['train'], found['config']
-    seconds = max(step.get('roofline_seconds', 0), step.get('compiler_seconds', 0))
+    seconds = facts.seconds(step)
     if not seconds:  # it was refused
         return (f'{step["flops"] / 1e9:,.0f}', *[''] * (len(SPEED) - 1))
-    platform, kind, _ = found['target'].split(':')
-    chip = {'gpu': targets.GPUS, 'tpu': targets.TPUS}[platform][kind]
-    peak = chip.peak(config['model']['dtype']) / (2 if kind == 'v3' else 1)
+    peak = device.peak(config['model']['dtype'])
     return (
         f'{step["flops"] / 1e9:,.0f}',
         f'{step["bytes"] / 1e9:,.1f}',
@@ -215,13 +209,13 @@ def table() -> str:
                 # Of eight devices; with others no more than the data differs.
                 estimate = known[0]['estimate']['all']
                 shown = {h: found[h] for h in _HARDWARE.value}
-                cells = [cell(f, estimate, room(h)) for h, f in shown.items()]
+                cells = [cell(f, estimate, device(h).memory) for h, f in shown.items()]
                 fitting.append((*head, f'{estimate / 2**30:.3g}', *cells))
                 for h, f in shown.items():
                     if 'train' in f:
-                        speeds.append((*head, h, *speed(f)))
+                        speeds.append((*head, h, *speed(f, device(h))))
     head = ('model', 'dtype', 'remat')
-    rooms = [f'{h} ({room(h) / 2**30:.3g})' for h in _HARDWARE.value]
+    rooms = [f'{h} ({device(h).memory / 2**30:.3g})' for h in _HARDWARE.value]
     return '\n\n'.join(
         [
             tables.markdown((*head, 'estimate', *rooms), fitting),
@@ -246,9 +240,9 @@ def main(argv: list[str]) -> None:
         else:
             continue
         done = read(row)
-        shown = (
-            cell(done, done['estimate']['all'], room(row.hardware)) if 'estimate' in done else ''
-        )
+        shown = ''
+        if 'estimate' in done:
+            shown = cell(done, done['estimate']['all'], device(row.hardware).memory)
         _log.info('%s: %s %s', ' '.join(row), shown, done.get('failed', ''))
     print(table())
 

@@ -58,11 +58,12 @@ def main() -> None:
         'devices': len(layout.devices),
         'device_memory': room,
         'config': json.loads(config.to_json_best_effort()),
-        'estimate': {**needed._asdict(), 'all': needed.all},
+        'estimate': needed.as_json(),
     }
     _write(written, text)
-    if memory.advice(needed, experiment, room):
-        say(memory.advice(needed, experiment, room))
+    advice = memory.advice(needed, experiment, room)
+    if advice:
+        say(advice)
     for step, images in (('train', config.batch_size), ('eval', config.eval.batch_size)):
         if step not in _STEPS.value:
             continue

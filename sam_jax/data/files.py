@@ -39,7 +39,7 @@ def read_idx(data_dir: str) -> tuple[Split, Split]:
     Raises:
       UserError: a file is not there, is there twice, is damaged, or does not fit the others.
     """
-    root = _folder(data_dir, 'idx', 'train-images-idx3-ubyte and its like')
+    root = folder_of(data_dir, 'idx', 'with train-images-idx3-ubyte and its like')
     train, test = (
         checked_split(
             *(
@@ -136,7 +136,7 @@ def read_npz(data_dir: str) -> tuple[Split, Split]:
     """
     path = os.path.expanduser(data_dir)
     if not path.endswith('.npz'):
-        root = _folder(data_dir, 'npz', 'an .npz file, or such a file itself')
+        root = folder_of(data_dir, 'npz', 'with an .npz file, or such a file itself')
         found = sorted(name for name in os.listdir(root) if name.endswith('.npz'))
         if len(found) != 1:
             raise UserError(
@@ -166,11 +166,16 @@ def _npz_array(path, name):
     raise UserError(f'{path} has no array {name!r} but {held}; it must hold {wanted}.')
 
 
-def _folder(data_dir, name, content):
+def folder_of(data_dir: str, name: str, described: str) -> str:
+    """Returns the folder that `data.dir` names.
+
+    Raises:
+      UserError: it is none; the sentence says what the dataset of that name wants of it.
+    """
     root = os.path.expanduser(data_dir)
     if not data_dir or not os.path.isdir(root):
         raise UserError(
-            f'data.dir is {data_dir!r}; with data.name={name!r} it must be a folder with {content}.'
+            f'data.dir is {data_dir!r}; with data.name={name!r} it must be a folder {described}.'
         )
     return root
 

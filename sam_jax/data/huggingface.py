@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sam_jax.data import pillow
-from sam_jax.data.files import checked_split
+from sam_jax.data.files import checked_split, folder_of
 from sam_jax.data.resident import Split
 from sam_jax.errors import UserError, first_line
 
@@ -39,12 +39,11 @@ def read_huggingface(data_dir: str) -> tuple[Split, Split, int]:
     Raises:
       UserError: pyarrow, a split, a file of it or a column is not there, or something is damaged.
     """
-    root = os.path.expanduser(data_dir)
-    if not data_dir or not os.path.isdir(root):
-        raise UserError(
-            f"data.dir is {data_dir!r}; with data.name='huggingface' it must be a folder that "
-            '`save_to_disk` wrote, or with Parquet files such as train.parquet and test.parquet.'
-        )
+    root = folder_of(
+        data_dir,
+        'huggingface',
+        'that `save_to_disk` wrote, or with Parquet files such as train.parquet and test.parquet',
+    )
     if not importlib.util.find_spec('pyarrow'):
         raise UserError(
             "data.name is 'huggingface', which needs pyarrow: pip install 'sam_jax[huggingface]'."

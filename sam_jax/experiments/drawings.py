@@ -48,7 +48,7 @@ def figure_1_right(groups: list[Group], paper: list[PaperRow]) -> Made:
     """The landscapes that were measured, of the first run of each group."""
     del paper
     surfaces, rows = [], []
-    for name, (_, folder, _) in _measured(groups, 'landscape_1.npz').items():
+    for name, folder in _measured(groups, 'landscape_1.npz').items():
         with np.load(os.path.join(folder, 'landscape_1.npz')) as file:
             loss, places, done = file['loss'], file['places'], int(file['done'])
         if done < len(loss):
@@ -225,13 +225,13 @@ def _names(groups):
 
 
 def _measured(groups, file):
-    """Returns {name of a group: (its first record with the file, folder, analysis.json)}."""
+    """Returns {name of a group: the first folder of its measurements with the file}."""
     found = {}
     for group, name in zip(groups, _names(groups)):
         for record in group.finished:
-            for folder, said in flatness.analyses(record):
+            for folder, _ in flatness.analyses(record):
                 if os.path.exists(os.path.join(folder, file)):
-                    found.setdefault(name, (record, folder, said))
+                    found.setdefault(name, folder)
     return found
 
 

@@ -51,6 +51,11 @@ def _sweep(config, *sweeps, folder, seeds=5, more=''):
 _BOTH = ':method=sgd,sam'
 _DOUBLED = "':method=sam,sgd,sgd;:doubled=false,false,true'"
 _CIFAR = (':dataset=cifar10,cifar100', ':augment=basic,cutout,autoaugment')
+_CIFAR_RUNS = _sweep('cifar', _DOUBLED, *_CIFAR, folder='cifar')
+_TABLE_5_RUNS = (
+    _sweep('svhn', ':augment=basic,autoaugment_only_cutout', _DOUBLED, folder='t5/svhn'),
+    _sweep('fashion_mnist', ':augment=basic,cutout', _DOUBLED, folder='t5/fashion'),
+)
 _CKPT = '--config.model.init_from=CKPT'
 _STEPS = _sweep(
     'ablations:figure=steps',
@@ -65,7 +70,7 @@ _NOISES = ':noise=0.2,0.4,0.6,0.8'
 WHOLE = {
     '1-left': Whole(
         'How much the error falls by switching to SAM, a dot for each experiment.',
-        (_sweep('cifar', _DOUBLED, *_CIFAR, folder='cifar'),),
+        (_CIFAR_RUNS,),
         drawings.figure_1_left,
     ),
     '1-right': Whole(
@@ -158,7 +163,7 @@ WHOLE = {
     ),
     'table-1': Whole(
         'CIFAR: the test error of SAM and of SGD.',
-        (_sweep('cifar', _DOUBLED, *_CIFAR, folder='cifar'),),
+        (_CIFAR_RUNS,),
         _table(layouts.beside_baseline, 1),
     ),
     'table-2': Whole(
@@ -203,24 +208,16 @@ WHOLE = {
     ),
     'table-5': Whole(
         'SVHN and Fashion-MNIST: the test error with and without SAM.',
-        (
-            _sweep('svhn', ':augment=basic,autoaugment_only_cutout', _DOUBLED, folder='t5/svhn'),
-            _sweep('fashion_mnist', ':augment=basic,cutout', _DOUBLED, folder='t5/fashion'),
-        ),
+        _TABLE_5_RUNS,
         _table(layouts.beside_baseline, 5, ('model.name', 'data.augment')),
     ),
     'table-6': Whole(
         'CIFAR: the learning rate, the weight decay and the rho that were taken.',
-        (_sweep('cifar', _DOUBLED, *_CIFAR, folder='cifar'),),
+        (_CIFAR_RUNS,),
         _table(layouts.hyperparameters, 6),
     ),
     'table-7': Whole(
-        'The same of SVHN and Fashion-MNIST.',
-        (
-            _sweep('svhn', ':augment=basic,autoaugment_only_cutout', _DOUBLED, folder='t5/svhn'),
-            _sweep('fashion_mnist', ':augment=basic,cutout', _DOUBLED, folder='t5/fashion'),
-        ),
-        _table(layouts.hyperparameters, 7),
+        'The same of SVHN and Fashion-MNIST.', _TABLE_5_RUNS, _table(layouts.hyperparameters, 7)
     ),
     'table-8': Whole(
         'Label noise: the validation error of the bootstrap with SAM, by rho.',

@@ -49,7 +49,7 @@ def of_program(
             'flops': flops,
             'refused': str(e)[:1000],
         }
-    seconds = time.perf_counter() - began
+    took = time.perf_counter() - began
     cost: Any = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     text = compiled.as_text() or ''
@@ -57,7 +57,7 @@ def of_program(
     cycles = sum(i.times * i.cycles for i in program)
     moved, memory, device = hlo.bytes_moved(program), memory_of(compiled), target.device
     return {
-        'compile_seconds': seconds,
+        'compile_seconds': took,
         'fits': memory['all'] <= device.memory,
         'memory': memory,
         'flops': flops,
@@ -69,36 +69,33 @@ def of_program(
         'compiler_cycles': cycles,
         'compiler_seconds': _over(cycles, device.clock),
         'collectives': [
-            {
-                'name': i.name,
-                'opcode': i.opcode,
-                'bytes': i.bytes,
-                'times': i.times,
-                'groups': hlo.groups(i),
-            }
+            {**_told(i, 'name', 'opcode', 'bytes', 'times'), 'groups': hlo.groups(i)}
             for i in hlo.collectives(program)
         ],
         'padding': hlo.padding(program),
         'host_transfers': [i.name for i in hlo.host_transfers(program)],
         'copies': [
-            {
-                'name': i.name,
-                'opcode': i.opcode,
-                'shape': i.shape,
-                'bytes': i.bytes,
-                'times': i.times,
-            }
+            _told(i, 'name', 'opcode', 'shape', 'bytes', 'times')
             for i in hlo.large_copies(program, LARGE)
         ],
         'gathers': [{'name': name, 'elements': n} for name, n in hlo.gathers(text)],
-        'loops': [{'name': i.name, 'op_name': i.op_name} for i in hlo.loops(program)],
+        'loops': [_told(i, 'name', 'op_name') for i in hlo.loops(program)],
         'costly': [[name, *cost] for name, cost in hlo.costly(program)[:COSTLY]],
     }
+
+
+def seconds(found: dict[str, Any]) -> float:
+    """Returns the ESTIMATED time of `of_program`: the slower one; 0 where there is none."""
+    return max(found.get('roofline_seconds', 0.0), found.get('compiler_seconds', 0.0))
 
 
 def _over(amount, speed):
     """Seconds; 0 where the speed is not known."""
     return amount / speed if speed else 0.0
+
+
+def _told(instruction, *names):
+    return {name: getattr(instruction, name) for name in names}
 
 
 def _asked_for(message):
@@ -183,7 +180,7 @@ def _described(groups):
 
 def _estimates(found, images, target, dtype):
     roofline, cycles = found['roofline_seconds'], found['compiler_cycles']
-    slower = max(roofline, found['compiler_seconds'])
+    slower = seconds(found)
     if not slower:
         return [('estimates of time', 'none: the speed of this target is not known')]
     share = found['flops'] / slower / target.device.peak(dtype)

@@ -34,6 +34,15 @@ class Chip(NamedTuple):
         """Returns the operations a second in a `model.dtype`."""
         return self.flops if dtype == 'bfloat16' else self.float32_flops
 
+    def part(self, share: float) -> 'Chip':
+        """Returns a device that has this share of the chip."""
+        return self._replace(
+            flops=self.flops * share,
+            float32_flops=self.float32_flops * share,
+            bandwidth=self.bandwidth * share,
+            memory=self.memory * share,
+        )
+
 
 # That flops are matrix units x their size x 2 x clock holds for each of them.
 TPUS = {
@@ -137,14 +146,8 @@ def target(name: str) -> Target:
             f"comes with: pip install 'sam_jax[{extra}]'."
         ) from e
     share = math.prod(map(int, shape.split('x'))) / len(devices)
-    whole = chips[kind]
-    device = whole._replace(
-        flops=whole.flops * share,
-        float32_flops=whole.float32_flops * share,
-        bandwidth=whole.bandwidth * share,
-        memory=whole.memory * share,
-    )
-    return Target(name, devices, device, len({d.process_index for d in devices}))
+    hosts = len({d.process_index for d in devices})
+    return Target(name, devices, chips[kind].part(share), hosts)
 
 
 def _this_machine(name, number):

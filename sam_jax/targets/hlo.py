@@ -53,22 +53,23 @@ class Instruction(NamedTuple):
 
 def size(shape: str) -> float:
     """Returns the bytes of an array or tuple, 'f32[8,32]{1,0}' or '(f32[8], u8[2])'."""
-    return sum(each for each, _ in _arrays(shape))
+    return sum(each for each, _, _ in _arrays(shape))
 
 
 def in_main_memory(shape: str) -> float:
     """Returns the bytes of those of the arrays that lie in main memory and not on the chip."""
-    return sum(each for each, layout in _arrays(shape) if 'S(' not in layout)
+    return sum(each for each, _, layout in _arrays(shape) if 'S(' not in layout)
 
 
 def _arrays(shape):
-    """Yields (bytes, layout) of each array."""
+    """Yields (bytes, lengths of its dimensions, layout) of each array."""
     for kind, dimensions, layout in re.findall(
         r'\b(pred|[a-z]+\d\w*)\[([\d,]*)\](\{[^}]*\})?', shape
     ):
         bits = re.search(r'\d+', kind)
         each = BYTES.get(kind, int(bits[0]) / 8 if bits else 1)
-        yield each * math.prod(int(n) for n in dimensions.split(',') if n), layout
+        lengths = [int(n) for n in dimensions.split(',') if n]
+        yield each * math.prod(lengths), lengths, layout
 
 
 def padded_size(shape: str) -> float:
@@ -78,15 +79,14 @@ def padded_size(shape: str) -> float:
     multiples of 8 and 128: 32 and 256. An array without tiles is not padded.
     """
     total = 0.0
-    for array, dimensions, order, tile in re.findall(
-        r'(\w+\[([\d,]+)\])\{([\d,]+):T\(([\d,]+)\)', shape
-    ):
-        lengths, order, tile = ([int(n) for n in x.split(',')] for x in (dimensions, order, tile))
-        padded = math.prod(lengths)
-        for axis, side in zip(order, reversed(tile)):
-            padded = padded // lengths[axis] * (-(-lengths[axis] // side) * side)
-        total += size(array) * padded / math.prod(lengths)
-    return total or size(shape)
+    for each, lengths, layout in _arrays(shape):
+        tiled = re.match(r'\{([\d,]+):T\(([\d,]+)\)', layout)
+        if tiled:
+            order, tile = ([int(n) for n in x.split(',')] for x in tiled.groups())
+            for axis, side in zip(order, reversed(tile)):
+                each *= -(-lengths[axis] // side) * side / max(lengths[axis], 1)
+        total += each
+    return total
 
 
 def instructions(text: str) -> list[Instruction]:
