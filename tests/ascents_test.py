@@ -10,7 +10,7 @@ from quadratics import RHO, drive, flat, layers, under
 from sam_jax import sharpness
 from sam_jax.sharpness import direction, gate, mask
 
-pytestmark = pytest.mark.usefixtures('x64')
+pytestmark = [pytest.mark.usefixtures('x64'), pytest.mark.accelerator]
 
 
 def test_unnormalized(problem):

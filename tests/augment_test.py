@@ -14,6 +14,8 @@ from sam_jax import data
 from sam_jax.data import augment, ops
 from sam_jax.data.policies import POLICIES
 
+pytestmark = pytest.mark.accelerator
+
 OPS, RAND, PICKED = map(golden, ('autoaugment_ops', 'randaugment', 'autoaugment_policies'))
 SHAPE = (32, 32, 3)
 apply = jax.jit(ops.apply, static_argnames='indexed')

@@ -1,8 +1,14 @@
-"""Eight fake CPU devices and strict numerics for every test."""
+"""Eight fake CPU devices and strict numerics for every test.
+
+With SAM_JAX_TEST_PLATFORMS, which ./scripts/test_accelerator.sh sets, it is the real devices of
+JAX's platforms of these names, and products in float32 are not cut to fewer bits.
+"""
 
 import importlib.metadata
 import os
 import tempfile
+
+PLATFORMS = os.environ.get('SAM_JAX_TEST_PLATFORMS', 'cpu')
 
 # The tests compile much and compute little: LLVM's optimizations would take most of the time, and
 # so would XLA's newer way to make kernels of fused operations. Processes that tests start as users
@@ -12,7 +18,8 @@ EMITTERS = 'xla_cpu_use_fusion_emitters'
 TWO_WAYS = importlib.metadata.version('jaxlib').startswith('0.10.')  # later ones have one alone
 if TWO_WAYS:
     QUICK.append(f'--{EMITTERS}=false')
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *QUICK]).strip()
+if PLATFORMS == 'cpu':
+    os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *QUICK]).strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 # Runs as users start them keep compiled programs. Those of the tests go elsewhere, where workers
@@ -26,7 +33,9 @@ import numpy as np
 import pytest
 import quadratics
 
-jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_platforms', PLATFORMS)
+if PLATFORMS != 'cpu':
+    jax.config.update('jax_default_matmul_precision', 'highest')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(
     'jax_compilation_cache_dir', os.path.join(os.environ['XDG_CACHE_HOME'], 'sam_jax', 'compiled')
@@ -52,7 +61,7 @@ def problem(x64):
 @pytest.fixture(autouse=True)
 def kernels_of_users(request, monkeypatch):
     """Compiles as users' programs are, where two programs must agree to the last bit."""
-    if TWO_WAYS and request.node.get_closest_marker('bitwise'):
+    if TWO_WAYS and PLATFORMS == 'cpu' and request.node.get_closest_marker('bitwise'):
         from jax._src import compiler
 
         options = compiler.get_compile_options

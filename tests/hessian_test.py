@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 
 from sam_jax.analysis import hessian
 
+pytestmark = pytest.mark.accelerator
+
 
 def dense(
     model, variables, weight_decay=0.0, smoothing=0.0, gauss_newton=False, decays=lambda w: 1

@@ -16,6 +16,8 @@ import pytest
 from configs import common
 from sam_jax import losses, metrics, optimizers, rngs, schedules
 
+pytestmark = pytest.mark.accelerator
+
 LOSSES, OPTIM, SCHEDULES = map(helpers.golden, ('losses', 'optim', 'schedules'))
 LOGITS = {'logits': LOSSES['logits'], 'tied': LOSSES['tied_logits'], 'huge': 1e4 * LOSSES['logits']}
 LABELS = {'onehot': LOSSES['labels'], 'soft': LOSSES['soft_labels']}

@@ -14,7 +14,7 @@ from sam_jax import losses, optimizers, rngs, sharpness
 from sam_jax.experiment import Experiment
 from sam_jax.sharpness import trees
 
-pytestmark = pytest.mark.usefixtures('x64')
+pytestmark = [pytest.mark.usefixtures('x64'), pytest.mark.accelerator]
 
 # Plain descent, so that the gradient can be read off the params; dropout stays.
 PLAIN = {

@@ -24,6 +24,8 @@ from sam_jax import models
 from sam_jax.errors import UserError
 from sam_jax.models import layers
 
+pytestmark = pytest.mark.accelerator
+
 MINI = helpers.golden('model_WideResnet_mini')
 FULL = helpers.golden('model_WideResnet28x10_c100')
 KEYS = [jax.random.key(i, impl='rbg') for i in range(2)]  # compiles faster than the default

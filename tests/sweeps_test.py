@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, lean_environment, training_process, wait_until
 
 from sam_jax.errors import UserError
-from sam_jax.experiments import grid
+from sam_jax.experiments import engines, grid
 
 DIGITS = str(ROOT / 'configs' / 'digits.py')
 # A run of a few seconds: 20 steps an epoch.
@@ -208,10 +208,13 @@ def test_bad_flags(flags, words, tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-def test_no_two_runs_on_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5')
-    done = _sweep(tmp_path, '--sweep=sam.rho=1,2,3', '--parallel=3')
-    assert done.returncode == 2 and '--parallel is 3; there are 2 GPUs' in done.stderr
+@pytest.mark.parametrize(
+    'parallel,fraction,gpus', [(2, None, '45'), (3, '0.400', '454'), (8, '0.200', '45454545')]
+)
+def test_runs_share_gpus_and_their_memory(parallel, fraction, gpus):
+    slots = [engines._slot(slot, parallel, ['4', '5'])[0] for slot in range(parallel)]
+    assert ''.join(slot['CUDA_VISIBLE_DEVICES'] for slot in slots) == gpus
+    assert {slot.get('XLA_PYTHON_CLIENT_MEM_FRACTION') for slot in slots} == {fraction}
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from helpers import ROOT, small_config
 
 from sam_jax import data, memory, replicas, train
 from sam_jax.errors import UserError
-from sam_jax.targets import absent, facts, hardware, hlo, operations, programs
+from sam_jax.targets import absent, facts, hardware, hlo, measured, operations, programs
 
 PROGRAM = """HloModule step, is_scheduled=true
 
@@ -402,18 +402,37 @@ def test_training_asks(tmp_path, monkeypatch):
 
 def test_the_command_on_this_machine(tmp_path):
     out = tmp_path / 'facts.md'
-    found = _compiled(tmp_path, 'cpu:2', *SMALL, '--steps=train', f'--markdown={out}')
+    flags = ('--steps=train', '--measure', f'--markdown={out}')
+    found = _compiled(tmp_path, 'cpu:2', *SMALL, *flags)
     assert found['devices'] == 2 and found['train']['fits'] and 'eval' not in found
     assert found['estimate']['all'] > 0 and found['config']['batch_size'] == 32
     text = out.read_text()
     assert 'wrn10_1 on cpu:2' in text and '| fits | yes |' in text
     assert 'ESTIMATED images/s' not in text  # of a CPU no speed is known
+    took = found['train']['measured_seconds']
+    assert 1e-4 < took < 10 and f'| MEASURED images/s | {32 / took:,.0f} |' in text
+
+
+def test_what_is_measured_is_a_step_on_random_images_and_labels():
+    """Of a method, too, that asks for the batch before; images of zeros would not do."""
+    config = small_config(data__name='fake_cifar10', sam__method='friendly_sam')
+    experiment = programs.experiment_for(config, jax.devices()[:2])
+    _, feed, arrays, _ = measured.arguments(experiment)
+    pixels = np.asarray(arrays['images'][0])
+    assert 110 < pixels.mean() < 145 and pixels.std() > 60
+    assert 5 < len(np.unique(feed['label'])) <= 10
+    soft = {'label': np.zeros((2, 3, 10), np.float32)}
+    drawn = measured._random(np.random.default_rng(0), soft, 10)['label']
+    assert drawn.shape == (2, 3, 10) and (drawn.sum(-1) == 1).all() and len(drawn.argmax(-1)) > 1
+    found = measured.of_train_step(experiment.train_step, experiment)
+    assert found['measured_seconds'] > 0 and found['measured_spread'] >= 0
 
 
 @pytest.mark.parametrize(
     'flags,sentence',
     [
         (['--steps=trian'], "--steps has 'trian'; the steps are train, eval."),
+        (['--target=gpu:h100:1', '--measure'], "--target is 'gpu:h100:1'; it must be here or cpu"),
         (['--steps=', '--json=nowhere/f.json'], "--json is 'nowhere/f.json'; it cannot be written"),
     ],
 )
@@ -421,6 +440,14 @@ def test_bad_flags_get_a_sentence(flags, sentence):
     ended = _command('--target=cpu:1', *SMALL, *flags)
     assert ended.returncode == 2 and sentence in ended.stderr
     assert 'Traceback' not in ended.stderr
+
+
+def test_here_is_what_jax_finds_and_known_kinds_have_a_speed():
+    here = hardware.target('here')
+    assert here.devices == tuple(jax.local_devices()) and here.device.flops == 0
+    assert hardware.known('NVIDIA H200') == hardware.GPUS['h200']
+    assert 2 * hardware.known('TPU v3').flops == hardware.TPUS['v3'].flops  # a core of two
+    assert hardware.known('cpu') is None
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ VARIANTS = {
 
 
 # By default those that have most parts between them.
+@pytest.mark.accelerator
 @pytest.mark.parametrize(
     'name',
     [

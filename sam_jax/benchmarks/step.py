@@ -25,7 +25,7 @@ wrn28_10 (batch 256, bfloat16) is added. Per case:
             the ratio should be: of those, too, that climb at some steps only;
   replicas  with --replicas=N: SAM with the batch cut into N replicas on one device, unrolled and
             scanned: seconds to compile, median time of a step;
-  MFU       XLA's count of floating point operations / time / peak of the device (if known).
+  MFU       operations of convolutions and matrix products / time / peak of the device (if known).
 """
 
 import functools
@@ -46,6 +46,7 @@ from absl import app, flags
 from sam_jax import convolutions, gradients, settings, tables, train, train_state, train_step
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
+from sam_jax.targets import hardware, operations
 
 _CASES = flags.DEFINE_list('cases', None, 'Default: digits,wrn16_4 and, on accelerators, wrn28_10.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
@@ -56,15 +57,6 @@ _PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
 _METHODS = flags.DEFINE_list('methods', [], 'Methods to time over SGD.')
 _REPLICAS = flags.DEFINE_integer('replicas', 0, 'Time the step of so many replicas; 0: do not.')
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
-
-# Dense bfloat16 FLOP/s by device kind.
-PEAK_FLOPS = {
-    'NVIDIA H200': 989e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA A100': 312e12,
-    'TPU v3': 61e12,
-    'TPU v4': 275e12,
-}
 
 
 def _config(case):
@@ -111,8 +103,7 @@ class Stepper:
         then = time.perf_counter()
         self._step = step.lower(self.state, *self._arguments).compile()
         self.compile_seconds = time.perf_counter() - then
-        cost = self._step.cost_analysis()
-        self.flops = (cost[0] if isinstance(cost, list) else cost).get('flops', 0.0)
+        self.flops = operations.flops(jax.make_jaxpr(step)(self.state, *self._arguments))
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(images, labels) that the next step trains on, NumPy, as augmented and normalised."""
@@ -359,8 +350,10 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     for name in _METHODS.value:
         figures[f'{name}_over_sgd'] = times[name] / times['sgd']
         figures[f'{name}_gradients'] = steppers[name].gradients_a_step()
-    if device.device_kind in PEAK_FLOPS:
-        figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / PEAK_FLOPS[device.device_kind]
+    chip = hardware.known(device.device_kind)
+    if chip:
+        peak = chip.peak(config.model.dtype)
+        figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / peak
     memory = device.memory_stats() or {}
     if 'peak_bytes_in_use' in memory:
         figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2**30

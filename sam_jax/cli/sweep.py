@@ -9,7 +9,7 @@ argument of the config. Without --sweep, the config's own `get_hyper(h)` decides
 sam_jax/experiments/grid.py.
 
 The same command goes on where a sweep was stopped: finished runs are skipped, broken ones resume.
-Engines: `local` runs --parallel runs at once, each on a GPU or a share of the cores of its own;
+Engines: `local` runs --parallel runs at once, each with a GPU, a share of one, or of the cores;
 `slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
 commands. Ends with status 1 if a run failed, and names it.
 

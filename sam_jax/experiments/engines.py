@@ -18,6 +18,10 @@ import sam_jax
 from sam_jax.errors import EXIT_USER_ERROR, UserError
 from sam_jax.experiments import grid
 
+# Of a GPU's memory this much is for arrays where several runs share it. Each process takes some
+# hundred MiB of the rest for itself.
+SHARED = 0.8
+
 # A run that was refused, or diverged, would be so again.
 FINAL = (0, EXIT_USER_ERROR)
 
@@ -100,17 +104,12 @@ def failure(code: int, log: str) -> str:
 
 
 class Local:
-    """This machine: so many runs at once, each with a GPU or a share of the cores of its own."""
+    """This machine: so many runs at once, each with a share of the GPUs or of the cores."""
 
     def __init__(self, parallel, retries):
         gpus = _gpus()
         self._retries = retries
         self._parallel = parallel or max(1, len(gpus))
-        if gpus and self._parallel > len(gpus):
-            raise UserError(
-                f'--parallel is {parallel}; there are {len(gpus)} GPUs, and each run '
-                'takes the memory of one.'
-            )
         self._slots = queue.SimpleQueue()
         for slot in range(self._parallel):
             self._slots.put(_slot(slot, self._parallel, gpus))
@@ -186,7 +185,11 @@ def _gpus():
 def _slot(slot, parallel, gpus):
     """Returns (environment, prefix of the command) of one of the runs at once."""
     if gpus:
-        return {'CUDA_VISIBLE_DEVICES': gpus[slot]}, ()
+        environment = {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
+        sharing = -(-parallel // len(gpus))
+        if sharing > 1:
+            environment['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{SHARED / sharing:.3f}'
+        return environment, ()
     if parallel == 1 or not hasattr(os, 'sched_getaffinity') or not shutil.which('taskset'):
         return {}, ()
     cores = sorted(os.sched_getaffinity(0))

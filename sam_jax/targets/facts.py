@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,11 @@ COSTLY = 10  # layers that are named
 
 
 def of_program(
-    lowered: jax.stages.Lowered, target: Target, flops: float, dtype: str = 'float32'
+    lowered: jax.stages.Lowered,
+    target: Target,
+    flops: float,
+    dtype: str = 'float32',
+    measure: Callable[[Any], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Compiles a program for a target and returns what it says, as JSON holds it.
 
@@ -35,6 +40,7 @@ def of_program(
       target: Target.
       flops: of the step, by `operations.flops`.
       dtype: `model.dtype`, which decides the peak.
+      measure: what is told besides of the compiled program, `measured.of_train_step`.
     """
     began = time.perf_counter()
     try:
@@ -81,6 +87,7 @@ def of_program(
         'gathers': [{'name': name, 'elements': n} for name, n in hlo.gathers(text)],
         'loops': [_told(i, 'name', 'op_name') for i in hlo.loops(program)],
         'costly': [[name, *cost] for name, cost in hlo.costly(program)[:COSTLY]],
+        **(measure(compiled) if measure else {}),
     }
 
 
@@ -145,6 +152,7 @@ def rows(
         ('bytes to and from main memory', f'{found["bytes"]:.4g} B'),
         ('kernels', f'{found["kernels"]:,}'),
         *_estimates(found, images, target, dtype),
+        *_measured(found, images, target, dtype),
         (
             'exchanges between devices',
             _listed(
@@ -191,3 +199,21 @@ def _estimates(found, images, target, dtype):
         ('ESTIMATED images/s, by the slower one', f'{images / slower:,.0f}'),
         ('ESTIMATED share of peak', f'{100 * share:.1f} %'),
     ]
+
+
+def _measured(found, images, target, dtype):
+    if 'measured_seconds' not in found:
+        return []
+    took, memory = found['measured_seconds'], found['measured_memory']
+    peak, slower = target.device.peak(dtype), seconds(found)
+    shown = [
+        ('MEASURED time', f'{1e3 * took:.4g} ms, +- {50 * found["measured_spread"]:.1f} %'),
+        ('MEASURED images/s', f'{images / took:,.0f}'),
+    ]
+    if peak:
+        shown.append(('MEASURED share of peak', f'{100 * found["flops"] / took / peak:.1f} %'))
+    if slower:
+        shown.append(('measured / estimated time', f'{took / slower:.2f}'))
+    if memory:
+        shown.append(('MEASURED most memory in use', f'{memory / 2**30:.3g} GiB'))
+    return shown

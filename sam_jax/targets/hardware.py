@@ -59,6 +59,20 @@ GPUS = {
     'a100-40': Chip(312e12, 156e12, 1555.2e9, 42331013120, 1.41e9),
     'a100-80': Chip(312e12, 156e12, 2039.04e9, 85100068864, 1.41e9),
     'h100': Chip(989e12, 494.5e12, 3352.32e9, 84942979072, 1.98e9),
+    'h200': Chip(989e12, 494.5e12, 4800e9, 150754820096, 1.98e9),
+}
+
+# What JAX calls a device, and the share of the chip that it is.
+DEVICE_KINDS = {
+    'TPU v3': (TPUS['v3'], 0.5),
+    'TPU v4': (TPUS['v4'], 1.0),
+    'TPU v5 lite': (TPUS['v5e'], 1.0),
+    'TPU v5': (TPUS['v5p'], 1.0),
+    'TPU v6 lite': (TPUS['v6e'], 1.0),
+    'NVIDIA A100-SXM4-40GB': (GPUS['a100-40'], 1.0),
+    'NVIDIA A100-SXM4-80GB': (GPUS['a100-80'], 1.0),
+    'NVIDIA H100 80GB HBM3': (GPUS['h100'], 1.0),
+    'NVIDIA H200': (GPUS['h200'], 1.0),
 }
 
 # What the compiler wants to know of a GPU that it cannot ask, besides the above.
@@ -81,21 +95,22 @@ A100 = {
     'shared_memory_per_block_optin': 166912,
     'l2_cache_size': 41943040,
 }
+H100 = {
+    'cuda_compute_capability': {'major': 9},
+    'core_count': 132,
+    'fpus_per_core': 128,
+    'shared_memory_per_core': 233472,
+    'shared_memory_per_block_optin': 232448,
+    'l2_cache_size': 52428800,
+}
 GPU_FACTS = {
     'a100-40': ('NVIDIA A100-SXM4-40GB', A100),
     'a100-80': ('NVIDIA A100-SXM4-80GB', A100),
-    'h100': (
-        'NVIDIA H100 80GB HBM3',
-        {
-            'cuda_compute_capability': {'major': 9},
-            'core_count': 132,
-            'fpus_per_core': 128,
-            'shared_memory_per_core': 233472,
-            'shared_memory_per_block_optin': 232448,
-            'l2_cache_size': 52428800,
-        },
-    ),
+    'h100': ('NVIDIA H100 80GB HBM3', H100),
+    'h200': ('NVIDIA H200', {**H100, 'l2_cache_size': 62914560}),
 }
+
+HERE = 'here'
 
 # A v4 chip is one device of two cores, which is not what the compiler takes for granted.
 TPU_OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
@@ -122,16 +137,21 @@ class Target(NamedTuple):
 def target(name: str) -> Target:
     """Returns the slice of a name.
 
-    'tpu:v5e:2x4'; 'gpu:h100:8', or 'gpu:h100:2x8' for two hosts; 'cpu:1' for this machine.
+    'tpu:v5e:2x4'; 'gpu:h100:8', or 'gpu:h100:2x8' for two hosts; 'cpu:1' for this machine's
+    processors; 'here' for the devices that JAX finds on it.
 
     Raises:
       UserError: no such slice, or the compiler for it is not installed.
     """
+    if name == HERE:
+        devices = tuple(jax.local_devices())
+        return Target(name, devices, _of_kind(devices), 1)
     match = re.fullmatch(r'(tpu|gpu):([\w-]+):(\d+(?:x\d+)*)|cpu:(\d+)', name)
     chips = {'tpu': TPUS, 'gpu': GPUS}.get(match[1], {}) if match else {}
     if not match or match[2] not in chips and not match[4]:
         raise UserError(
-            f'--target is {name!r}; it must be tpu:KIND:SHAPE, gpu:KIND:NUMBER or cpu:NUMBER, with '
+            f'--target is {name!r}; it must be {HERE}, tpu:KIND:SHAPE, gpu:KIND:NUMBER or '
+            'cpu:NUMBER, with '
             f'one of the kinds {", ".join((*TPUS, *GPUS))}, such as tpu:v5e:2x4 or gpu:h100:8.'
         )
     platform, kind, shape, cpus = match.groups()
@@ -151,10 +171,25 @@ def target(name: str) -> Target:
 
 
 def _this_machine(name, number):
-    """CPU devices, of whose speed nothing is known."""
+    """CPU devices."""
     jax.config.update('jax_num_cpu_devices', number)
     devices = tuple(jax.devices('cpu')[:number])
-    return Target(name, devices, Chip(0, 0, 0, replicas.free_host_memory() / number, 0), 1)
+    return Target(name, devices, _of_kind(devices), 1)
+
+
+def _of_kind(devices):
+    """What is known of devices that are here: of their speed maybe nothing."""
+    chip = known(devices[0].device_kind) or Chip(0, 0, 0, 0, 0)
+    free, sharing = replicas.free_memory(devices)
+    return chip._replace(memory=free / sharing)
+
+
+def known(device_kind: str) -> Chip | None:
+    """Returns what is known of the devices that JAX calls so, or None."""
+    if device_kind not in DEVICE_KINDS:
+        return None
+    chip, share = DEVICE_KINDS[device_kind]
+    return chip.part(share)
 
 
 def _topology(platform, kind, shape):
