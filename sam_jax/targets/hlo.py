@@ -288,12 +288,25 @@ def loops(program: Iterable[Instruction]) -> list[Instruction]:
 
 
 def groups(instruction: Instruction) -> list[list[int]] | str:
-    """Returns the devices that exchange with each other; as text, where it is in another form."""
-    match = re.search(r'replica_groups=(\{(?:\{[\d,]*\},?)*\}|\S+?)(?:, |$)', instruction.operands)
+    """Returns the devices that exchange with each other; as text, where it is in another form.
+
+    Read are {{0,1},{2,3}}; [2,4]<=[8], rows of 0, 1, 2, ...; and mesh['a'=2,'b'=4] {'a','b'} where
+    it names all axes.
+    """
+    forms = r'\{(?:\{[\d,]*\},?)*\}|mesh\[.*?\] \{.*?\}|\S+?'
+    match = re.search(rf'replica_groups=({forms})(?:, |$)', instruction.operands)
     if not match:
         return ''
-    listed = re.findall(r'\{([\d,]+)\}', match[1])
-    return [[int(n) for n in group.split(',')] for group in listed] or match[1]
+    text = match[1]
+    if iota := re.fullmatch(r'\[(\d+),(\d+)\]<=\[\d+\]', text):
+        rows, size = map(int, iota.groups())
+        return [list(range(size * row, size * row + size)) for row in range(rows)]
+    if mesh := re.fullmatch(r'mesh\[(.*)\] \{(.*)\}', text):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        if {*axes} == {*re.findall(r"'(\w+)'", mesh[2])}:
+            return [list(range(math.prod(map(int, axes.values()))))]
+    listed = re.findall(r'\{([\d,]+)\}', text)
+    return [[int(n) for n in group.split(',')] for group in listed] or text
 
 
 def large_copies(program: Iterable[Instruction], least: float) -> list[Instruction]:
