@@ -120,7 +120,8 @@ class Saving:
                 state,
                 {
                     'config': settings.jsonable(run.experiment.config),
-                    'data': run.experiment.dataset.fingerprint,
+                    # The main process writes it; of many files it takes a while.
+                    'data': run.experiment.dataset.fingerprint if distributed.is_main() else '',
                     'wall_time': run.wall_time(),
                 },
             )
