@@ -22,12 +22,11 @@ def of_run(workdir: str) -> Config:
     path = os.path.join(workdir, 'config.json')
     try:
         with open(path) as file:
-            settings = json.load(file)['config']
-    except (OSError, ValueError, KeyError, TypeError) as e:
+            return unflatten(completed(json.load(file)['config']))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
             f'{workdir!r} must be the folder of a run, but {path} cannot be read: {e}.'
         ) from e
-    return unflatten(completed(settings))
 
 
 def check_flags(argv: Sequence[str], default: str) -> str:
