@@ -152,7 +152,7 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
         'classes': list(model.classes),
         'weights': {
             'file': name,
-            'sha256': hashlib.sha256(content).hexdigest(),
+            'sha256': checksum(content),
             'step': model.step,
             'ema': model.ema,
         },
@@ -174,6 +174,11 @@ def check_out(folder: str) -> None:
         raise UserError(
             f'{folder!r} is the folder of a run, whose config.json must stay; choose another one.'
         )
+
+
+def checksum(content: bytes) -> str:
+    """Returns the SHA-256 of a file's content, as config.json has it."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
@@ -239,8 +244,8 @@ def _published(folder, ema, devices):
     )
 
 
-def _arrays(path, checksum):
-    """{name: array} of a file of weights."""
+def _arrays(path, wanted):
+    """{name: array} of a file of weights with the wanted checksum."""
     from safetensors.numpy import load
 
     try:
@@ -248,7 +253,7 @@ def _arrays(path, checksum):
             content = file.read()
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror}.') from e
-    if hashlib.sha256(content).hexdigest() != checksum:
+    if checksum(content) != wanted:
         raise UserError(f'{path} is damaged, or not that of its config.json: the SHA-256 differs.')
     try:
         return load(content)
