@@ -227,8 +227,11 @@ def _published(folder, ema, devices):
     except ValueError as e:
         raise UserError(f'{path} is not as sam-jax-export writes it: {e}.') from e
     config = settings.of_run(folder)
-    settings.check(config)
-    network = models.from_config(config.model, len(classes))
+    try:
+        settings.check(config)
+        network = models.from_config(config.model, len(classes))
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from e
     arrays = _arrays(os.path.join(folder, weights['file']), weights.get('sha256'))
     own = ('config', 'preprocessing', 'classes', 'weights')
     return Trained(
@@ -273,7 +276,7 @@ def _variables(arrays, network, preprocessing, folder):
     for name in sorted(wanted.keys() ^ arrays.keys()):
         where = 'is not among them' if name in wanted else 'is not of the network'
         raise UserError(f'{begin}: {name} {where}.')
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         if array.shape != wanted[name].shape or not np.issubdtype(array.dtype, np.floating):
             raise UserError(
                 f'{begin}: {name} is {array.dtype} {array.shape}, and must be '
