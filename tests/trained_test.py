@@ -15,12 +15,13 @@ import pytest
 import yaml
 from helpers import ROOT, assert_trees_close, assert_trees_equal, lean_environment, small_config
 from jax import export
+from PIL import Image
 from safetensors import numpy as safetensors
 
 import sam_jax
 from configs import digits
 from sam_jax import data, models, run_log, settings, trained
-from sam_jax.data import sources
+from sam_jax.data import decode, sources
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -175,6 +176,53 @@ def test_which_weights(run, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             sam_jax.load(path, **options)
+
+
+def test_predictions_of_a_folder_of_images(tmp_path):
+    """By sam-jax-predict, in the order of the training set; of a damaged image nothing is known."""
+    draw = np.random.RandomState(0)
+    for split in ('train', 'test'):
+        for i in range(8):
+            path = tmp_path / 'images' / split / ('cat', 'dog')[i % 2] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.randint(0, 256, (20, 16, 3)).astype(np.uint8)).save(path)
+    damaged = tmp_path / 'images' / 'train' / 'dog' / '3.png'
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (tmp_path / 'run').mkdir()
+    experiment, _ = _write_run(
+        tmp_path / 'run',
+        epochs=(1,),
+        data__name='folder',
+        data__dir=str(tmp_path / 'images'),
+        data__image_size=16,
+        data__skip_corrupt=True,
+        batch_size=4,
+        replica_batch_size=2,
+        eval__batch_size=3,
+    )
+    model = sam_jax.load(tmp_path / 'run')
+    assert model.classes == ('cat', 'dog') and model.preprocessing.shape == (16, 16, 3)
+    done = subprocess.run(
+        [sys.executable, '-m', 'sam_jax.cli.predict', f'--workdir={tmp_path}/run'],
+        cwd=ROOT,
+        env=lean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and '8 predictions of step' in done.stderr, done.stderr
+    with np.load(tmp_path / 'run' / 'predictions.npz') as found:
+        probabilities, labels = found['probabilities'], found['labels']
+    split = experiment.dataset.train
+    names = [split[i][2] for i in range(8)]
+    known = [not name.endswith('/3.png') for name in names]
+    assert sum(known) == 7
+    dogs = np.array(['/dog/' in name for name in names])
+    np.testing.assert_array_equal(labels[known], dogs[known])
+    np.testing.assert_array_equal(probabilities[np.invert(known)], [[0.5, 0.5]])
+    crops = [decode.center_crop(split[i][0], size=16) for i in range(8) if known[i]]
+    np.testing.assert_allclose(
+        probabilities[known], model.predict(np.stack(crops)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_numbers_that_are_not_finite_are_read(tmp_path):
