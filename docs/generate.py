@@ -1,4 +1,4 @@
-"""What the site makes of the code: a page for each method, the settings. A hook of MkDocs.
+"""What the site makes of the code: the methods, the settings, the networks. A hook of MkDocs.
 
 `pages()` and `on_page_markdown` need nothing of MkDocs, so that the tests can ask which pages and
 anchors there are.
@@ -64,6 +64,7 @@ def pages():
 
     return {
         'settings.md': settings_page(),
+        'published.md': published_page(),
         **{f'methods/{name}.md': method_page(name) for name in sharpness.METHODS},
     }
 
@@ -153,6 +154,39 @@ def settings_page():
             ],
         )
     )
+    return '\n\n'.join(parts) + '\n'
+
+
+def published_page():
+    """Returns the page of the networks in `published/`, from their settings and results."""
+    import sam_jax
+    from sam_jax import tables
+
+    rows = []
+    for config in sorted((DOCS.parent / 'published').glob('*/config.json')):
+        folder = config.parent
+        model = sam_jax.load(folder)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        facts = {**model.facts, 'size': f'{size / 1000:.0f} kB'}
+        rows.append({'name': f'`{folder.name}`', **facts})
+    parts = [
+        '# Published networks',
+        'Small networks that this code has trained, and the test error that each run reported at '
+        'its end. Each is a folder `published/NAME` of the repository: weights, settings, result. '
+        'They are not in the wheel. How to use one in two lines, and what the files are: '
+        '[Use a trained run](howto/use.md).',
+        tables.of_records(sorted(rows, key=lambda row: (row['dataset'], row['name']))),
+        'One run each, of one seed: means and intervals over seeds stand in '
+        '[It does not help me](howto/no_help.md#the-table-of-noisy-labels). A test loads '
+        'each of them, and compares the error on the test set with the stated one where the '
+        'dataset is there.',
+        '## Add one',
+        'From a finished run:',
+        '    sam-jax-export RUN --out=published/NAME',
+        'The folder must stay below 2 MB; `--dtype=float16` halves it. `config.json` names the '
+        'git revision that trained it, so train without local changes. This page is made of what '
+        'lies in `published/`.',
+    ]
     return '\n\n'.join(parts) + '\n'
 
 

@@ -56,20 +56,6 @@ def make_eval_step(
     return layout.map(step, in_axes=(None, None, None, 0))
 
 
-def make_predict_step(model: Any, layout: Layout, dataset: Any) -> Callable[..., jax.Array]:
-    """Returns the step (params, batch_stats, arrays, feed) -> class probabilities.
-
-    Float32, rows of shape (examples of a device, classes), one a device; see `replicas.rows`.
-    """
-
-    def step(params, batch_stats, arrays, feed):
-        image = dataset.eval_batch(arrays, feed)['image']
-        logits = model.apply({'params': params, 'batch_stats': batch_stats}, image, train=False)
-        return jax.nn.softmax(logits).astype('float32')
-
-    return layout.map(step, in_axes=(None, None, None, 0), out_axes=0)
-
-
 def evaluate(
     step: Callable[..., dict[str, jax.Array]],
     params: Any,

@@ -242,31 +242,6 @@ class Experiment:
                 results.update({f'{prefix}/{version}{k}': v for k, v in means.items()})
         return results
 
-    def probabilities(self, state: TrainState, split: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what a state says of a split without augmentation, with its EMA if it has one.
-
-        Returns:
-          (probabilities, labels): float32 (N, classes) and the labels, in the split's order. Of an
-          image that is passed over nothing is known: all classes alike.
-        """
-        variables = self.weights(state)
-        step = evaluate.make_predict_step(self.model, self.layout, self.dataset)
-        parts = []
-        for feed in self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout):
-            rows = replicas.rows(
-                step(
-                    variables['params'],
-                    variables['batch_stats'],
-                    self.arrays(split),
-                    self.layout.shard(feed),
-                )
-            )
-            rows = np.where(feed['mask'][..., None], rows, 1 / rows.shape[-1])
-            parts.append([x.reshape(-1, *x.shape[2:]) for x in (rows, feed['label'])])
-        # The places that fill up the last batch come last.
-        probabilities, labels = (np.concatenate(x)[: len(split)] for x in zip(*parts))
-        return probabilities, labels
-
     @staticmethod
     def weights(state: TrainState) -> dict[str, Any]:
         """Returns {'params', 'batch_stats'} that a state is judged by: its EMA if it has one."""

@@ -100,8 +100,8 @@ class Layout:
           function: pure. Its arrays are one device's, without the axis of the devices.
           in_axes: of each argument, 0 where a device gets its row of what `shard` placed, None
             where all get the same, which `replicate` placed.
-          out_axes: None where the results are the same on all devices; 0 where each has its own:
-            they come as rows, which `rows` reads.
+          out_axes: None where the results are the same on all devices; 0 where each has its own,
+            its row of them.
           donate_argnums: arguments whose memory the results may take.
         """
         if self.backend == 'pmap':
@@ -160,12 +160,6 @@ class Layout:
 
 def _spec(axis):
     return PartitionSpec() if axis is None else PartitionSpec(AXIS)
-
-
-def rows(x: jax.Array) -> np.ndarray:
-    """Returns the rows of this process's devices, of a result of `Layout.map` with out_axes=0."""
-    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def free_memory(devices: Sequence[Device]) -> tuple[float, int]:

@@ -29,6 +29,17 @@ def read_json(path: str) -> Any:
         return json.load(f)
 
 
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """Returns what a metrics.jsonl holds; [] if there is none.
+
+    A line that is not yet whole is left out.
+    """
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith('}\n')]
+
+
 def parameter_overview(params: Any) -> str:
     """Returns clu's table of names, shapes and sizes; without clu only the number of params."""
     try:

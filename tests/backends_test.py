@@ -104,7 +104,7 @@ def _until(step, config, workdir, devices):
             return None
 
 
-def test_predictions_and_landscapes_are_the_same_bit_for_bit():
+def test_evaluations_and_landscapes_are_the_same_bit_for_bit():
     found = []
     for backend in BACKENDS:
         config = small_config(**SETTINGS, replica_backend=backend)
@@ -121,7 +121,7 @@ def test_predictions_and_landscapes_are_the_same_bit_for_bit():
         )
         found.append(
             (
-                experiment.probabilities(state, experiment.dataset.evals['test']),
+                experiment.evaluate(state),
                 surface(landscape.grid(0.5, 3, 2)[1]),
                 measured.gradient(params),
                 measured.hessian_product(params, params),
@@ -150,7 +150,7 @@ def test_what_a_function_sees_and_gives(backend):
     arguments = layout.shard(x), layout.replicate(np.ones(2, 'float32'))
     found = layout.map(function, in_axes=(0, None), out_axes=0)(*arguments)
     assert [shard.device for shard in found['row'].addressable_shards] == list(layout.devices)
-    found = {name: replicas.rows(y) for name, y in found.items()}
+    found = jax.device_get(found)
     assert found['place'].tolist() == list(range(8))
     np.testing.assert_array_equal(found['row'], 10 * x)
     np.testing.assert_array_equal(found['group'], np.repeat(x[::2] + x[1::2], 2, axis=0))

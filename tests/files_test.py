@@ -307,6 +307,7 @@ def test_huggingface(form, shape, tmp_path):
     _write_tables(tmp_path, arrays, form)
     dataset = _load('huggingface', tmp_path)
     _assert_holds(dataset, arrays, num_classes=4)  # the names say of one more
+    assert len(dataset.classes) == 4 and all(isinstance(name, str) for name in dataset.classes)
     _assert_moments(dataset, arrays)
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     {'train_step', 'train_state', 'gradients', 'trajectory', 'evaluate'},
     {'settings'},
     {'experiment', 'experiments', 'memory', 'step_log', 'provenance'},
-    {'analysis', 'targets'},
+    {'analysis', 'targets', 'trained'},
     {'periodic'},
     {'train'},
     {'cli'},
@@ -59,7 +59,7 @@ LIBRARIES = {
         'benchmarks',
     },
     'jaxtyping': {'sharpness', 'losses', 'data'},
-    'flax': {'models', 'train_step', 'train_state', 'provenance', 'benchmarks'},
+    'flax': {'models', 'train_step', 'train_state', 'provenance', 'trained', 'benchmarks'},
     'sklearn': {'data'},
     'tensorflow': {'data', 'benchmarks'},
     'grain': {'data'},
@@ -80,7 +80,8 @@ LIBRARIES = {
     'pyhessian': {'benchmarks'},
     'matfree': {'benchmarks'},
     'h5py': {'models'},
-    'safetensors': {'models'},
+    'safetensors': {'models', 'trained'},
+    'yaml': {'trained'},
 }
 # Imported inside functions only: slow, or absent on many machines.
 LAZY = {
@@ -97,6 +98,7 @@ LAZY = {
     'safetensors',
     'rich',
     'submitit',
+    'yaml',
 }
 
 MODULES = sorted((ROOT / 'sam_jax').rglob('*.py'))
@@ -148,7 +150,8 @@ def test_imports_are_found():
 def test_imports_go_down(path):
     room = _room(path)
     if room == '__init__':
-        assert not list(_imports(path))  # so that no import of a part loads the whole
+        assert not list(_imports(path, top_level_only=True))  # no import of a part loads the whole
+        assert set(_imports(path)) == {'sam_jax.trained.load'}
         return
     for other in _rooms_entered(path):
         assert other in FLOOR, f'{path} imports sam_jax.{other}, which has no floor'
@@ -215,6 +218,7 @@ IMPORTS = (
     + """
 import sam_jax.sharpness, sam_jax.models, sam_jax.train_step, sam_jax.evaluate, sam_jax.train
 import sam_jax.main, sam_jax.data, sam_jax.run_log, sam_jax.checkpoint
+sam_jax.load
 libraries = {m.split('.')[0] for m in sys.modules}
 slow = {'sklearn', 'grain', 'PIL', 'orbax', 'tqdm', 'pandas', 'matplotlib'} & libraries
 assert not slow, slow

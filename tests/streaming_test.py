@@ -363,7 +363,7 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / 'test' / 'dog').mkdir()
     _refused(tmp_path, 'test holds no images')
     _write_image(tmp_path / 'test' / 'dog' / '1.jpg', (0, 0, 0))
-    assert _load(tmp_path).num_classes == 2
+    assert (_load(tmp_path).num_classes, _load(tmp_path).classes) == (2, ('cat', 'dog'))
 
 
 @pytest.fixture

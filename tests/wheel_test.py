@@ -99,7 +99,8 @@ def _call(installed, folder, command, *arguments):
 def test_what_is_installed(installed):
     bin_folder, site = installed
     assert {p.name for p in bin_folder.iterdir()} >= set(COMMANDS)
-    assert not (site / 'configs').exists() and (site / 'sam_jax' / 'configs').is_dir()
+    assert not (site / 'configs').exists() and not (site / 'published').exists()
+    assert (site / 'sam_jax' / 'configs').is_dir()
     assert (site / 'sam_jax' / 'experiments' / 'paper.csv').is_file()
     assert (site / f'sam_jax-{sam_jax.__version__}.dist-info').is_dir()
 
@@ -124,6 +125,7 @@ def test_a_run_and_what_comes_after_it_in_an_empty_folder(installed, tmp_path):
     assert done.returncode == 0 and 'Finished.' in done.stderr, done.stderr
     for command, file in (
         (('sam-jax-predict', '--workdir=run'), 'run/predictions.npz'),
+        (('sam-jax-export', 'run', '--out=weights'), 'weights/weights.safetensors'),
         (('sam-jax-report', 'run'), 'run/report/report.html'),
     ):
         done = _call(installed, tmp_path, *command)

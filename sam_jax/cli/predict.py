@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from sam_jax import trained
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -40,15 +41,22 @@ def predictions(experiment: Experiment, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: there is no checkpoint.
     """
-    state, step = experiment.restore(workdir)
-    dataset = experiment.dataset
-    probabilities, labels = experiment.probabilities(state, dataset.train)
+    model = trained.of_experiment(experiment, workdir)
+    dataset, batch_size = experiment.dataset, experiment.config.eval.batch_size
+    arrays, parts = dataset.device_arrays(dataset.train), []
+    for feed in dataset.eval_feeds(dataset.train, batch_size, experiment.layout):
+        mask, labels = (x.reshape(-1, *x.shape[2:]) for x in (feed['mask'], feed['label']))
+        rows = model.predict(dataset.pixels(arrays, feed), batch_size)
+        # Of an image that is passed over nothing is known: all classes alike.
+        parts.append((np.where(mask[:, None], rows, 1 / rows.shape[1]), labels))
+    # The places that fill up the last batch come last.
+    probabilities, labels = (np.concatenate(x)[: len(dataset.train)] for x in zip(*parts))
     true = labels if labels.ndim == 1 else labels.argmax(-1)
     return {
         'probabilities': probabilities,
         'labels': labels,
         'dataset': dataset.name,
-        'step': step,
+        'step': model.step,
         'error_rate': float(np.mean(probabilities.argmax(-1) != true)),
     }
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from sam_jax import rngs
 from sam_jax.data import augment
+from sam_jax.data.preprocessing import Preprocessing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Dataset:
       evals: name -> split for evaluation: 'test', 'validation' if asked for, 'train', and, where
         the labels to train on are not the true ones, 'train_true_labels' and parts of it.
       augmentation: augment.Augmentation of the training images.
+      classes: names of the classes; () where they are not known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Dataset:
     train: Any
     evals: dict
     augmentation: augment.Augmentation
+    classes: tuple[str, ...] = ()
 
     @property
     def num_train_examples(self) -> int:
@@ -56,6 +59,13 @@ class Dataset:
         size = self.augmentation.image_size
         return (size, size, self.pixel_shape[2]) if size else self.pixel_shape
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What becomes of images that are not augmented."""
+        return Preprocessing(
+            tuple(self.pixel_shape), self.mean, self.std, self.augmentation.image_size
+        )
+
     # What the two input paths do each in its own way.
 
     @property
@@ -70,8 +80,8 @@ class Dataset:
         """Returns the arrays of a split that the compiled functions take, on the host."""
         raise NotImplementedError
 
-    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
-        """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
+    def pixels(self, arrays: dict[str, Any], feed: dict[str, Any]) -> Any:
+        """Returns the uint8 images of a feed, (examples, H, W, C), where its arrays are."""
         raise NotImplementedError
 
     def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
@@ -173,14 +183,13 @@ class Dataset:
     def eval_batch(
         self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Normalises; runs inside the compiled evaluation step.
+        """Preprocesses; runs inside the compiled evaluation step.
 
         Returns:
           {'image', 'label', 'mask'} for one device's row of `eval_feeds`.
         """
         shape = feed['mask'].shape
-        images = augment.normalize(self.pixels(arrays, feed), self.mean, self.std)
-        images = augment.enlarge(images, self.augmentation.image_size)
+        images = self.preprocessing(self.pixels(arrays, feed))
         return {
             'image': images.reshape(*shape, *self.image_shape),
             'label': feed['label'],

@@ -27,14 +27,14 @@ LABEL_NAMES = ('label', 'labels', 'fine_label')
 _SHARD = re.compile(r'(.*)-(\d+)-of-(\d+)\.(arrow|parquet)')
 
 
-def read_huggingface(data_dir: str) -> tuple[Split, Split, int]:
+def read_huggingface(data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Reads a dataset of a folder, of which all images have one size.
 
     A file belongs to a split if its name, or that of its folder, begins with the split's:
     `train/data-00000-of-00001.arrow`, `data/train-00000-of-00002.parquet`, `test.parquet`.
 
     Returns:
-      (train Split, test Split, number of classes: that of the feature ClassLabel, 0 without one).
+      (train Split, test Split, names of the classes of the feature ClassLabel, () without one).
 
     Raises:
       UserError: pyarrow, a split, a file of it or a column is not there, or something is damaged.
@@ -65,7 +65,7 @@ def read_huggingface(data_dir: str) -> tuple[Split, Split, int]:
             f'The classes of data.dir {data_dir!r} are called {", ".join(names) or "nothing"} in '
             f'train and {", ".join(test_names) or "nothing"} in {test}; they must be the same.'
         )
-    return train, evaluated, len(names)
+    return train, evaluated, names
 
 
 def _files(root):

@@ -72,11 +72,13 @@ def _resident(settings, source):
         train,
         evals,
         _augmentation(settings, source.policy, settings.image_size),
+        source.classes,
     )
 
 
 def _streaming(settings, stream):
     train, test, num_classes = stream.open(settings.dir)
+    classes = tuple(getattr(train, 'classes', ()))
     train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
     evals = {'test': test}
     if settings.validation:
@@ -97,6 +99,7 @@ def _streaming(settings, stream):
         train,
         evals,
         _augmentation(settings, 'imagenet', 0),
+        classes,
         settings.skip_corrupt,
         settings.threads,
     )

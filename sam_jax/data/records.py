@@ -28,7 +28,8 @@ class Records:
     """Examples that are read one by one.
 
     Attributes:
-      source: has len, and [i] -> (encoded image, its true class, its name).
+      source: has len, and [i] -> (encoded image, its true class, its name); `classes`, the names
+        of the classes, where it knows them.
       index: which of them these are, int32 (n,).
       relabel: of `data.labels`: (positions among these, true classes) -> labels.
     """
@@ -199,7 +200,8 @@ class FolderSource:
     """The image files of one split, in an order of their own that mixes the classes.
 
     Attributes:
-      labels: their classes, int32.
+      classes: the names of the classes.
+      labels: the classes of the images, int32.
     """
 
     def __init__(self, folder, classes):
@@ -216,7 +218,7 @@ class FolderSource:
             raise UserError(f'{folder} holds no images CLASS/IMAGE ({", ".join(EXTENSIONS)}).')
         # Mixed once, so that the last tenth (the validation split) is not the last classes.
         self._files = [files[i] for i in rngs.permutation(0, 'folder_order', len(files))]
-        self._folder = folder
+        self._folder, self.classes = folder, classes
         self.labels = np.array([label for _, label in self._files], np.int32)
 
     def __len__(self):

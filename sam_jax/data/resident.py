@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from sam_jax.data.dataset import Dataset
@@ -90,8 +89,8 @@ class ResidentDataset(Dataset):
         for index, mask in self.eval_index(split, batch_size, layout):
             yield {'index': split.index[index], 'label': split.labels[index], 'mask': mask}
 
-    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
-        """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
+    def pixels(self, arrays: dict[str, Any], feed: dict[str, Any]) -> Any:
+        """Returns the uint8 images of a feed, (examples, H, W, C), where its arrays are."""
         return arrays['images'][feed['index'].reshape(-1)].reshape(-1, *self.pixel_shape)
 
     def check_memory(self, splits: list[Split], memory: float, num_devices: int) -> None:

@@ -25,6 +25,7 @@ class Source:
       policy: AutoAugment's policy for it.
       validation_size: how many of the last training examples are held out when asked for; 0 for a
         tenth.
+      classes: names of the classes; () where they are not known.
     """
 
     read: Callable[[str], tuple[Split, Split]]
@@ -33,6 +34,7 @@ class Source:
     std: tuple
     policy: str = 'cifar'
     validation_size: int = 0
+    classes: tuple[str, ...] = ()
 
     def open(self, data_dir: str) -> tuple[Split, Split, 'Source']:
         """Returns (train Split, test Split, the Source itself)."""
@@ -44,7 +46,8 @@ class OwnSource:
     """A dataset of anyone's own in `data.dir`: what is to be known of it is found there.
 
     Attributes:
-      read: data_dir -> (train Split, test Split), and the number of classes if the files say it.
+      read: data_dir -> (train Split, test Split), and the names of the classes if the files say
+        them.
     """
 
     read: Callable[[str], tuple]
@@ -62,8 +65,9 @@ class OwnSource:
           UserError: fewer than two classes, or a label that is none.
         """
         train, test, *said = self.read(data_dir)
-        num_classes = said[0] if any(said) else int(train.labels.max()) + 1
-        if num_classes < 2 or (not any(said) and num_classes > len(train)):
+        classes = tuple(said[0]) if said else ()
+        num_classes = len(classes) or int(train.labels.max()) + 1
+        if num_classes < 2 or (not classes and num_classes > len(train)):
             raise UserError(
                 f'The labels in data.dir {data_dir!r} make {num_classes} classes of {len(train)} '
                 'training images; they must be counted from 0, and be of two or more classes.'
@@ -74,7 +78,7 @@ class OwnSource:
         mean, std = files.moments(train.images)
         # Mixed once, so that the last tenth (the validation split) is not the last classes.
         train = train.part(rngs.permutation(0, 'own_order', len(train)))
-        return train, test, Source(self.read, num_classes, mean, std)
+        return train, test, Source(self.read, num_classes, mean, std, classes=classes)
 
 
 def read_digits(data_dir: str) -> tuple[Split, Split]:
@@ -285,14 +289,40 @@ def read_fake_cifar(data_dir: str) -> tuple[Split, Split]:
     return split('fake_train', 5000), split('fake_test', 1000)
 
 
+CIFAR10_CLASSES = (
+    'airplane',
+    'automobile',
+    'bird',
+    'cat',
+    'deer',
+    'dog',
+    'frog',
+    'horse',
+    'ship',
+    'truck',
+)
+FASHION_MNIST_CLASSES = (
+    'T-shirt/top',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
+)
+
 SOURCES: dict[str, Source | OwnSource] = {
-    'digits': Source(read_digits, 10, (0.30533,), (0.37669,)),
+    'digits': Source(read_digits, 10, (0.30533,), (0.37669,), classes=tuple('0123456789')),
     'fake_cifar10': Source(read_fake_cifar, 10, (0.5,) * 3, (0.289,) * 3),
     'cifar10': Source(
         lambda data_dir: read_tfds('cifar10', data_dir),
         10,
         (0.49139968, 0.48215841, 0.44653091),
         (0.24703223, 0.24348513, 0.26158784),
+        classes=CIFAR10_CLASSES,
     ),
     'cifar100': Source(
         lambda data_dir: read_tfds('cifar100', data_dir),
@@ -308,9 +338,12 @@ SOURCES: dict[str, Source | OwnSource] = {
         (0.19759192, 0.20029082, 0.19811132),
         policy='svhn',
         validation_size=73257 - 65929,
+        classes=tuple('0123456789'),
     ),
     # The mean and deviation of MNIST, as in the paper's code.
-    'fashion_mnist': Source(read_fashion_mnist, 10, (0.1307,), (0.3081,)),
+    'fashion_mnist': Source(
+        read_fashion_mnist, 10, (0.1307,), (0.3081,), classes=FASHION_MNIST_CLASSES
+    ),
     'idx': OwnSource(files.read_idx),
     'npz': OwnSource(files.read_npz),
     'huggingface': OwnSource(huggingface.read_huggingface),

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from sam_jax import rngs
@@ -60,8 +59,8 @@ class StreamingDataset(Dataset):
         """What does not lie on the devices fits."""
         del splits, memory, num_devices
 
-    def pixels(self, arrays: dict[str, jax.Array], feed: dict[str, jax.Array]) -> jax.Array:
-        """Returns the uint8 images of a feed, (examples, H, W, C), on the device."""
+    def pixels(self, arrays: dict[str, Any], feed: dict[str, Any]) -> Any:
+        """Returns the uint8 images of a feed, (examples, H, W, C), where its arrays are."""
         del arrays
         return feed['pixels'].reshape(-1, *self.pixel_shape)
 

@@ -113,11 +113,7 @@ class Record:
     @functools.cached_property
     def lines(self) -> list[dict]:
         """What metrics.jsonl holds; a line that is not yet whole is left out."""
-        path = os.path.join(self.workdir, 'metrics.jsonl')
-        if not os.path.exists(path):
-            return []
-        with open(path) as file:
-            return [json.loads(line) for line in file if line.endswith('}\n')]
+        return run_log.read_lines(os.path.join(self.workdir, 'metrics.jsonl'))
 
     @functools.cached_property
     def epochs_per_step(self) -> float | None:

@@ -29,9 +29,10 @@ def channels_in_lanes(x: jax.Array) -> jax.Array:
     Left to itself the TPU's compiler puts the images there around an average pool, and with it in
     a whole network; a replica of 32 fills a quarter of the lanes, and the step is estimated to take
     about three times as long (docs/targets.md). Where there are images enough, or too few channels,
-    the choice stays the compiler's.
+    or where a program is exported for any number of images, the choice stays the compiler's.
     """
-    if x.shape[0] >= LANES or x.shape[-1] < LANES:
+    few = isinstance(x.shape[0], int) and x.shape[0] < LANES
+    if not few or x.shape[-1] < LANES:
         return x
 
     def constrained(x):
