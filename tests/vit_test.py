@@ -13,7 +13,7 @@ import scipy.ndimage
 from helpers import assert_trees_equal, relative_distance, small_config
 from reference import images, shapes
 
-from configs import digits
+from configs import common, digits
 from sam_jax import data, memory, models, replicas, train, train_state, train_step
 from sam_jax.errors import UserError
 from sam_jax.models import formats, pretrained, vit, vit_files
@@ -483,19 +483,17 @@ def test_what_does_not_fit_in_a_file_is_named(change, message):
 # In a run
 
 
-RUN = dict(
-    total_epochs=2,
-    batch_size=64,
-    replica_batch_size=16,
-    checkpoint__every_epochs=1,
-    optimizer__learning_rate=0.05,
-)
-
-
 def _config(**overrides):
-    c = digits.get_config('model=vit-tiny4')
+    """The recipe of imagenet.py:model=vit-s16,method=gsam, on the digits."""
+    c = digits.get_config('model=vit-tiny4,method=gsam')
+    c.total_epochs, c.batch_size, c.replica_batch_size = 2, 64, 16
     c.model.dropout_rate = c.model.stochastic_depth_rate = 0.1
-    for key, value in {**RUN, **overrides}.items():
+    c.checkpoint.every_epochs = 1
+    common.set_adamw(c, 0.003, 0.3)
+    c.optimizer.warmup_steps, c.optimizer.schedule_after_warmup = 8, True
+    c.optimizer.schedule, c.optimizer.end = 'linear', 0.01
+    c.sam.alpha, c.sam.rho, c.sam.rho_min, c.sam.schedule = 0.6, 0.3, 0.05, 'learning_rate'
+    for key, value in overrides.items():
         section, _, name = key.rpartition('__')
         (c[section] if section else c)[name] = value
     return c
