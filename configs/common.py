@@ -11,6 +11,7 @@ __all__ = [
     'get_config',
     'one_of',
     'parse_arg',
+    'set_adamw',
     'set_method',
     'set_model',
     'table_7',
@@ -46,8 +47,9 @@ def parse_arg(arg, **defaults):
 def finish(c, arg):
     """Returns the config locked; made tiny first if its argument `smoke` was given.
 
-    Smoke changes sizes only: the model's, the batch's, the image's and the number of epochs. What
-    is computed stays: method, augmentation, optimizer, groups of one or of all replicas.
+    Smoke changes sizes only: the model's, the batch's, the image's and the number of epochs, with
+    the milestones and the warm-up's steps that lie in them. What is computed stays: method,
+    augmentation, optimizer, groups of one or of all replicas.
     """
     if arg.smoke:
         _shrink(c)
@@ -68,6 +70,9 @@ def _shrink(c):
     if c.data.image_size:
         c.data.image_size = 64
     c.total_epochs = 1
+    c.optimizer.warmup_steps = min(1, c.optimizer.warmup_steps)
+    if c.optimizer.milestones:
+        c.optimizer.milestones = (1,)
     c.checkpoint.keep_epochs = tuple(e for e in c.checkpoint.keep_epochs if e == 1)
 
 
@@ -77,6 +82,18 @@ def one_of(name, value, known):
         raise ValueError(
             f'config argument {name} is {value!r}; it must be one of {", ".join(map(str, known))}.'
         )
+
+
+def set_adamw(c, learning_rate, weight_decay):
+    """Chooses Adam with decoupled decay of kernels alone, as Vision Transformers are trained."""
+    c.optimizer.name = 'adamw'
+    c.optimizer.learning_rate = learning_rate
+    c.optimizer.weight_decay = weight_decay
+    c.optimizer.decay_norm_and_bias = False
+    c.optimizer.momentum, c.optimizer.decay = 0.9, 0.999
+    c.optimizer.epsilon = 1e-8
+    c.optimizer.nesterov = False
+    c.optimizer.clip_norm = 1.0
 
 
 def get_config():

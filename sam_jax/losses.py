@@ -67,6 +67,23 @@ def trajectory(
     return tau**2 * jnp.sum(jnp.exp(old) * (old - new), axis=-1)
 
 
+def decayed(params: Any, decay_norm_and_bias: bool = True) -> Any:
+    """Returns the pytree of bools that says which params are decayed.
+
+    Args:
+      params: pytree of parameters.
+      decay_norm_and_bias: False leaves out every parameter with fewer than two axes, i.e. the
+        scales and biases of norms, the biases of dense layers and class tokens, and learned
+        `position`s of patches.
+    """
+
+    def is_decayed(path, w):
+        is_position = bool(path) and getattr(path[-1], 'key', None) == 'position'
+        return decay_norm_and_bias or (jnp.ndim(w) > 1 and not is_position)
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
 def l2_penalty(
     params: Any, weight_decay: float | Float[Array, ''], decay_norm_and_bias: bool = True
 ) -> float | Float[Array, '']:
@@ -75,8 +92,8 @@ def l2_penalty(
     Args:
       params: pytree of parameters.
       weight_decay: scalar, may be traced.
-      decay_norm_and_bias: False leaves out every parameter with fewer than two axes, i.e. the
-        scales and biases of BatchNorm and the biases of dense layers.
+      decay_norm_and_bias: of `decayed`.
     """
-    leaves = [w for w in jax.tree.leaves(params) if decay_norm_and_bias or jnp.ndim(w) > 1]
+    mask = decayed(params, decay_norm_and_bias)
+    leaves = [w for w, yes in zip(jax.tree.leaves(params), jax.tree.leaves(mask)) if yes]
     return 0.5 * weight_decay * sum((jnp.sum(jnp.square(_float32(w))) for w in leaves), 0.0)

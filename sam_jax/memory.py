@@ -24,7 +24,7 @@ PRODUCTS = ('conv_general_dilated', 'dot_general')
 ELEMENTWISE = frozenset(
     'abs add add_any and broadcast_in_dim convert_element_type copy div eq exp expand_dims ge gt '
     'integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign '
-    'sqrt square squeeze stop_gradient sub tanh'.split()
+    'sqrt square squeeze stop_gradient sub tanh erf'.split()
 )
 
 

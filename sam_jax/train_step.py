@@ -81,7 +81,7 @@ def train_step(
     training = gradients.Training.from_config(
         config,
         model,
-        hparams.weight_decay,
+        optimizers.penalty_factor(config.optimizer, hparams.weight_decay),
         trajectory.trajectory_loss(method.trajectory, state, model, epoch),
     )
     groups = _groups(state, feed, arrays, hparams, layout, batch_fn, epoch)
@@ -97,7 +97,7 @@ def train_step(
     )
     report['grad_norm'] = optax.tree.norm(grads)
 
-    descent = optimizers.create(config.optimizer, learning_rate)
+    descent = optimizers.create(config.optimizer, learning_rate, hparams.weight_decay)
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)

@@ -50,7 +50,13 @@ ARGUMENTS = {
         'model=resnet152,epochs=400,augment=imagenet_randaugment': {
             'model.name': 'resnet152',
             'total_epochs': 400,
-        }
+            'optimizer.name': 'sgd',
+        },
+        'model=vit-s32,recipe=augmented,epochs=300,rho=0.1': {
+            'model.positions': 'sincos2d',
+            'total_epochs': 300,
+            'sam.rho': 0.1,
+        },
     },
     'label_noise': {
         'noise=0.6,mixup=8,method=sgd,validation=true': {
@@ -95,6 +101,7 @@ ARGUMENTS = {
         },
         'model=wrn28_10,method=sgd,doubled=true': {'total_epochs': 400, 'sam.method': 'sgd'},
         'rho=0.05,dataset=cifar100': {'sam.rho': 0.05},
+        'model=vit-ti4': {'optimizer.name': 'adamw', 'model.name': 'vit-ti4', 'sam.rho': 0.05},
         'model=wrn40_2': {'model.name': 'wrn40_2', 'data.name': 'cifar10', 'sam.rho': 0.05},
     },
 }
@@ -302,6 +309,35 @@ def test_imagenet(depth, epochs):
     assert (config.optimizer.momentum, config.optimizer.schedule) == (0.9, 'cosine')
     assert (config.label_smoothing, config.sam.rho, config.data.image_size) == (0.1, 0.05, 224)
     assert (config.total_epochs, config.data.augment) == (epochs, 'imagenet') and config.eval.top5
+
+
+# Copied from big_vision's files, and not from the config.
+
+
+def test_vision_transformers_by_gsam():
+    """big_vision's vit_i1k_gsam_no_aug.py; its decay is a share of the weight, not of the rate."""
+    c = _get('imagenet', 'model=vit-b32,method=gsam')
+    assert (c.batch_size, c.total_epochs, c.model.class_token) == (4096, 300, False)
+    assert (c.data.augment, c.data.mixup_alpha, c.data.image_size) == ('imagenet', 0, 224)
+    o = c.optimizer
+    assert (o.name, o.momentum, o.decay, o.epsilon) == ('adamw', 0.9, 0.999, 1e-8)
+    assert (o.learning_rate, o.warmup_steps, o.schedule, o.end) == (0.003, 10_000, 'linear', 0.01)
+    assert o.schedule_after_warmup and not o.nesterov and not o.decay_norm_and_bias
+    assert o.clip_norm == 1 and o.learning_rate * o.weight_decay == pytest.approx(0.001)
+    assert (c.sam.alpha, c.sam.rho, c.sam.schedule) == (0.6, 0.6, 'learning_rate')
+    for share, rho in [(1.0, 0.6), (0.01, 0.1)]:
+        assert c.sam.rho_min + (0.6 - c.sam.rho_min) * share == pytest.approx(rho)
+
+
+def test_vision_transformers_with_augmentation():
+    """big_vision's vit_s16_i1k.py."""
+    c = _get('imagenet', 'model=vit-s16,recipe=augmented,method=sgd')
+    assert (c.batch_size, c.total_epochs, c.model.positions) == (1024, 90, 'sincos2d')
+    assert (c.data.augment, c.data.mixup_alpha) == ('imagenet_randaugment', 0.2)
+    assert (c.data.randaugment_layers, c.data.randaugment_magnitude) == (2, 10)
+    o = c.optimizer
+    assert (o.learning_rate, o.warmup_steps, o.schedule) == (0.001, 10_000, 'cosine')
+    assert o.learning_rate * o.weight_decay == pytest.approx(0.0001)
 
 
 # Appendix C.2: model: batch, cores, learning rate, steps, pixels.

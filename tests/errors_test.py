@@ -201,7 +201,7 @@ BAD = [
         {'optimizer.name': 'rmsprop', 'optimizer.epsilon': 0.0},
         ['optimizer.epsilon is 0', 'positive'],
     ),
-    ({'optimizer.name': 'adamw'}, ["optimizer.name is 'adamw'", 'sgd, rmsprop, adam']),
+    ({'optimizer.name': 'adamax'}, ["optimizer.name is 'adamax'", 'sgd, rmsprop, adam']),
     ({'optimizer.schedule': 'step'}, ["optimizer.schedule is 'step'", 'cosine']),
     ({'replica_loop': 'for'}, ["replica_loop is 'for'", 'unroll', 'scan']),
 ]
@@ -319,7 +319,9 @@ def test_every_number_has_its_range():
         'analysis.examples',
     }
     lowest = {**dict.fromkeys(from_one, 1), 'analysis.steps': 5, 'data.fraction': 1e-6}
-    below_one = {'label_smoothing', 'optimizer.momentum', 'optimizer.decay', 'ema.decay'}
+    below_one = {'label_smoothing', 'ema.decay'} | {
+        f'optimizer.{name}' for name in ('momentum', 'decay', 'end', 'milestone_factor')
+    }
     for key, (low, high, closed) in RANGES.items():
         assert low == lowest.get(key, 0), key
         if key in below_one:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 from helpers import small_config
 
+from configs import imagenet
+from sam_jax import optimizers
 from sam_jax.analysis import objective as objectives
 from sam_jax.sharpness import registry
 from sam_jax.targets import hardware, hlo, programs
@@ -38,6 +40,27 @@ def _experiment(target, **settings):
 def test_every_method(method, target):
     """One exchange of all devices at least, and nothing goes to the host."""
     program = _compiled(programs.train_step_of(_experiment(target, sam__method=method)).lowered)
+    assert hlo.collectives(program) and not hlo.host_transfers(program)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('remat', [False, True])
+def test_vision_transformer(remat, target):
+    """With all that its config brings: GSAM, AdamW, a schedule after the warm-up."""
+    config = imagenet.get_config('model=vit-s16,method=gsam,smoke')
+    config.batch_size, config.replica_batch_size = 64, 16
+    config.model.dtype, config.model.remat = 'bfloat16', remat
+    config.model.dropout_rate = config.model.stochastic_depth_rate = 0.1
+    experiment = programs.experiment_for(config, hardware.target(target).devices)
+    program = _compiled(programs.train_step_of(experiment).lowered)
+    assert hlo.collectives(program) and not hlo.host_transfers(program)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('name', optimizers.DECOUPLED)
+def test_every_optimizer(name, target):
+    experiment = _experiment(target, optimizer__name=name, optimizer__epsilon=1e-8)
+    program = _compiled(programs.train_step_of(experiment).lowered)
     assert hlo.collectives(program) and not hlo.host_transfers(program)
 
 

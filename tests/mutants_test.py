@@ -119,8 +119,8 @@ MUTANTS = {
     ),
     'rho as a constant of the program': (
         'sam_jax/schedules.py',
-        'config.sam, hparams.rho,',
-        'config.sam, config.sam.rho,',
+        'of_rho(hparams.rho,',
+        'of_rho(config.sam.rho,',
         f'{STEP_TEST}::test_swept_values_are_not_constants_of_the_program',
     ),
     'clipping forgotten': (

@@ -22,6 +22,7 @@ ROWS = [
     ('ablations', 'figure=landscape,method=sgd'),
     ('ablations', 'figure=m,m=1'),
     ('ablations', 'figure=order'),
+    ('imagenet', 'model=vit-s16,method=gsam'),
 ]
 # Longer to compile, of parts that other tests have as well.
 SLOW_ROWS = [
@@ -29,6 +30,8 @@ SLOW_ROWS = [
     ('cifar', 'model=pyramidnet272,augment=cutout'),
     ('cifar', 'model=pyramidnet272_shakedrop,method=sgd,doubled'),
     ('imagenet', ''),
+    ('imagenet', 'model=vit-b32,recipe=augmented'),
+    ('cifar', 'model=vit-ti4'),
     ('finetune', 'dataset=aircraft,model=efficientnet-l2-475'),
     ('ablations', 'figure=spectrum'),
     ('ablations', 'figure=steps,steps=2,dataset=cifar100'),
@@ -128,4 +131,6 @@ def test_smoke_changes_sizes_only(stem, argument):
         'data.image_size',
         'total_epochs',
         'checkpoint.keep_epochs',
+        'optimizer.warmup_steps',
+        'optimizer.milestones',
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_jax import replicas, run_log
+from sam_jax import optimizers, replicas, run_log
 from sam_jax.analysis import hessian, landscape, monitor, sharpness, study_report
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
@@ -143,7 +143,9 @@ def open_run(
         layout,
         batch_size or config.eval.batch_size,
         label_smoothing=config.label_smoothing,
-        weight_decay=config.optimizer.weight_decay if penalty else 0.0,
+        weight_decay=optimizers.penalty_factor(config.optimizer, config.optimizer.weight_decay)
+        if penalty
+        else 0.0,
         decay_norm_and_bias=config.optimizer.decay_norm_and_bias,
     )
     name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'

@@ -9,12 +9,13 @@ import jax
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
-from sam_jax.models import efficientnet, layers, resnet
+from sam_jax.models import efficientnet, layers, resnet, vit
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
+from sam_jax.models.vit import ViT
 from sam_jax.models.wide_resnet import WideResNet
 from sam_jax.replicas import AXIS
 
@@ -55,6 +56,10 @@ def _pyramidnet(depth, shakedrop):
 def _resnet(name):
     blocks, bottleneck = resnet.SIZES[name]
     return {'blocks': blocks, 'bottleneck': bottleneck}
+
+
+def _vit(size, patch):
+    return {**vit.SIZES[size]._asdict(), 'patch': int(patch)}
 
 
 def _efficientnet(size):
@@ -117,6 +122,20 @@ FAMILIES = {
             'stochastic_depth_rate': 'share of images for which the last block is left out',
         },
         lambda size: {'dropout_rate': efficientnet.SIZES[size].dropout_rate},
+    ),
+    'vit': Family(
+        ViT,
+        rf'vit-({"|".join(vit.SIZES)})(\d+)',
+        _vit,
+        ('vit-ti16', 'vit-s16', 'vit-b16', 'vit-l16', 'vit-<size><patch>'),
+        'vit-tiny4',
+        {
+            'class_token': 'the head reads a class token, not the mean over the patches',
+            'positions': '`learned`, or `sincos2d`',
+            'exact_gelu': "as timm and transformers; otherwise big_vision's approximation by tanh",
+            'dropout_rate': 'of positions, perceptrons, and of what each branch adds',
+            'stochastic_depth_rate': 'share of images for which the last block is left out',
+        },
     ),
 }
 

@@ -4,11 +4,13 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sam_jax.models import vit_files
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.layers import Network
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
+from sam_jax.models.vit import ViT
 from sam_jax.models.wide_resnet import WideResNet
 
 
@@ -18,15 +20,18 @@ class Format(NamedTuple):
     Attributes:
       modules: per architecture {pattern of our module's name: its foreign name}; the foreign name
         is a template of the pattern's groups, or a function (model, *groups) -> name.
-      leaf: (our leaf, our module) -> its foreign name.
+      leaf: (our leaf, our module) -> its foreign name, '' where the module's name is all.
       separator: what stands between the two.
-      layout: (path of ours, foreign array, its number of axes) -> the array as we have it.
+      layout: (path of ours, foreign array, our number of axes) -> the array as we have it.
+      arrange: (model, {path: array} of ours, {name: array} of a file) -> the latter with an array
+        for each of ours, see `vit_files`.
     """
 
     modules: dict
     leaf: Callable[[str, str], str]
     separator: str
     layout: Callable[[str, Any, int], Any]
+    arrange: Callable[[Network, dict, dict], dict] = lambda model, ours, arrays: arrays
 
     def name(self, model: Network, path: str) -> str:
         """Foreign name of our 'params/module/leaf' or 'batch_stats/module/leaf'."""
@@ -38,7 +43,7 @@ class Format(NamedTuple):
                 theirs = (
                     theirs(model, *match.groups()) if callable(theirs) else (match.expand(theirs))
                 )
-                return f'{theirs}{self.separator}{self.leaf(leaf, module)}'
+                return self.separator.join(filter(None, (theirs, self.leaf(leaf, module))))
         return f'(no name for {module})'
 
 
@@ -220,7 +225,14 @@ def _timm_block(model, block, part):
     return f'blocks.{number}.{position}.{theirs}'
 
 
-_TIMM_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
+_TIMM_LEAVES = {
+    'kernel': 'weight',
+    'scale': 'weight',
+    'mean': 'running_mean',
+    'var': 'running_var',
+    'token': '',
+    'position': '',
+}
 
 
 def _timm_layout(path, array, ndim):
@@ -245,4 +257,85 @@ TIMM = Format(
     layout=_timm_layout,
 )
 
-FORMATS = (REFERENCE, KERAS, KERAS3, TIMM)
+TIMM_VIT = Format(
+    modules={
+        ViT: {
+            'embedding': 'patch_embed.proj',
+            'class_token': 'cls_token',
+            'positions': 'pos_embed',
+            r'block(\d+)_ln(\d)': r'blocks.\1.norm\2',
+            r'block(\d+)_(query|key|value)': r'blocks.\1.attn.\2',
+            r'block(\d+)_out': r'blocks.\1.attn.proj',
+            r'block(\d+)_mlp(\d)': r'blocks.\1.mlp.fc\2',
+            'ln_final': 'norm',
+            'head': 'head',
+        }
+    },
+    leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
+    separator='.',
+    layout=_timm_layout,
+    arrange=vit_files.of_timm,
+)
+
+TRANSFORMERS_VIT = Format(
+    modules={
+        ViT: {
+            'embedding': 'vit.embeddings.patch_embeddings.projection',
+            'class_token': 'vit.embeddings.cls_token',
+            'positions': 'vit.embeddings.position_embeddings',
+            r'block(\d+)_ln1': r'vit.encoder.layer.\1.layernorm_before',
+            r'block(\d+)_ln2': r'vit.encoder.layer.\1.layernorm_after',
+            r'block(\d+)_(query|key|value)': r'vit.encoder.layer.\1.attention.attention.\2',
+            r'block(\d+)_out': r'vit.encoder.layer.\1.attention.output.dense',
+            r'block(\d+)_mlp1': r'vit.encoder.layer.\1.intermediate.dense',
+            r'block(\d+)_mlp2': r'vit.encoder.layer.\1.output.dense',
+            'ln_final': 'vit.layernorm',
+            'head': 'classifier',
+        }
+    },
+    leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
+    separator='.',
+    layout=_timm_layout,
+    arrange=vit_files.of_transformers,
+)
+
+
+def _big_vision_module(model, block, part):
+    del model
+    name = {
+        'ln1': 'LayerNorm_0',
+        'ln2': 'LayerNorm_1',
+        'mlp1': 'MlpBlock_0/Dense_0',
+        'mlp2': 'MlpBlock_0/Dense_1',
+    }.get(part, f'MultiHeadDotProductAttention_0/{part}')
+    return f'Transformer/encoderblock_{block}/{name}'
+
+
+def _big_vision_layout(path, array, ndim):
+    """Heads are an axis there: kernels (C, heads, d) and (heads, d, C), biases (heads, d)."""
+    _, module, leaf = path.split('/')
+    if re.fullmatch(r'block\d+_(query|key|value)', module):
+        return array.reshape(*array.shape[:-2], -1)
+    if module.endswith('_out') and leaf == 'kernel':
+        return array.reshape(-1, array.shape[-1])
+    return array
+
+
+BIG_VISION = Format(
+    modules={
+        ViT: {
+            'embedding': 'embedding',
+            'class_token': 'cls',
+            'positions': 'pos_embedding',
+            r'block(\d+)_(.+)': _big_vision_module,
+            'ln_final': 'Transformer/encoder_norm',
+            'head': 'head',
+        }
+    },
+    leaf=lambda leaf, module: '' if leaf in ('token', 'position') else leaf,
+    separator='/',
+    layout=_big_vision_layout,
+    arrange=vit_files.of_big_vision,
+)
+
+FORMATS = (REFERENCE, KERAS, KERAS3, TIMM, TIMM_VIT, TRANSFORMERS_VIT, BIG_VISION)

@@ -1,4 +1,4 @@
-"""Weights from files of other codebases: the SAM paper's own, Keras applications, timm.
+"""Weights from files of other codebases: the SAM paper's, Keras, timm, transformers, big_vision.
 
 Files are read whole, compared with the model name by name and shape by shape, and only then used.
 What the parameters are called there stands in `formats`.
@@ -26,6 +26,7 @@ def load_reference_checkpoint(
     model_name: str,
     num_classes: int,
     seed: int = 0,
+    image_size: int = 32,
     **options,
 ) -> dict[str, Any]:
     """Reads a checkpoint of the SAM paper's code, or of any other format known here.
@@ -34,6 +35,7 @@ def load_reference_checkpoint(
       source: path of a file or of a folder of checkpoints, or a flat dict {foreign name: array}.
       model_name, num_classes, **options: as of `create_model`.
       seed: of the head, where the file's has another number of classes.
+      image_size: side of the images, for models that learn a position of each patch.
 
     Returns:
       {'params': ..., 'batch_stats': ...} of NumPy arrays.
@@ -44,7 +46,9 @@ def load_reference_checkpoint(
     """
     model = models.create_model(model_name, num_classes, **options)
     shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
+        lambda: model.init(
+            jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False
+        )
     )
     # Zeros for all that comes from the file; only the head may have to be made.
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -78,18 +82,21 @@ def load(
             jax.device_get(dict(variables)), sep='/'
         ).items()
     }
-    formats = [f for f in FORMATS if isinstance(model, tuple(f.modules))]
-    named = [{f.name(model, path): (path, f) for path in ours} for f in formats]
-    names = max(named, key=lambda n: len(n.keys() & arrays.keys()), default={})
-    if not names.keys() & arrays.keys():
+    readings = [
+        (form, form.arrange(model, ours, arrays), {form.name(model, path): path for path in ours})
+        for form in FORMATS
+        if isinstance(model, tuple(form.modules))
+    ]
+    if not any(names.keys() & found.keys() for _, found, names in readings):
         kind = type(model).__name__
         raise UserError(
             f'{where} are not those of {kind}: none of their names is known; the '
             f'first is {min(arrays, default="(nothing)")!r}.'
         )
-    head = {name for name, (path, _) in names.items() if path.startswith('params/head/')}
+    form, arrays, names = max(readings, key=lambda r: len(r[2].keys() & r[1].keys()))
+    head = {name for name, path in names.items() if path.startswith('params/head/')}
     values = {}
-    for name, (path, form) in sorted(names.items()):
+    for name, path in sorted(names.items()):
         if name not in arrays:
             raise UserError(f'{where} lack {name}, {ours[path].shape}: another architecture.')
         array = form.layout(path, np.asarray(arrays[name]), ours[path].ndim)
@@ -106,9 +113,10 @@ def load(
             f'{where} are of another architecture: the model has no {surplus[0]}, '
             f'{np.shape(arrays[surplus[0]])}.'
         )
-    if not all(names[name][0] in values for name in head):
+    if not all(names[name] in values for name in head):
         values = {path: v for path, v in values.items() if not path.startswith('params/head/')}
-    return flax.traverse_util.unflatten_dict({**ours, **values}, sep='/')
+    found = flax.traverse_util.unflatten_dict({**ours, **values}, sep='/')
+    return {**dict.fromkeys(variables, {}), **found}  # a network may have no statistics
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:

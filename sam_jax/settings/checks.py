@@ -50,13 +50,40 @@ def check(config: Config) -> None:
             raise UserError(
                 f'{key} is {flat[key]}; it must not exceed total_epochs, {flat["total_epochs"]}.'
             )
-    if flat['optimizer.name'] != 'sgd' and not flat['optimizer.epsilon'] > 0:
-        raise UserError(f'optimizer.epsilon is 0; {flat["optimizer.name"]} needs a positive one.')
+    _check_optimizer(flat)
     _check_data_settings(config.data)
     for option, described in model_options(config.model.name).items():
         if option in config.model:
             described.check(f'model.{option}', config.model[option])
     models.from_config(config.model, num_classes=1)  # its options do not depend on the data
+
+
+def _check_optimizer(flat):
+    name, schedule = flat['optimizer.name'], flat['optimizer.schedule']
+    if name not in ('sgd', 'lion') and not flat['optimizer.epsilon'] > 0:
+        raise UserError(f'optimizer.epsilon is 0; {name} needs a positive one.')
+    if flat['optimizer.warmup_steps'] and flat['optimizer.warmup_epochs']:
+        raise UserError(
+            f'optimizer.warmup_steps is {flat["optimizer.warmup_steps"]} and '
+            f'optimizer.warmup_epochs is {flat["optimizer.warmup_epochs"]}; one of them must be 0.'
+        )
+    epochs = flat['optimizer.milestones']
+    if not all(isinstance(e, int) and 0 < e <= flat['total_epochs'] for e in epochs):
+        raise UserError(
+            f'optimizer.milestones is {epochs}; it must hold epochs of the run, from 1 to '
+            f'{flat["total_epochs"]}.'
+        )
+    if bool(epochs) != (schedule == 'milestones'):
+        needs = 'at least one epoch' if not epochs else "optimizer.schedule='milestones'"
+        raise UserError(
+            f'optimizer.milestones is {epochs} and optimizer.schedule is {schedule!r}; that needs '
+            f'{needs}.'
+        )
+    if flat['optimizer.end'] and schedule != 'linear':
+        raise UserError(
+            f'optimizer.end is {flat["optimizer.end"]}; it is where optimizer.schedule '
+            f"'linear' ends, and the schedule is {schedule!r}: set it to 0."
+        )
 
 
 def _check_method(flat):
@@ -183,14 +210,20 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
     """Checks a config against its dataset.
 
     Raises:
-      UserError: fewer training examples than a batch, a shift wider than the image, top-5 of fewer
-        than six classes.
+      UserError: fewer training examples than a batch, a warm-up longer than the run, a shift wider
+        than the image, top-5 of fewer than six classes.
     """
     n = dataset.num_train_examples
     if config.batch_size > n:
         raise UserError(
             f'batch_size is {config.batch_size}; the training set of {dataset.name} has only {n} '
             'examples.'
+        )
+    total_steps = config.total_epochs * (n // config.batch_size)
+    if config.optimizer.warmup_steps > total_steps:
+        raise UserError(
+            f'optimizer.warmup_steps is {config.optimizer.warmup_steps}; it must not exceed the '
+            f'steps of the run, {total_steps}.'
         )
     shifts = 'shift' in data.RECIPES[config.data.augment]
     if shifts and config.data.padding >= min(dataset.pixel_shape[:2]):

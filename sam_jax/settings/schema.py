@@ -177,27 +177,43 @@ KEYS = {
     'sam.schedule': Key(
         'constant',
         'of rho; `learning_rate`: in proportion to it',
-        choices=(*schedules.SCHEDULES, 'learning_rate'),
+        choices=(*schedules.OF_RHO, 'learning_rate'),
     ),
     'sam.rho_min': _amount(0.0, 'rho at learning rate 0, with schedule `learning_rate`'),
     'sam.warmup_epochs': _amount(0.0, 'of rho, linear'),
     'optimizer.name': Key('sgd', 'the base optimizer', choices=tuple(optimizers.OPTIMIZERS)),
     'optimizer.learning_rate': _amount(0.1, 'at its highest'),
     'optimizer.schedule': Key('cosine', 'of the learning rate', choices=tuple(schedules.SCHEDULES)),
+    'optimizer.end': _share(
+        0.0, 'where the schedule `linear` ends, as a share of the learning rate'
+    ),
+    'optimizer.milestones': Key(
+        (), 'epochs after which the schedule `milestones` multiplies the learning rate'
+    ),
+    'optimizer.milestone_factor': _share(0.1, 'by which it does'),
     'optimizer.warmup_epochs': _amount(0.0, 'of the learning rate, linear'),
-    'optimizer.momentum': _share(0.9, 'of SGD and RMSProp, and of the mean of Adam'),
+    'optimizer.warmup_steps': _amount(0, 'the same in steps; one of the two is 0'),
+    'optimizer.schedule_after_warmup': Key(
+        False, 'the schedule begins where the warm-up ends; otherwise both begin together'
+    ),
+    'optimizer.momentum': _share(
+        0.9, 'of SGD, RMSProp and Muon, and of the mean of Adam, AdamW, LAMB and Lion'
+    ),
     'optimizer.nesterov': Key(True, "Nesterov's momentum"),
     'optimizer.decay': _share(
-        0.9, 'of the average of squares of RMSProp and Adam (there often 0.999)'
+        0.9,
+        'of the average of squares of RMSProp and Adam (there often 0.999); of the mean of Lion',
     ),
     'optimizer.epsilon': _amount(
         1e-3, "RMSProp's inside of the root, Adam's outside (there often 1e-8)"
     ),
     'optimizer.weight_decay': _amount(
-        5e-4, '0.5 `weight_decay` times the sum of squares is part of the loss'
+        5e-4,
+        '0.5 `weight_decay` times the sum of squares is part of the loss; with `adamw`, `lamb`, '
+        '`lion` and `muon` it is none, and `weight_decay` times the params is part of the step',
     ),
     'optimizer.decay_norm_and_bias': Key(
-        True, 'otherwise only parameters of two or more axes are decayed'
+        True, 'otherwise only parameters of two or more axes, and no positions of patches'
     ),
     'optimizer.clip_norm': _amount(5.0, 'global norm of the mean gradient; 0 for no clipping'),
     'ema.decay': _share(0.0, 'of the moving average of params and statistics; 0 for none'),
@@ -227,12 +243,18 @@ ADDED = (
     'analysis.rho',
     'data.fraction',
     'data.fraction_seed',
+    'optimizer.end',
+    'optimizer.milestones',
+    'optimizer.milestone_factor',
+    'optimizer.warmup_steps',
+    'optimizer.schedule_after_warmup',
 )
 
 
 def completed(flat: dict[str, Any]) -> dict[str, Any]:
-    """Returns the flat settings of a run with the keys that its version did not have yet."""
-    return {**{key: KEYS[key].default for key in ADDED}, **flat}
+    """Returns the flat settings of a run, as JSON has them, with keys that came after it."""
+    added = {key: KEYS[key].default for key in ADDED}
+    return {**{k: list(v) if isinstance(v, tuple) else v for k, v in added.items()}, **flat}
 
 
 def _options(family):
