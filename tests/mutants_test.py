@@ -98,6 +98,12 @@ MUTANTS = {
         "    return (updates, sharpness_state, seen.perturbed.aux[0]['batch_stats'], report), kept",
         ALGORITHM_1,
     ),
+    'the error of the clean weights for that of the perturbed ones': (
+        GRADIENTS,
+        'seen.perturbed.reported.items()',
+        'seen.clean.reported.items()',
+        ALGORITHM_1,
+    ),
     'the same dropout in all replicas': (
         STEP,
         'fold_in, key))(replica)',

@@ -87,7 +87,10 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(dropout_rate):
 
 
 def _hand_step(session, state, rho, method='sam'):
-    """Algorithm 1 of the paper, each replica on its own, in plain jax: (gradient, statistics)."""
+    """Algorithm 1 of the paper, each replica on its own, in plain jax.
+
+    Returns (gradient, statistics, error rates at the weights and at the perturbed ones).
+    """
     batch, config = session.batch(), session.config
 
     def one(image, label, replica):
@@ -100,12 +103,14 @@ def _hand_step(session, state, rho, method='sam'):
                 rngs={'dropout': rngs.key(0, 'dropout', 0, replica)},
             )
             penalty = losses.l2_penalty(params, config.optimizer.weight_decay)
-            return losses.cross_entropy(logits, label).mean() + penalty, new['batch_stats']
+            wrong = jnp.mean(jnp.argmax(logits, axis=-1) != label)
+            return losses.cross_entropy(logits, label).mean() + penalty, (new['batch_stats'], wrong)
 
-        grads, stats = jax.grad(objective, has_aux=True)(state.params)
+        grads, (stats, wrong) = jax.grad(objective, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
         moved = jax.tree.map(lambda w, g: w + rho * g / norm, state.params, grads)
-        return jax.grad(objective, has_aux=True)(moved)[0], stats
+        perturbed, (_, wrong_there) = jax.grad(objective, has_aux=True)(moved)
+        return perturbed, stats, (wrong, wrong_there)
 
     parts = [one(batch['image'][i], batch['label'][i], i) for i in range(len(batch['label']))]
     return jax.tree.map(lambda *x: sum(x) / len(x), *parts)
@@ -124,13 +129,16 @@ def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devi
     )
     session = Session(config, num_devices)
     state = session.start()
-    grads, stats = _hand_step(session, state, config.sam.rho)
+    grads, stats, (wrong, wrong_there) = _hand_step(session, state, config.sam.rho)
     params = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grads)
     new, metrics = session.run(1)
     assert_trees_close(new.params, params, rtol=1e-9, atol=1e-12)
     assert_trees_close(new.batch_stats, stats, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(metrics['train/grad_norm'], optax.tree.norm(grads), rtol=1e-9)
     np.testing.assert_allclose(metrics['train/perturbation_norm'], config.sam.rho, rtol=1e-9)
+    np.testing.assert_allclose(metrics['train/error_rate'], wrong, rtol=1e-9)
+    np.testing.assert_allclose(metrics['train/perturbed_error_rate'], wrong_there, rtol=1e-9)
+    assert wrong != wrong_there
     assert metrics['train/perturbed_loss'] > metrics['train/loss']
 
 

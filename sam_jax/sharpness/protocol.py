@@ -31,13 +31,13 @@ class Evaluation(NamedTuple):
     Attributes:
       grads: the gradient, a pytree like the params; a `Loss` gives it in at least float32.
       value: the loss whose gradient it is, a scalar, in at least float32; None where nobody told.
-      reported: what reports call the loss, where that is another scalar.
+      reported: what reports are told of the point besides: any pytree of scalars.
       aux: whatever else came out, of any structure.
     """
 
     grads: Any
     value: Float[ArrayLike, ''] | None = None
-    reported: Float[ArrayLike, ''] | None = None
+    reported: Any = None
     aux: Any = ()
 
 
