@@ -202,6 +202,7 @@ def group_loss(
     training: Training,
     layout: Layout,
     climbable: bool | jax.Array = True,
+    compares: jax.Array | None = None,
 ) -> sharpness.Loss:
     """The loss of one group as a method sees it, by the replicas that this device holds of it.
 
@@ -218,6 +219,8 @@ def group_loss(
       layout: replicas.Layout.
       climbable: False, or a traced bool, where an ascent goes nowhere (rho = 0): the gradient that
         is climbed elsewhere then is the one that descends.
+      compares: whether the report has cosines, a traced bool; where it is False they are 0 and cost
+        nothing. None: there are none.
     """
 
     def evaluate(
@@ -261,7 +264,20 @@ def group_loss(
 
     # One group of all devices has its means already, and no mean over all groups follows.
     shared = 1 < layout.devices_per_group < len(layout.devices)
-    return sharpness.Loss(evaluate, functools.partial(evaluate, part=True) if shared else None)
+    return sharpness.Loss(
+        evaluate,
+        functools.partial(evaluate, part=True) if shared else None,
+        None if compares is None else functools.partial(_cosine, compares, layout, shared),
+    )
+
+
+def _cosine(compares, layout, shared, a, b):
+    def cosine():
+        # The length of a part's gradient is not that of the group's.
+        whole = mean_over_devices((a, b), layout.axis_index_groups) if shared else (a, b)
+        return sharpness.trees.cosine(*whole).astype(float)
+
+    return lax.cond(compares, cosine, lambda: jnp.zeros((), float))
 
 
 def group_step(
@@ -296,5 +312,6 @@ def group_step(
         # The ascent has the same sums in it, which XLA computes once.
         'clean_grad_norm': sharpness.trees.lp_norm(seen.clean.grads),
         'perturbation_norm': sharpness_state.perturbation_norm,
+        **{f'{name}_cosine': x for name, x in seen.cosines.items()},
     }
     return (updates, sharpness_state, aux['batch_stats'], report), kept

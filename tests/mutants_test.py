@@ -104,6 +104,18 @@ MUTANTS = {
         'seen.clean.reported.items()',
         ALGORITHM_1,
     ),
+    'the length of a part for that of the gradient': (
+        GRADIENTS,
+        'if shared else (a, b)',
+        'if False else (a, b)',
+        f'{STEP_TEST} -k knows_no_devices',
+    ),
+    'the cosine of the clean gradient with itself': (
+        PROTOCOL,
+        "'perturbed': self.compare(clean.grads, grads)",
+        "'perturbed': self.compare(clean.grads, clean.grads)",
+        ALGORITHM_1,
+    ),
     'the same dropout in all replicas': (
         STEP,
         'fold_in, key))(replica)',
