@@ -23,9 +23,9 @@ Left open by the paper, and what is chosen here: the "small ResNet" of Figure 3 
 BatchNorm, which has no statistics of one example), the wide ResNet of C.5 (WRN-16-4) and of C.6
 (WRN-28-10, whose errors in Table 1 are those of one step), the settings of all of them (WRN-28-10's
 of Table 6, 200 epochs), rho (0.05; of C.6 that of Table 6), and the length of the steps of C.6
-(rho, projected: --config.sam.step_size). Of what Figures 4 and 7 draw over the steps of training
-the loss at the perturbed weights is logged, and not the error there; the cosines of Figure 5 are
-measured of checkpoints: `sam-jax-analyze --what=order`. `sam-jax-figure` draws them all.
+(rho, projected: --config.sam.step_size). What Figures 4 and 7 draw over the steps of training is
+logged; the cosines of Figure 5 are logged of second_order_sam, and of both methods measured of
+checkpoints: `sam-jax-analyze --what=order`. `sam-jax-figure` draws them all.
 
 Arguments: figure, m (of figure=m), steps and dataset (of figure=steps), method (any of
 sam_jax.sharpness.METHODS; default that of the figure), rho, seed, smoke.

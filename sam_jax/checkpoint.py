@@ -182,6 +182,11 @@ def _checksum(x):
 
 def _unflatten(arrays, target, step):
     wanted, structure = _flatten(target)
+    # A sum of the log that an older version did not keep is unknown until the next line.
+    unknown = {
+        name: np.full_like(x, np.nan) for name, x in wanted.items() if name.startswith('sums.')
+    }
+    arrays = {**unknown, **arrays}
     for name, x in wanted.items():
         if name not in arrays:
             raise UserError(f'Checkpoint {step} is of another model: it has no {name}.')

@@ -131,9 +131,9 @@ def replica_gradient(
         loss here (`sharpness.functional_sam`).
 
     Returns:
-      ((gradient, aux), kept): aux = {'loss': cross entropy without the other terms, 'objective':
-      with them, 'error_rate', 'batch_stats': running statistics after this pass}; kept = {'losses':
-      cross entropy of each example, 'logits'}.
+      ((gradient, aux), kept): aux = {'reported': 'loss', the cross entropy without the other
+      terms, and 'error_rate'; 'objective': the loss with them; 'batch_stats': running statistics
+      after this pass}; kept = {'losses': cross entropy of each example, 'logits'}.
     """
     options = {}
     if 'true_gradient' in inspect.signature(type(training.model).__call__).parameters:
@@ -144,9 +144,8 @@ def replica_gradient(
         total, each = training.of_logits(logits, replica)
         penalty = training.penalty(params)
         aux = {
-            'loss': jnp.mean(each).astype(float),
+            'reported': reported(each, logits, replica),
             'objective': (total + penalty).astype(float),
-            'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
             'batch_stats': updated.get('batch_stats', {}),
         }
         if cotangents is not None:
@@ -164,8 +163,8 @@ def risen_most(
     old_losses: jax.Array,
     fraction: float,
     training: Training,
-) -> tuple[dict[str, Any], jax.Array]:
-    """The share of a replica's examples whose loss rises most, and the mean of all new losses.
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The share of a replica's examples whose loss rises most, and 'loss', 'error_rate' of all.
 
     ESAM's selection (arXiv 2110.03141): of R examples max(1, ceil(fraction R)).
     """
@@ -173,7 +172,15 @@ def risen_most(
     new = losses.cross_entropy(logits, replica['label'], training.label_smoothing)
     _, index = lax.top_k(new - old_losses, max(1, math.ceil(fraction * new.size)))
     chosen = {name: replica[name][index] for name in ('image', 'label')}
-    return {**replica, **chosen}, jnp.mean(new).astype(float)
+    return {**replica, **chosen}, reported(new, logits, replica)
+
+
+def reported(each: jax.Array, logits: jax.Array, replica: dict[str, Any]) -> dict[str, jax.Array]:
+    """Returns what the log has of a point: means of the cross entropies and of the errors."""
+    return {
+        'loss': jnp.mean(each).astype(float),
+        'error_rate': jnp.mean(metrics.top1_error(logits, replica['label'])).astype(float),
+    }
 
 
 def over_group(
@@ -195,12 +202,14 @@ def group_loss(
     training: Training,
     layout: Layout,
     climbable: bool | jax.Array = True,
+    compares: jax.Array | None = None,
 ) -> sharpness.Loss:
     """The loss of one group as a method sees it, by the replicas that this device holds of it.
 
-    Its Evaluations report the cross entropy, and have aux = (aux, kept) of `replica_gradient`, the
-    latter with a leading axis; of the examples that rise most only the former. Where each of
-    several groups covers several devices, the `part` is that of this device's replicas.
+    Its Evaluations report cross entropy and error rate, and have aux = (aux, kept) of
+    `replica_gradient`, the latter with a leading axis; of the examples that rise most there is no
+    aux. Where each of several groups covers several devices, the `part` is that of this device's
+    replicas.
 
     Args:
       batch_stats: before the step.
@@ -210,6 +219,8 @@ def group_loss(
       layout: replicas.Layout.
       climbable: False, or a traced bool, where an ascent goes nowhere (rho = 0): the gradient that
         is climbed elsewhere then is the one that descends.
+      compares: whether the report has cosines, a traced bool; where it is False they are 0 and cost
+        nothing. None: there are none.
     """
 
     def evaluate(
@@ -230,7 +241,7 @@ def group_loss(
 
     def told(result):
         (grads, aux), kept = result
-        return sharpness.Evaluation(grads, aux['objective'], aux['loss'], (aux, kept))
+        return sharpness.Evaluation(grads, aux['objective'], aux['reported'], (aux, kept))
 
     def of_cotangents(mean, params, logits):
         def gradient(pair):
@@ -244,16 +255,29 @@ def group_loss(
         _, kept = since.aux
 
         def gradient(pair: tuple[Any, jax.Array]):
-            chosen, loss = risen_most(params, batch_stats, *pair, fraction, training)
+            chosen, of_all = risen_most(params, batch_stats, *pair, fraction, training)
             (grads, _), _ = replica_gradient(params, batch_stats, chosen, training)
-            return (grads, loss), ()
+            return (grads, of_all), ()
 
-        (grads, loss), _ = mean(gradient, (group, kept['losses']))
-        return sharpness.Evaluation(grads, reported=loss)
+        (grads, of_all), _ = mean(gradient, (group, kept['losses']))
+        return sharpness.Evaluation(grads, reported=of_all)
 
     # One group of all devices has its means already, and no mean over all groups follows.
     shared = 1 < layout.devices_per_group < len(layout.devices)
-    return sharpness.Loss(evaluate, functools.partial(evaluate, part=True) if shared else None)
+    return sharpness.Loss(
+        evaluate,
+        functools.partial(evaluate, part=True) if shared else None,
+        None if compares is None else functools.partial(_cosine, compares, layout, shared),
+    )
+
+
+def _cosine(compares, layout, shared, a, b):
+    def cosine():
+        # The length of a part's gradient is not that of the group's.
+        whole = mean_over_devices((a, b), layout.axis_index_groups) if shared else (a, b)
+        return sharpness.trees.cosine(*whole).astype(float)
+
+    return lax.cond(compares, cosine, lambda: jnp.zeros((), float))
 
 
 def group_step(
@@ -283,11 +307,11 @@ def group_step(
     )
     aux, kept = seen.clean.aux
     report = {
-        'loss': aux['loss'],
-        'error_rate': aux['error_rate'],
-        'perturbed_loss': seen.perturbed.reported,
+        **seen.clean.reported,
+        **{f'perturbed_{name}': x for name, x in seen.perturbed.reported.items()},
         # The ascent has the same sums in it, which XLA computes once.
         'clean_grad_norm': sharpness.trees.lp_norm(seen.clean.grads),
         'perturbation_norm': sharpness_state.perturbation_norm,
+        **{f'{name}_cosine': x for name, x in seen.cosines.items()},
     }
     return (updates, sharpness_state, aux['batch_stats'], report), kept

@@ -16,6 +16,7 @@ AVERAGED = (
     'loss',
     'perturbed_loss',
     'error_rate',
+    'perturbed_error_rate',
     'clean_grad_norm',
     'grad_norm',
     'perturbation_norm',

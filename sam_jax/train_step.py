@@ -93,14 +93,19 @@ def train_step(
         'gate_key': rngs.key(hparams.seed, 'gate', state.step),
     }
     (grads, sharpness_state, batch_stats, report), kept = _over_groups(
-        state, groups, training, method, layout, shared, rho > 0
+        state, groups, training, method, layout, shared, rho > 0, config.log_every_steps
     )
-    report['grad_norm'] = optax.tree.norm(grads)
-
     descent = optimizers.create(config.optimizer, learning_rate, hparams.weight_decay)
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)
+    report |= {
+        'grad_norm': optax.tree.norm(grads),
+        'update_norm': optax.tree.norm(updates),
+        'param_norm': optax.tree.norm(params),
+        'learning_rate': learning_rate,
+        'rho': rho,
+    }
     memory = state.memory
     if memory is not None:
         memory = trajectory.memorise(memory, feed['index'], kept['logits'], epoch)
@@ -112,11 +117,6 @@ def train_step(
         & jnp.isfinite(sharpness.trees.lp_norm(params, float('inf')))
     )
     sums, bad_step, logged = _report(state, report, finite, config.log_every_steps)
-    logged |= {
-        'train/param_norm': optax.tree.norm(params),
-        'train/learning_rate': learning_rate,
-        'train/rho': rho,
-    }
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums, bad_step
     )
@@ -146,11 +146,14 @@ def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
     return jax.tree.map(lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
 
 
-def _over_groups(state, groups, training, method, layout, shared, climbable):
+def _over_groups(state, groups, training, method, layout, shared, climbable, log_every_steps):
     """Means over all groups of what `gradients.group_step` returns, and what is kept."""
+    is_logged = (state.step + 1) % log_every_steps == 0
 
     def loss(group):
-        return gradients.group_loss(state.batch_stats, group, training, layout, climbable)
+        return gradients.group_loss(
+            state.batch_stats, group, training, layout, climbable, is_logged
+        )
 
     def step(group, clean=None, **more):
         return gradients.group_step(
@@ -224,8 +227,9 @@ def _report(state, report, finite, log_every_steps):
         for name in AVERAGED
     }
     bad_step = jnp.where((state.bad_step == 0) & ~finite, state.step + 1, state.bad_step)
-    logged = {f'train/{name}': sums[name] / (position + 1) for name in AVERAGED}
-    logged['bad_step'] = bad_step
+    last = {f'train/{name}': x for name, x in report.items() if name not in AVERAGED}
+    means = {f'train/{name}': sums[name] / (position + 1) for name in AVERAGED}
+    logged = {**means, **last, 'bad_step': bad_step}
     return sums, bad_step, logged
 
 

@@ -308,6 +308,18 @@ def test_a_checkpoint_of_another_model(tmp_path, change, words):
     assert not (tmp_path / 'damaged').exists()
 
 
+def test_a_checkpoint_of_before_a_metric_was_logged(tmp_path):
+    """Its sum is unknown, and the rest as it was."""
+    checkpoints, old = _open(tmp_path), {'w': np.ones(2), 'sums': {'loss': np.float32(3.0)}}
+    checkpoints.save(3, old, {})
+    checkpoints.wait()
+    sums = {'loss': np.float32(0.0), 'error_rate': np.float32(0.0)}
+    _, state, _ = checkpoints.restore_newest({'w': np.zeros(2), 'sums': sums})
+    checkpoints.close()
+    assert state['sums']['loss'] == 3 and state['sums']['error_rate'].dtype == np.float32
+    assert np.isnan(state['sums']['error_rate']) and state['w'].sum() == 2
+
+
 def test_a_step_that_overwrites_the_buffers_does_not_change_what_is_saved(tmp_path):
     n = 1 << 20
     step = jax.jit(lambda x: -x - 1, donate_argnums=0)

@@ -15,12 +15,17 @@ from sam_jax.targets import hlo
 NEIGHBOURS, ALL = [[0, 1], [2, 3]], [[0, 1, 2, 3]]
 
 
-def _exchanged(method, **overrides):
-    """{groups: gradients that they exchange in a step}: 4 devices, two of them a group."""
+def _exchanged(method, logged=False, **overrides):
+    """{groups: gradients that they exchange in a step}: 4 devices, two of them a group.
+
+    In a step that is not logged; or all that the program has.
+    """
     session = _session(method, 4, dtype='float32', **overrides)
     state = session.start()
     size = 4 * sum(x.size for x in jax.tree.leaves(state.params))
-    compiled = session.step_fn.lower(state, *session.arguments(0)).compile()
+    loss = _group_loss if logged else _not_comparing
+    with mock.patch.object(gradients, 'group_loss', loss):
+        compiled = session.step_fn.lower(state, *session.arguments(0)).compile()
     total = {}
     for exchange in hlo.collectives(hlo.instructions(compiled.as_text())):
         assert exchange.opcode.startswith('all-reduce')
@@ -54,6 +59,12 @@ def test_one_group_of_all_exchanges_two():
     assert _exchanged('sam', sam__replicas_per_group=4) == {'all': 2}
 
 
+def test_a_logged_step_exchanges_more_for_its_cosines():
+    """Where the gradients are those of parts, whose lengths tell nothing of the group's."""
+    assert _exchanged('sam', logged=True)['neighbours'] > 1
+    assert _exchanged('sam', logged=True, sam__replicas_per_group=4) == {'all': 2}
+
+
 def _after_two_steps(method):
     # So short that it clips.
     clip = {'optimizer__clip_norm': 0.1} if method == 'wsam' else {}
@@ -61,8 +72,14 @@ def _after_two_steps(method):
     return jax.device_get((state.replace(step=0), metrics))
 
 
-def _of_whole_groups(batch_stats, group, training, layout, climbable=True):
-    return sharpness.Loss(_group_loss(batch_stats, group, training, layout, climbable).evaluate)
+def _of_whole_groups(*arguments):
+    loss = _group_loss(*arguments)
+    return sharpness.Loss(loss.evaluate, None, loss.compare)
+
+
+def _not_comparing(*arguments):
+    loss = _group_loss(*arguments)
+    return sharpness.Loss(loss.evaluate, loss.part)
 
 
 _group_loss = gradients.group_loss

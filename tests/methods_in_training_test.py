@@ -131,12 +131,14 @@ def test_devices_restarts_and_values(method, x64, tmp_path):
         again, _ = _continue(session, session.layout.replicate(saved), 2, STEPS)
         assert_trees_equal(again, end)
         other = _session(method, 1, replica_loop='scan')
-        moved, _ = _continue(other, other.layout.replicate(saved), 2, STEPS)
+        moved, logged = _continue(other, other.layout.replicate(saved), 2, STEPS)
     for part in ('params', 'batch_stats', 'opt_state', 'sharpness_state', 'memory', 'ema'):
         a, b = (
             jax.tree.map(lambda x: np.asarray(x, float), getattr(s, part)) for s in (end, moved)
         )
         assert not jax.tree.leaves(a) or relative_distance(a, b) < 1e-9, part
+    for name, value in metrics.items():
+        np.testing.assert_allclose(logged[name], value, rtol=1e-7, err_msg=name)
     documented = [sharpness.gradients(method, step, **session.config.sam) for step in range(STEPS)]
     if None not in documented:
         assert end.sharpness_state.evaluations == sum(documented) - STEPS

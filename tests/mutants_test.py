@@ -98,6 +98,24 @@ MUTANTS = {
         "    return (updates, sharpness_state, seen.perturbed.aux[0]['batch_stats'], report), kept",
         ALGORITHM_1,
     ),
+    'the error of the clean weights for that of the perturbed ones': (
+        GRADIENTS,
+        'seen.perturbed.reported.items()',
+        'seen.clean.reported.items()',
+        ALGORITHM_1,
+    ),
+    'the length of a part for that of the gradient': (
+        GRADIENTS,
+        'if shared else (a, b)',
+        'if False else (a, b)',
+        f'{STEP_TEST} -k knows_no_devices',
+    ),
+    'the cosine of the clean gradient with itself': (
+        PROTOCOL,
+        "'perturbed': self.compare(clean.grads, grads)",
+        "'perturbed': self.compare(clean.grads, clean.grads)",
+        ALGORITHM_1,
+    ),
     'the same dropout in all replicas': (
         STEP,
         'fold_in, key))(replica)',

@@ -301,11 +301,24 @@ def test_figure_4(tmp_path):
         write_run(
             tmp_path / method, ablations.get_config(f'figure=order,method={method}'), error=error
         )
-        _log(tmp_path / method, perturbed_loss=[1.0, error / 10])
+        _log(tmp_path / method, perturbed_error_rate=[1.0, error / 10])
     made = _make('4', tmp_path)
     ends = [[*r.values()][-4:] for r in _table(made.text)]
-    assert ends == [['4', '0.2', '4', '2'], ['4', '0.3', '4', '3']]
-    assert [p.ylabel for p in made.picture] == ['training loss at w + eps', 'test error (%)']
+    assert ends == [['4', '20', '4', '2'], ['4', '30', '4', '3']]
+    assert [p.ylabel for p in made.picture] == ['training error at w + eps (%)', 'test error (%)']
+    assert 'older versions' not in made.text
+
+
+def test_figure_4_of_runs_without_the_error_at_the_perturbed_weights(tmp_path):
+    """A gap and a sentence."""
+    for method in ('sam', 'second_order_sam'):
+        write_run(tmp_path / method, ablations.get_config(f'figure=order,method={method}'), error=2)
+    _log(tmp_path / 'sam', perturbed_error_rate=[1.0, 0.5])
+    made = _make('4', tmp_path)
+    ends = [[*r.values()][-4:] for r in _table(made.text)]
+    assert ends == [['4', '50', '4', '2'], ['', '', '4', '2']]
+    assert [len(p.curves) for p in made.picture] == [1, 2]
+    assert '1 of the runs do not have train/perturbed_error_rate in their log' in made.text
 
 
 def test_figure_5(tmp_path):
@@ -326,6 +339,19 @@ def test_figure_5(tmp_path):
         ([1.0, 2.0, 4.0], [1.0, 0.75, 0.5]),
         ([1.0, 2.0, 4.0], [1.0, 0.75, 0.25]),
     ]
+
+
+def test_figure_5_of_the_log(tmp_path):
+    """Of the method whose step has both orders; SAM's own cosine is 1 and says nothing."""
+    for method in ('sam', 'second_order_sam'):
+        write_run(tmp_path / method, ablations.get_config(f'figure=order,method={method}'), error=2)
+        _log(tmp_path / method, descent_cosine=[1.0, 0.5])
+    made = _make('5', tmp_path)
+    assert [[*r.values()][-2:] for r in _table(made.text)] == [['4', '0.5']]
+    (panel,) = made.picture
+    assert panel.ylabel == 'cosine of both orders, as logged' and len(panel.curves) == 1
+    _analyse(tmp_path / 'sam', step=40, order_cosine=0.25)
+    assert [len(p.curves) for p in _make('5', tmp_path).picture] == [1, 1]
 
 
 def test_figure_6(tmp_path):
@@ -351,7 +377,7 @@ def steps(tmp_path):
     for n, seed in itertools.product((1, 2), (0, 1)):
         run = tmp_path / f'{n}-{seed}'
         write_run(run, ablations.get_config(f'figure=steps,steps={n}'), error=2 + seed, seed=seed)
-        _log(run, loss=[1.0, 0.5], perturbed_loss=[1.5, 0.5 + n])
+        _log(run, error_rate=[0.5, 0.25], perturbed_error_rate=[0.75, 0.25 + n / 4])
     return tmp_path
 
 
@@ -359,16 +385,28 @@ def test_figure_7(steps):
     made = _make('7', steps)
     (panel,) = made.picture
     assert [(c.x, list(c.mean)) for c in panel.curves] == [
-        ([2.0, 4.0], [0.5, 1.0]),
-        ([2.0, 4.0], [0.5, 2.0]),
+        ([2.0, 4.0], [25.0, 25.0]),
+        ([2.0, 4.0], [25.0, 50.0]),
     ]
+
+
+def test_steps_of_runs_without_the_error_at_the_perturbed_weights(tmp_path):
+    """Table 11 still has their test errors."""
+    run = tmp_path / 'run'
+    write_run(run, ablations.get_config('figure=steps,steps=3'), error=2)
+    _log(run, loss=[1.0, 0.5], perturbed_loss=[1.5, 1.0])
+    with pytest.raises(UserError, match='has train/perturbed_error_rate in its log, which older'):
+        paper.make('7', [str(tmp_path)])
+    text = _make('table-11', tmp_path).text
+    assert [[*r.values()] for r in _table(text, '## These')] == [['3', '2']]
+    assert '1 of the runs do not have train/perturbed_error_rate' in text
 
 
 def test_table_11(steps):
     text = _make('table-11', steps).text
     assert [[*r.values()] for r in _table(text, '## These')] == [
-        ['1', '2.5 ± 0.71', '1 ± 0'],
-        ['2', '2.5 ± 0.71', '2 ± 0'],
+        ['1', '2.5 ± 0.71', '25 ± 0'],
+        ['2', '2.5 ± 0.71', '50 ± 0'],
     ]
     assert [*_table(text, '## The paper')[3].values()] == [
         '5', '2.77 ± 0.03', '16.60 ± 0.06', '2.26 ± 0.05', '2.82 ± 0.04'

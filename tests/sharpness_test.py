@@ -13,6 +13,7 @@ import pytest
 from quadratics import PS, RHO, SIZES, ball_step, flat, nans, quadratic, ravel, update
 
 from sam_jax import sharpness
+from sam_jax.sharpness.protocol import COSINES
 
 # The closed form
 
@@ -365,3 +366,58 @@ def test_report_of_the_perturbed_pass():
                 [shut[1], value, 2 * value],
                 rtol=1e-5,
             )
+
+
+def _cosine(a, b):
+    return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+@pytest.mark.parametrize('open_at', ['every', 'every other'])
+def test_cosines_of_a_quadratic(open_at, x64):
+    """Closed forms with g = Aw: SAM's g_p = A(w + rho n), and what its second order adds to it."""
+    params, grad_fn, a = quadratic(np.float64)
+    w = flat(params)
+    g = a @ w
+    n = g / np.linalg.norm(g)
+    g_p = a @ (w + RHO * n)
+    exact = g_p + RHO / np.linalg.norm(g) * a @ (g_p - n * (n @ g_p))
+    scaled = ball_step(g, RHO, 3.0)
+    further = w + 0.5 * RHO * n
+    n_2 = a @ further / np.linalg.norm(a @ further)
+    two = 0.5 * RHO * (n + n_2)
+    cases = [
+        (sharpness.sam(RHO), (1.0, _cosine(g, g_p), 1.0)),
+        (sharpness.sam(RHO, p=3.0), (_cosine(g, scaled), _cosine(g, a @ (w + scaled)), 1.0)),
+        (sharpness.second_order_sam(RHO), (1.0, _cosine(g, g_p), _cosine(g_p, exact))),
+        (sharpness.multistep_sam(RHO, 2, 0.5), (_cosine(g, two), _cosine(g, a @ (w + two)), 1.0)),
+        (sharpness.gnp(RHO, 0.3), (1.0, _cosine(g, g_p), _cosine(g_p, 0.7 * g + 0.3 * g_p))),
+    ]
+    assert max(_cosine(g, g_p), _cosine(g_p, exact), _cosine(g, two)) < 1 - 1e-7
+    if open_at == 'every other':
+        cases = [(gated_sam(every_other()), cases[0][1])]
+    loss = sharpness.Loss(
+        lambda tree, **which: sharpness.Evaluation(grad_fn(tree)), compare=sharpness.trees.cosine
+    )
+    for tx, expected in cases:
+        state = tx.init(params)
+        (_, seen), state = tx.update(None, state, params, loss=loss, with_report=True)
+        assert seen.cosines.keys() == {*COSINES}
+        np.testing.assert_allclose([seen.cosines[name] for name in COSINES], expected, rtol=1e-9)
+        (_, unseen), _ = tx.update(
+            None, state, params, loss=sharpness.Loss(loss.evaluate), with_report=True
+        )
+        assert not unseen.cosines
+    if open_at == 'every other':
+        (_, seen), _ = tx.update(None, state, params, loss=loss, with_report=True)
+        assert set(map(float, seen.cosines.values())) == {1.0}, 'behind the shut gate'
+
+
+def test_the_cosine_of_tiny_huge_and_no_gradients():
+    tree = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array(4.0)}
+    other = {'a': jnp.array([0.0, 1.0]), 'b': jnp.array(1.0)}
+    for scale in (1e-30, 1.0, 1e30):
+        scaled = jax.tree.map(lambda x, s=scale: s * x, tree)
+        np.testing.assert_allclose(
+            sharpness.trees.cosine(scaled, other), 0.8 / np.sqrt(2), rtol=1e-6
+        )
+    assert sharpness.trees.cosine(tree, jax.tree.map(jnp.zeros_like, tree)) == 0

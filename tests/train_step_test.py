@@ -87,7 +87,10 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(dropout_rate):
 
 
 def _hand_step(session, state, rho, method='sam'):
-    """Algorithm 1 of the paper, each replica on its own, in plain jax: (gradient, statistics)."""
+    """Algorithm 1 of the paper, each replica on its own, in plain jax.
+
+    Returns (gradient, statistics, what is logged of the two gradients).
+    """
     batch, config = session.batch(), session.config
 
     def one(image, label, replica):
@@ -100,12 +103,25 @@ def _hand_step(session, state, rho, method='sam'):
                 rngs={'dropout': rngs.key(0, 'dropout', 0, replica)},
             )
             penalty = losses.l2_penalty(params, config.optimizer.weight_decay)
-            return losses.cross_entropy(logits, label).mean() + penalty, new['batch_stats']
+            wrong = jnp.mean(jnp.argmax(logits, axis=-1) != label)
+            return losses.cross_entropy(logits, label).mean() + penalty, (new['batch_stats'], wrong)
 
-        grads, stats = jax.grad(objective, has_aux=True)(state.params)
+        grads, (stats, wrong) = jax.grad(objective, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
         moved = jax.tree.map(lambda w, g: w + rho * g / norm, state.params, grads)
-        return jax.grad(objective, has_aux=True)(moved)[0], stats
+        perturbed, (_, wrong_there) = jax.grad(objective, has_aux=True)(moved)
+        flat = [
+            jnp.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (grads, perturbed)
+        ]
+        cosine = flat[0] @ flat[1] / jnp.sqrt((flat[0] @ flat[0]) * (flat[1] @ flat[1]))
+        logged = {
+            'error_rate': wrong,
+            'perturbed_error_rate': wrong_there,
+            'perturbed_cosine': cosine,
+            'ascent_cosine': 1.0,
+            'descent_cosine': 1.0,
+        }
+        return perturbed, stats, logged
 
     parts = [one(batch['image'][i], batch['label'][i], i) for i in range(len(batch['label']))]
     return jax.tree.map(lambda *x: sum(x) / len(x), *parts)
@@ -124,13 +140,20 @@ def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devi
     )
     session = Session(config, num_devices)
     state = session.start()
-    grads, stats = _hand_step(session, state, config.sam.rho)
+    grads, stats, logged = _hand_step(session, state, config.sam.rho)
     params = jax.tree.map(lambda w, g: w - 0.1 * g, state.params, grads)
     new, metrics = session.run(1)
     assert_trees_close(new.params, params, rtol=1e-9, atol=1e-12)
     assert_trees_close(new.batch_stats, stats, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(metrics['train/grad_norm'], optax.tree.norm(grads), rtol=1e-9)
     np.testing.assert_allclose(metrics['train/perturbation_norm'], config.sam.rho, rtol=1e-9)
+    for name, value in logged.items():
+        np.testing.assert_allclose(metrics[f'train/{name}'], value, rtol=1e-9, err_msg=name)
+    assert logged['error_rate'] != logged['perturbed_error_rate']
+    assert logged['perturbed_cosine'] < 0.99
+    np.testing.assert_allclose(
+        metrics['train/update_norm'], 0.1 * optax.tree.norm(grads), rtol=1e-9
+    )
     assert metrics['train/perturbed_loss'] > metrics['train/loss']
 
 
@@ -265,6 +288,48 @@ def test_metrics_are_means_since_the_last_report():
         values.append(float(metrics['train/loss']))
     _, metrics = every_third.run(3)
     np.testing.assert_allclose(metrics['train/loss'], np.mean(values), rtol=1e-6)
+
+
+def test_cosines_are_those_of_the_logged_step():
+    """At the others they are not computed."""
+    each, every_other = Session(step_config()), Session(step_config(log_every_steps=2))
+    for steps in (1, 2):
+        _, of_each = each.run(steps)
+        _, metrics = every_other.run(steps)
+        for name in ('ascent', 'perturbed', 'descent'):
+            name = f'train/{name}_cosine'
+            expected = float(of_each[name]) if steps == 2 else 0.0
+            assert float(metrics[name]) == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize(
+    ['method', 'replicas_per_group', 'num_devices', 'loop'],
+    [
+        *(('sam', group, devices, 'unroll') for group in (1, 2, 8) for devices in (4, 8)),
+        ('sam', 2, 1, 'scan'),
+        ('second_order_sam', 2, 8, 'unroll'),
+        ('second_order_sam', 2, 4, 'scan'),
+    ],
+)
+def test_what_is_logged_knows_no_devices(method, replicas_per_group, num_devices, loop, x64):
+    reference = _logged(method, replicas_per_group, 1, 'unroll')
+    logged = _logged(method, replicas_per_group, num_devices, loop)
+    assert {'train/perturbed_error_rate', 'train/descent_cosine'} <= logged.keys()
+    for name, value in reference.items():
+        np.testing.assert_allclose(logged[name], value, rtol=1e-9, err_msg=name)
+
+
+@functools.cache
+def _logged(method, replicas_per_group, num_devices, loop):
+    config = step_config(
+        sam__method=method,
+        sam__replicas_per_group=replicas_per_group,
+        sam__rho=0.3,
+        model__dtype='float64',
+        replica_batch_size=4,
+        replica_loop=loop,
+    )
+    return jax.device_get(Session(config, num_devices).run(2)[1])
 
 
 def test_first_bad_step_is_noted():

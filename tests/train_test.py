@@ -88,6 +88,7 @@ def test_what_a_run_leaves_behind(tmp_path):
         'train/loss',
         'train/perturbed_loss',
         'train/error_rate',
+        'train/perturbed_error_rate',
         'train/rho',
         'train/clean_grad_norm',
         'train/grad_norm',

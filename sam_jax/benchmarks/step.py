@@ -151,8 +151,7 @@ def _optax_step(state, feed, arrays, hparams, *, model, config, layout, dataset)
         batch_stats=aux['batch_stats'],
     ), {
         # What our step reports and optax's can.
-        'loss': aux['loss'],
-        'error_rate': aux['error_rate'],
+        **aux['reported'],
         'clean_grad_norm': optax.tree.norm(grads),
         'param_norm': optax.tree.norm(state.params),
     }

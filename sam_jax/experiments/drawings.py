@@ -165,29 +165,31 @@ def figure_4(groups: list[Group], paper: list[PaperRow]) -> Made:
     if {g.settings['sam.method'] for g in found} != {*methods}:
         raise Lacking('there are no finished runs of both sam and second_order_sam')
     drawn = (
-        report.Drawn(
-            lambda record: record.curve('train/perturbed_loss'), 'training loss at w + eps', True
-        ),
+        report.Drawn(report.percents(layouts.THERE), 'training error at w + eps (%)'),
         report.Drawn(report.percents(TEST), 'test error (%)'),
     )
-    note = (
-        'At w + eps the paper has the training error, and here it is the training loss. The paper '
-        'finds the lower test error without the second-order terms.'
-    )
-    return _over_training(found, drawn, note)
+    note = 'The paper finds the lower test error without the second-order terms.'
+    return _over_training(found, drawn, note + layouts.unlogged(found))
 
 
 def figure_5(groups: list[Group], paper: list[PaperRow]) -> Made:
     """How near SAM's update is to that with the second-order terms, over training."""
     del paper
-    found = [g for g in groups if any(map(_cosines, g.finished))]
+    ways = (
+        report.Drawn(_cosines, 'cosine of both orders'),
+        report.Drawn(_logged_cosines, 'cosine of both orders, as logged'),
+    )
+    drawn = [way for way in ways if any(way.of(r) for g in groups for r in g.finished)]
+    found = [g for g in groups if any(way.of(r) for way in drawn for r in g.finished)]
     if not found:
-        raise Lacking('of no finished run the cosine of the two orders is measured')
+        raise Lacking('of no finished run the cosine of the two orders is measured or logged')
     note = (
         'The cosine is that of the two gradients of many examples together, at the params of the '
-        'run. The paper finds about 1 in the first half of the training and less near its end.'
+        'run. As it is logged it is that of a step of `second_order_sam` itself, the mean over its '
+        'groups of m examples. The paper finds about 1 in the first half of the training and less '
+        'near its end.'
     )
-    return _over_training(found, (report.Drawn(_cosines, 'cosine of both orders'),), note)
+    return _over_training(found, drawn, note)
 
 
 def _cosines(record):
@@ -201,6 +203,13 @@ def _cosines(record):
     return sorted(found.items())
 
 
+def _logged_cosines(record):
+    """Returns the same of the log, of a run whose own step has both orders."""
+    if record.written['config']['sam.method'] != 'second_order_sam':
+        return []
+    return record.curve('train/descent_cosine')
+
+
 def figure_6(groups: list[Group], paper: list[PaperRow]) -> Made:
     """Test error against rho for balls of several norms and random directions."""
     del paper
@@ -209,13 +218,17 @@ def figure_6(groups: list[Group], paper: list[PaperRow]) -> Made:
 
 
 def figure_7(groups: list[Group], paper: list[PaperRow]) -> Made:
-    """The rise of the loss that ascents of several steps find, over training."""
+    """The rise of the training error that ascents of several steps find, over training."""
     del paper
     found = layouts.with_steps(groups)
     if not any(layouts.rise(record) for g in found for record in g.finished):
-        raise Lacking('no finished run with several steps of ascent logs its perturbed loss')
-    note = 'The paper has the rise of the training error rate, and here it is that of the loss.'
-    return _over_training(found, (report.Drawn(layouts.rise, 'max L(w + eps) - L(w)'),), note)
+        raise Lacking(
+            f'no finished run with several steps of ascent has {layouts.THERE} in its log, which '
+            'older versions did not write'
+        )
+    note = 'L is the training error rate, a mean over the steps between two lines of the log.'
+    drawn = (report.Drawn(layouts.rise, 'max L(w + eps) - L(w) (%)'),)
+    return _over_training(found, drawn, note + layouts.unlogged(found))
 
 
 def _names(groups):
@@ -260,7 +273,8 @@ def _over_training(groups, drawn, note):
             last = [value for _, value in told]
             pair = results.mean_and_interval(last) if last else (math.nan, math.nan)
             row[f'{what}: epoch'] = ', '.join(dict.fromkeys(f'{epoch:g}' for epoch, _ in told))
-            row[what] = f'{pair[0]:.4g}' + ('' if math.isnan(pair[1]) else f' ± {pair[1]:.2g}')
+            half = '' if math.isnan(pair[1]) else f' ± {pair[1]:.2g}'
+            row[what] = f'{pair[0]:.4g}{half}' if last else ''
         rows.append(row)
     text = f'{tables.of_records(rows)}\n\n{note}'
     return Made(text, report.training_panels(groups, drawn))

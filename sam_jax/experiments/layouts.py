@@ -15,6 +15,8 @@ from sam_jax.experiments import results
 from sam_jax.experiments.results import TEST, VALIDATION, Group, PaperRow
 
 TOP5 = 'test/top5_error_rate'
+# The training error at the perturbed weights.
+THERE = 'train/perturbed_error_rate'
 BASELINES = (
     'The baseline is the better one of those with as many epochs and with twice as many. rho is '
     'the best one of the validation split, or the only one.'
@@ -350,16 +352,27 @@ RISES = {
 
 
 def rise(record: results.Record) -> list[tuple[float, float]]:
-    """Returns [(epoch, max L(w + eps) - L(w)), ...]: the rise that the run's own ascent finds.
+    """Returns [(epoch, max L(w + eps) - L(w)), ...], L the training error rate in percent.
 
-    Both losses are means over the training batches since the last line of the log.
+    The rise is that which the run's own ascent finds. Both errors are means over the training
+    batches since the last line of the log. It is empty of a run that was logged before there was
+    `train/perturbed_error_rate`.
     """
-    low = dict(record.curve('train/loss'))
+    low = dict(record.curve('train/error_rate'))
     return [
-        (epoch, high - low[epoch])
-        for epoch, high in record.curve('train/perturbed_loss')
-        if epoch in low
+        (epoch, 100 * (high - low[epoch])) for epoch, high in record.curve(THERE) if epoch in low
     ]
+
+
+def unlogged(groups: list[Group]) -> str:
+    """Returns a sentence if finished runs lack the error at the perturbed weights, else ''."""
+    lacking = sum(not record.curve(THERE) for g in groups for record in g.finished)
+    if not lacking:
+        return ''
+    return (
+        f' {lacking} of the runs do not have {THERE} in their log, which older versions did not '
+        'write: their curves and numbers of it are left out.'
+    )
 
 
 def with_steps(groups: list[Group]) -> list[Group]:
@@ -377,7 +390,7 @@ def inner_steps(groups: list[Group], paper: list[PaperRow]) -> str:
     for g in found:
         rises = [told[-1][1] for told in map(rise, g.finished) if told]
         here.append(Cell(g.settings, 'error (%)', [100 * x for x in g.values(TEST)]))
-        here.append(Cell(g.settings, 'rise of the loss', rises))
+        here.append(Cell(g.settings, 'rise of the error (%)', rises))
     theirs = [Cell(r.settings, 'error (%)', printed(r)) for r in of_table(paper, 11)] + [
         Cell({'data.name': name, 'sam.steps': steps}, 'rise of the error (%)', f'{a:g} ± {b:g}')
         for name, of_steps in RISES.items()
@@ -388,8 +401,8 @@ def inner_steps(groups: list[Group], paper: list[PaperRow]) -> str:
     return both(
         arrange(here, own, columns, _deviations),
         arrange(theirs, rows, columns),
-        'Mean and standard deviation over the runs. The rise here is that of the training loss '
-        'at the end, as it is logged; the paper has that of the training error rate.',
+        'Mean and standard deviation over the runs. The rise is that of the training error rate '
+        f'from the weights to the perturbed ones, at the end of the log.{unlogged(found)}',
     )
 
 

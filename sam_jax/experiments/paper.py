@@ -157,7 +157,7 @@ WHOLE = {
         drawings.figure_6,
     ),
     '7': Whole(
-        'The rise of the loss that ascents of 1, 2, 3 and 5 steps find, over training.',
+        'The rise of the training error that ascents of 1, 2, 3 and 5 steps find, over training.',
         (_STEPS,),
         drawings.figure_7,
     ),

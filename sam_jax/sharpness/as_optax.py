@@ -90,6 +90,7 @@ def as_optax(method: Method, **asks) -> Link:
     def update(updates, state, params=None, *, grad_fn=None, loss=None, with_report=False, **given):
         loss = _loss(updates, params, grad_fn, loss)
         result, memory, report = method.step(loss, params, state.memory, Now(state.count, given))
+        report = report if report.cosines else loss.compared(report, result)
         result = jax.tree.map(
             lambda u, like: u.astype(like.dtype), result, params if updates is None else updates
         )

@@ -24,6 +24,9 @@ from jaxtyping import Array, Float, Int32
 
 from sam_jax.sharpness.trees import lp_norm, move, promote
 
+# What `Loss.compared` tells of, by name.
+COSINES = ('ascent', 'perturbed', 'descent')
+
 
 class Evaluation(NamedTuple):
     """What the loss tells of one point.
@@ -31,14 +34,16 @@ class Evaluation(NamedTuple):
     Attributes:
       grads: the gradient, a pytree like the params; a `Loss` gives it in at least float32.
       value: the loss whose gradient it is, a scalar, in at least float32; None where nobody told.
-      reported: what reports call the loss, where that is another scalar.
+      reported: what reports are told of the point besides: any pytree of scalars.
       aux: whatever else came out, of any structure.
+      cosines: of `Loss.moved`, see there; {} elsewhere.
     """
 
     grads: Any
     value: Float[ArrayLike, ''] | None = None
-    reported: Float[ArrayLike, ''] | None = None
+    reported: Any = None
     aux: Any = ()
+    cosines: Any = {}
 
 
 class Report(NamedTuple):
@@ -52,12 +57,14 @@ class Report(NamedTuple):
       norm: of the perturbation, in the norm that rho bounds; 0 where there was none.
       evaluations: gradients that the loss has not counted, since they were asked for on one of two
         ways, int32.
+      cosines: {name: scalar}, of `Loss.compared`; {} where nobody compares, or nothing was moved.
     """
 
     clean: Evaluation | None
     perturbed: Evaluation
     norm: float | Float[Array, '']
     evaluations: int | Int32[Array, ''] = 0
+    cosines: Any = {}
 
 
 class Method(NamedTuple):
@@ -82,12 +89,17 @@ class Loss:
       evaluate: (params, **which) -> Evaluation, with `which` of the keywords of a call.
       part: the same of a part of the examples, where the caller averages over all parts what comes
         of the step; None where there is one part. See `linear` of a call.
+      compare: (pytree, pytree) -> their cosine, where the caller wants cosines in the Report; None
+        where not. Either may be of a part.
     """
 
     def __init__(
-        self, evaluate: Callable[..., Evaluation], part: Callable[..., Evaluation] | None = None
+        self,
+        evaluate: Callable[..., Evaluation],
+        part: Callable[..., Evaluation] | None = None,
+        compare: Callable[[Any, Any], Float[Array, '']] | None = None,
     ) -> None:
-        self.evaluate, self.part, self.taken = evaluate, part, 0
+        self.evaluate, self.part, self.compare, self.taken = evaluate, part, compare, 0
 
     def __call__(self, params: Any, linear: bool = False, **which) -> Evaluation:
         """Evaluates the loss.
@@ -119,9 +131,27 @@ class Loss:
     def moved(
         self, params: Any, eps: Any, clean: Evaluation, sign: float = 1.0, **which
     ) -> Evaluation:
-        """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit."""
+        """Evaluates at params + sign eps; the gradient where eps = 0 is `clean`'s, bit for bit.
+
+        Where the caller compares, the `cosines` are those of the clean gradient with eps ('ascent')
+        and with the gradient there ('perturbed').
+        """
         there = self(move(params, eps, sign), **which)
-        return there._replace(grads=unless_still(eps, there.grads, clean))
+        grads, cosines = unless_still(eps, there.grads, clean), {}
+        if self.compare is not None:
+            cosines = {
+                'ascent': self.compare(clean.grads, eps),
+                'perturbed': self.compare(clean.grads, grads),
+            }
+        return there._replace(grads=grads, cosines=cosines)
+
+    def compared(self, report: Report, grads: Any) -> Report:
+        """Adds the cosines of what moved, and of the gradient there with the result ('descent')."""
+        there = report.perturbed
+        if self.compare is None or not there.cosines:
+            return report
+        told = {**there.cosines, 'descent': self.compare(there.grads, grads)}
+        return report._replace(cosines=told)
 
     def hessian_product(self, params: Any, vector: Any) -> Any:
         """The Hessian of the climbed loss times a vector, forward over reverse: two gradients."""
@@ -140,11 +170,11 @@ class Loss:
                 return clean
             return self.evaluate(at, **which)
 
-        return Loss(evaluate, self.part)
+        return Loss(evaluate, self.part, self.compare)
 
     def uncounted(self) -> 'Loss':
         """The same loss, of which nothing has been asked yet."""
-        return Loss(self.evaluate, self.part)
+        return Loss(self.evaluate, self.part, self.compare)
 
 
 class Now:
@@ -213,9 +243,12 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
         def go():
             own = loss.uncounted()
             grads, state, report = step(own)
+            cosines = own.compared(report, grads).cosines
+            if own.compare is not None and not cosines:  # both ways tell as much
+                cosines = dict.fromkeys(COSINES, jnp.ones((), float))
             # A gradient and what a network keeps would be copied out of the branch for nothing.
-            seen = report.perturbed._replace(grads=(), aux=())
-            return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken))
+            seen = report.perturbed._replace(grads=(), aux=(), cosines={})
+            return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken), cosines)
 
         return go
 

@@ -77,6 +77,17 @@ def lp_norm(tree: Any, p: float = 2.0) -> Float[Array, '']:
     ) ** (1.0 / p)
 
 
+def cosine(a: Any, b: Any) -> Float[Array, '']:
+    """Returns <a, b> / (|a| |b|) of two pytrees of one structure, a scalar; 0 where one is 0."""
+
+    def unit(tree):
+        norm = lp_norm(tree)
+        scale = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
+        return [promote(x) * scale.astype(promote(x).dtype) for x in jax.tree.leaves(tree)]
+
+    return sum((jnp.sum(x * y) for x, y in zip(unit(a), unit(b))), jnp.zeros(()))
+
+
 def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     """Returns (factor, 2-norm of the factor times the tree).
 
