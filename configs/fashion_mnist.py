@@ -21,9 +21,10 @@ with twice the epochs. Left open: rho, learning rate and weight decay are those 
 not searched for this size.
 
 Arguments: model (wrn28_10, shake_shake_26_2x96d; small: wrn10_1), augment (a recipe), method (sam,
-sgd), rho (default that of Table 7), doubled (twice the epochs, as for the paper's baseline), noise
-(fraction of training labels drawn anew), fraction (of the training set, of each class alike),
-small, seed, smoke.
+sgd, any of sam_jax.sharpness.METHODS), rho (default that of Table 7), epochs (default 200; small:
+10), doubled (twice the epochs, as for the paper's baseline), noise (fraction of training labels
+drawn anew), mixup (alpha; 0 for none), fraction (of the training set, of each class alike), small,
+seed, smoke. A campaign of small runs: docs/howto/fashion_mnist.md.
 """
 
 from configs import common
@@ -35,11 +36,14 @@ SMALL, SMALL_EPOCHS = {'wrn10_1': (0.1, 5e-4, 0.05)}, 10
 
 
 def get_config(arg=''):
-    arg = common.parse_arg(arg, **common.TABLE_7, noise=0.0, fraction=1.0, small=False)
-    rows = (SMALL, SMALL_EPOCHS) if arg.small else (TABLE_7, EPOCHS)
-    c = common.table_7(arg, DATASET, *rows)
+    arg = common.parse_arg(
+        arg, **common.TABLE_7, noise=0.0, mixup=0.0, fraction=1.0, epochs=0, small=False
+    )
+    table, epochs = (SMALL, SMALL_EPOCHS) if arg.small else (TABLE_7, EPOCHS)
+    c = common.table_7(arg, DATASET, table, arg.epochs or epochs)
     if arg.small:
         c.batch_size, c.replica_batch_size = 128, 32
     c.data.label_noise, c.data.fraction = arg.noise, arg.fraction
+    c.data.mixup_alpha = arg.mixup
     c.data.label_noise_seed = c.data.fraction_seed = arg.seed
     return common.finish(c, arg)

@@ -44,6 +44,7 @@ ARGUMENTS = {
             'data.fraction': 0.1,
             'data.fraction_seed': 3,
         },
+        'small,epochs=3,doubled,mixup=8': {'total_epochs': 6, 'data.mixup_alpha': 8.0},
         'small,rho=0.1': {'model.name': 'wrn10_1', 'sam.rho': 0.1, 'replica_batch_size': 32},
     },
     'imagenet': {

@@ -305,3 +305,27 @@ def test_a_sweep_compiles_once(tmp_path):
         )
         contents.append({p.name for p in (tmp_path / 'cache').glob('*-cache')})
     assert contents[0] and contents[0] == contents[1]
+
+
+BUDGETS = """
+from sam_jax import sharpness
+from sam_jax.benchmarks import methods
+
+assert methods.epochs_of('sgd', 20, 'gradients') == 40
+assert methods.epochs_of('second_order_sam', 20, 'gradients') == 10
+assert methods.epochs_of('second_order_sam', 1000, 'epochs') == 1000
+for name in sharpness.METHODS:
+    epochs = methods.epochs_of(name, 1000, 'gradients')
+    assert abs(epochs * methods.gradients_a_step(name) / 2000 - 1) < 0.01, name
+task = 'fashion_mnist:small,fraction=0.1,noise=0.4'
+told = methods.make_run('gsam', 0.1, 3, 'runs', 7, task).config
+assert (told.total_epochs, told.data.fraction, told.sam.method) == (7, 0.1, 'gsam')
+"""
+
+
+def test_a_budget_of_gradients():
+    """Each method takes the gradients of SAM's epochs; in a process, since commands share flags."""
+    done = subprocess.run(
+        [sys.executable, '-c', BUDGETS], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,18 +1,20 @@
 """All methods on one small task: the table in docs/methods.
 
     python -m sam_jax.benchmarks.methods --workdir=runs/methods --parallel=2 [--methods=sam,gsam]
+        [--task=fashion_mnist:small,fraction=0.1,noise=0.4] [--budget=gradients]
 
-Each method is trained on the digits with 40 % label noise, with three to five values of rho and
-seed 0; while the best is at an end of them, one more is tried beyond it, up to eight. The best,
-with the lowest error on the validation split (the last tenth of the training set, its true labels;
-of equals the smallest value), is trained with the seeds 1 to 4 as well. The runs are those of a
-sweep: the same command goes on where it was stopped.
+Each method is trained on a task, the digits with 40 % label noise, with three to five values of
+rho and seed 0; while the best is at an end of them, one more is tried beyond it, up to eight. The
+best, with the lowest error on the validation split (the last tenth of the training set, its true
+labels; of equals the smallest value), is trained with the seeds 1 to 4 as well. The runs are those
+of a sweep: the same command goes on where it was stopped.
 
 Prints errors on the test split with the 95 % t-interval of the mean, the largest eigenvalue of the
 Hessian of the training loss (median over seeds; of 300 examples with the labels trained on) and the
 gradients a step. What a step takes: `python -m sam_jax.benchmarks.step --methods=...`.
 
-A WideResNet-10-1, 20 epochs of batches of 64 examples in one group: m = 64.
+The digits: a WideResNet-10-1, batches of 64 examples in one group, m = 64. All methods train for
+20 epochs, or, with --budget=gradients, for as many as take the gradients of 20 epochs of SAM.
 """
 
 import statistics
@@ -29,7 +31,16 @@ from sam_jax.experiments.results import TEST, VALIDATION, interval, mean_and_int
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/methods', 'Folder of the runs.')
 _METHODS = flags.DEFINE_list('methods', list(sharpness.METHODS), 'Which.')
 _PARALLEL = flags.DEFINE_integer('parallel', 0, 'Runs at once; 0: as many as GPUs, or one.', 0)
-_EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run.', 1)
+_EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run, see --budget.', 1)
+_TASK = flags.DEFINE_string(
+    'task', 'digits:noise=0.4', 'Config of the runs; it takes the arguments method and seed.'
+)
+_BUDGET = flags.DEFINE_enum(
+    'budget',
+    'epochs',
+    ['epochs', 'gradients'],
+    'What is the same for all methods: epochs, or the gradients of so many epochs of SAM.',
+)
 
 SEARCH_SEED = 0
 SEEDS = range(5)
@@ -60,13 +71,34 @@ GRIDS = {
 # Frob-SAM lam is the weight; its rho is only where the probes lie.
 SETTINGS = {'bsam': {'optimizer.learning_rate': 0.5}, 'frob_sam': {'sam.rho': 0.005}}
 
+# Gradients a step of methods that decide while they train.
+EXPECTED = {'late_phase_sam': 1.1, 'rst': 1.5, 'ae_sam': 1.5, 'ae_looksam': 1.5}
+
 
 def start_of(method: str) -> tuple[str, tuple[float, ...]]:
     """Returns (key, values) with which the search for a method starts."""
     return GRIDS.get(method, ('sam.rho', (0.5, 1.0, 2.0)))
 
 
-def make_run(method: str, value: float, seed: int, workdir: str, epochs: int) -> grid.Run:
+def gradients_a_step(method: str) -> float:
+    """Returns the mean number of gradients in a step of a method with its default options.
+
+    Of those that decide while they train it is what is expected of them.
+    """
+    if method in EXPECTED:
+        return EXPECTED[method]
+    steps, options = 1000, sharpness.options(method)
+    return statistics.mean(sharpness.gradients(method, step, **options) for step in range(steps))
+
+
+def epochs_of(method: str, epochs: int, budget: str) -> int:
+    """Returns how long a method trains: 'epochs', or as many as cost what SAM's cost."""
+    return epochs if budget == 'epochs' else max(1, round(2 * epochs / gradients_a_step(method)))
+
+
+def make_run(
+    method: str, value: float, seed: int, workdir: str, epochs: int, task: str
+) -> grid.Run:
     """Returns the run of a method with a value of the key that is searched."""
     overrides = {
         'data.validation': True,
@@ -77,10 +109,7 @@ def make_run(method: str, value: float, seed: int, workdir: str, epochs: int) ->
         **SETTINGS.get(method, {}),
     }
     (run,) = grid.make_runs(
-        'digits:noise=0.4',
-        [{':method': method, start_of(method)[0]: value, ':seed': seed}],
-        overrides,
-        workdir,
+        task, [{':method': method, start_of(method)[0]: value, ':seed': seed}], overrides, workdir
     )
     return run
 
@@ -116,10 +145,10 @@ def _beyond(end, neighbour):
 class Method:
     """The runs of a method: those of the search, then those of the other seeds."""
 
-    def __init__(self, name, workdir, epochs):
+    def __init__(self, name, workdir, epochs, task):
         self.name = name
         self.key, self._start = start_of(name)
-        self._run = lambda value, seed: make_run(name, value, seed, workdir, epochs)
+        self._run = lambda value, seed: make_run(name, value, seed, workdir, epochs, task)
         self._errors = {}
 
     def next_runs(self) -> list[grid.Run]:
@@ -156,7 +185,10 @@ def main() -> None:
             raise UserError(
                 f'--methods has {name!r}; it must be some of {", ".join(sharpness.METHODS)}.'
             )
-    methods = [Method(name, _WORKDIR.value, _EPOCHS.value) for name in _METHODS.value]
+    methods = [
+        Method(name, _WORKDIR.value, epochs_of(name, _EPOCHS.value, _BUDGET.value), _TASK.value)
+        for name in _METHODS.value
+    ]
     while runs := [run for method in methods for run in method.next_runs()]:
         statuses = engines.execute(engines.Local(_PARALLEL.value, retries=1), runs)
         bad = [
