@@ -60,7 +60,10 @@ def _without_times(x):
     return {name: value for name, value in x.items() if not name.startswith(times)}
 
 
-@pytest.mark.parametrize('devices,replicas_per_group', [(1, 1), (4, 1), (4, 4), (8, 2)])
+@pytest.mark.parametrize(
+    'devices,replicas_per_group',
+    [(1, 1), (8, 2), *(pytest.param(4, n, marks=pytest.mark.slow) for n in (1, 4))],
+)
 def test_a_run_is_the_same_bit_for_bit(devices, replicas_per_group):
     """Steps, moving average, evaluations, and the analysis between epochs."""
     (state, result, metrics), (other, *rest) = (
@@ -196,7 +199,7 @@ with mock.patch.object(models, 'from_config', backends_test._small):
 @pytest.mark.parametrize(
     'method,replicas_per_group',
     [
-        ('sam', 2),
+        pytest.param('sam', 2, marks=pytest.mark.slow),
         pytest.param('sam', 1, marks=pytest.mark.slow),
         pytest.param('sam', 4, marks=pytest.mark.slow),
         pytest.param('ae_looksam', 2, marks=pytest.mark.slow),

@@ -441,9 +441,10 @@ def _run_python_of(page, capsys):
 
 
 def test_readme_s_python_runs(capsys):
-    """The drop-in trains."""
-    _, (printed,) = _run_python_of('README.md', capsys)
+    """The drop-in trains, a published network predicts."""
+    names, (printed,) = _run_python_of('README.md', capsys)
     assert float(printed) < 1e-3
+    assert names['probabilities'].shape == (1, 10)
 
 
 def test_the_guide_s_python_runs(capsys):

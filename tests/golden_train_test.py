@@ -206,7 +206,9 @@ def test_original_float64_replicas_on_one_device(name, loop, x64):
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(n, marks=pytest.mark.slow) if 'ls0.1' in n or SLOW.search(n) else n
+        pytest.param(n, marks=pytest.mark.slow)
+        if 'ls0.1' in n or 'sync' in n or SLOW.search(n)
+        else n
         for n in FLOAT32
     ],
 )

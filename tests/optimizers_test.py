@@ -399,7 +399,7 @@ def test_devices_do_not_matter(name, x64, tiny_model, tmp_path):
     config = small_config(**RUN, optimizer__name=name, model__dtype='float64', total_epochs=1)
     one, four = (_run(config, tmp_path / str(n), n) for n in (1, 4))
     # The sign of a number that is 0 but for rounding is Lion's step.
-    assert relative_distance(four.params, one.params) < (1e-3 if name == 'lion' else 1e-8)
+    assert relative_distance(four.params, one.params) < (1e-2 if name == 'lion' else 1e-8)
 
 
 @pytest.mark.parametrize('name', optimizers.DECOUPLED)

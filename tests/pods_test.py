@@ -283,6 +283,7 @@ def _arrays(workdir):
     return {name: x for name, x in state.items() if name.startswith(('params.', 'batch_stats.'))}
 
 
+@pytest.mark.slow
 def test_processes_end_and_others_go_on(tmp_path):
     """2 processes asked to stop, then 1 that finishes: as 1 alone."""
     _Launched(1, tmp_path / 'alone').ends(0, 'Finished.')

@@ -445,8 +445,6 @@ def test_what_is_measured_is_a_step_on_random_images_and_labels():
         and (drawn.sum(-1) == 1).all()
         and np.unique(drawn.argmax(-1)).size > 1
     )
-    found = measured.of_train_step(experiment.train_step, experiment)
-    assert found['measured_seconds'] > 0 and found['measured_spread'] >= 0
 
 
 @pytest.mark.parametrize(

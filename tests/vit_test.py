@@ -499,6 +499,7 @@ def _config(**overrides):
     return c
 
 
+@pytest.mark.slow
 def test_run_on_one_and_four_devices(x64, tmp_path):
     states = []
     for n in (1, 4):
@@ -507,6 +508,7 @@ def test_run_on_one_and_four_devices(x64, tmp_path):
     assert relative_distance(states[1].params, states[0].params) < 1e-9
 
 
+@pytest.mark.slow
 def test_run_goes_on_bit_for_bit(tmp_path):
     """As if it had not been interrupted in its second epoch; with a moving average."""
     config, devices = _config(ema__decay=0.9), jax.devices()[:2]
