@@ -175,6 +175,11 @@ def free_memory(devices: Sequence[Device]) -> tuple[float, int]:
     return free_host_memory(), len(local)
 
 
+def peak_memory(device: Device) -> int:
+    """Returns the most bytes that a device ever held in this process; 0 where it does not tell."""
+    return (device.memory_stats() or {}).get('peak_bytes_in_use', 0)
+
+
 def free_host_memory() -> float:
     """Returns the free bytes of this machine; infinite where it does not tell."""
     try:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
+from sam_jax import data, replicas, train_state, train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(__file__).resolve().parent / 'golden'
@@ -59,6 +61,45 @@ def relative_distance(a, b):
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(t))]) for t in (a, b)
     )
     return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def at_step(step, action):
+    """Calls action when the loop asks for the batch of a step of a resident dataset."""
+    real = data.ResidentDataset.train_feed
+
+    def feed(self, seed, current, layout):
+        if current == step:
+            action()
+        return real(self, seed, current, layout)
+
+    return mock.patch.object(data.ResidentDataset, 'train_feed', feed)
+
+
+def assert_sam_lowers_the_loss(model, steps):
+    """So many steps on one batch of digits, two replicas that ascend each on its own."""
+    config = small_config(
+        batch_size=32,
+        replica_batch_size=16,
+        log_every_steps=1,
+        sam__rho=0.05,
+        optimizer__learning_rate=0.02,
+        optimizer__schedule='constant',
+    )
+    dataset = data.load_dataset(config.data)
+    layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
+    step = train_step.make_train_step(model, config, layout, dataset)
+    state = layout.replicate(train_state.create_train_state(config, model, dataset.image_shape))
+    arguments = (
+        layout.shard(dataset.train_feed(0, 0, layout)),
+        layout.replicate(dataset.device_arrays(dataset.train)),
+        layout.replicate(train_state.HParams.from_config(config)),
+    )
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, *arguments)
+        np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-3)
+        losses.append(float(metrics['train/loss']))
+    assert np.mean(losses[-3:]) < 0.9 * losses[0], losses
 
 
 class Net(nn.Module):

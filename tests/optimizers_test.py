@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
-from helpers import Net, assert_trees_equal, relative_distance, small_config
+from helpers import Net, assert_trees_equal, at_step, relative_distance, small_config
 from optax import contrib
 
 from configs import common
-from sam_jax import data, losses, models, optimizers, schedules, settings, sharpness, train
+from sam_jax import losses, models, optimizers, schedules, settings, sharpness, train
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
@@ -413,17 +413,7 @@ def test_resume_is_exact(name, tiny_model, tmp_path):
         checkpoint__every_epochs=1,
     )
     whole = _run(config, tmp_path / 'whole')
-    real = data.ResidentDataset.train_feed
-
-    def interrupted(self, seed, step, layout):
-        if step == 30:
-            raise KeyboardInterrupt
-        return real(self, seed, step, layout)
-
-    with (
-        mock.patch.object(data.ResidentDataset, 'train_feed', interrupted),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with at_step(30, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         _run(config, tmp_path / 'halves')
     assert_trees_equal(_run(config, tmp_path / 'halves'), whole)
 

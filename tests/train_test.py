@@ -16,7 +16,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, lean_environment, small_config
+from helpers import (
+    QUICK_TO_COMPILE,
+    ROOT,
+    Net,
+    assert_trees_equal,
+    at_step,
+    lean_environment,
+    small_config,
+)
 
 from sam_jax import data, models, step_log, train, train_step
 from sam_jax.data import pictures
@@ -46,18 +54,6 @@ def _metrics(workdir):
 
 def _run(config, workdir, devices=1):
     return train.train_and_evaluate(config, str(workdir), jax.devices()[:devices])
-
-
-def _at_step(step, action):
-    """Calls action when the loop asks for the batch of a step."""
-    real = data.ResidentDataset.train_feed
-
-    def feed(self, seed, current, layout):
-        if current == step:
-            action()
-        return real(self, seed, current, layout)
-
-    return mock.patch.object(data.ResidentDataset, 'train_feed', feed)
 
 
 def test_what_a_run_leaves_behind(tmp_path):
@@ -177,11 +173,11 @@ def test_resume_is_exact(name, tmp_path):
     config = small_config(log_every_steps=8, checkpoint__every_epochs=1, **VARIANTS[name])
     undisturbed = _run(config, tmp_path / 'a')
     with (
-        _at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)),
         pytest.raises(train.Preempted, match='SIGTERM at step 13 of 40'),
     ):
         _run(config, tmp_path / 'b')
-    with _at_step(27, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
+    with at_step(27, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         _run(config, tmp_path / 'b')
     resumed = _run(config, tmp_path / 'b')
     assert_trees_equal(resumed, undisturbed)
@@ -191,7 +187,7 @@ def test_resume_is_exact(name, tmp_path):
 def test_resume_on_other_devices(tmp_path):
     config = small_config(replica_batch_size=16, checkpoint__every_epochs=1)
     reference = _run(config, tmp_path / 'a', devices=1)
-    with _at_step(25, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
+    with at_step(25, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         _run(config, tmp_path / 'b', devices=1)
     resumed = _run(config, tmp_path / 'b', devices=4)
     jax.tree.map(
@@ -224,7 +220,7 @@ def test_one_compilation_in_a_run_and_one_after_a_resume(tmp_path):
 
     with mock.patch.object(train_step, 'make_train_step', counting):
         with (
-            _at_step(25, mock.Mock(side_effect=KeyboardInterrupt)),
+            at_step(25, mock.Mock(side_effect=KeyboardInterrupt)),
             pytest.raises(KeyboardInterrupt),
         ):
             _run(config, tmp_path, devices=2)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from helpers import assert_trees_equal, relative_distance, small_config
+from helpers import assert_sam_lowers_the_loss, assert_trees_equal, at_step, relative_distance
 from reference import images, shapes
 
 from configs import common, digits
-from sam_jax import data, memory, models, replicas, train, train_state, train_step
+from sam_jax import memory, models, train
 from sam_jax.errors import UserError
 from sam_jax.models import formats, pretrained, vit, vit_files
 from sam_jax.sharpness import ascent, mask
@@ -255,30 +255,7 @@ def test_masks_know_its_norms_and_biases():
 
 def test_sam_lowers_the_loss_on_two_devices():
     """As `zoo_test` has it for networks with BatchNorm."""
-    config = small_config(
-        batch_size=32,
-        replica_batch_size=16,
-        log_every_steps=1,
-        sam__rho=0.05,
-        optimizer__learning_rate=0.02,
-        optimizer__schedule='constant',
-    )
-    dataset = data.load_dataset(config.data)
-    layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
-    model = tiny()
-    step = train_step.make_train_step(model, config, layout, dataset)
-    state = layout.replicate(train_state.create_train_state(config, model, dataset.image_shape))
-    arguments = (
-        layout.shard(dataset.train_feed(0, 0, layout)),
-        layout.replicate(dataset.device_arrays(dataset.train)),
-        layout.replicate(train_state.HParams.from_config(config)),
-    )
-    losses = []
-    for _ in range(20):
-        state, metrics = step(state, *arguments)
-        np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-3)
-        losses.append(float(metrics['train/loss']))
-    assert np.mean(losses[-3:]) < 0.9 * losses[0], losses
+    assert_sam_lowers_the_loss(tiny(), steps=20)
 
 
 # Files
@@ -513,17 +490,7 @@ def test_run_goes_on_bit_for_bit(tmp_path):
     """As if it had not been interrupted in its second epoch; with a moving average."""
     config, devices = _config(ema__decay=0.9), jax.devices()[:2]
     whole = train.train_and_evaluate(config, str(tmp_path / 'whole'), devices)
-    real = data.ResidentDataset.train_feed
-
-    def interrupted(self, seed, step, layout):
-        if step == 30:
-            raise KeyboardInterrupt
-        return real(self, seed, step, layout)
-
-    with (
-        mock.patch.object(data.ResidentDataset, 'train_feed', interrupted),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with at_step(30, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         train.train_and_evaluate(config, str(tmp_path / 'halves'), devices)
     again = train.train_and_evaluate(config, str(tmp_path / 'halves'), devices)
     assert_trees_equal(again, whole)

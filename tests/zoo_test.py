@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_trees_equal, golden, relative_distance, small_config
+from helpers import (
+    assert_sam_lowers_the_loss,
+    assert_trees_equal,
+    golden,
+    relative_distance,
+    small_config,
+)
 from reference import golden_shapes, images, recipe_variables, shapes, to_reference
 
 from sam_jax import data, gradients, models, replicas, rngs, train_state, train_step
@@ -486,31 +492,7 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
     ],
 )
 def test_sam_lowers_the_loss_on_two_devices(name):
-    """Ten steps on one batch of digits, two replicas that ascend each on its own."""
-    config = small_config(
-        batch_size=32,
-        replica_batch_size=16,
-        log_every_steps=1,
-        sam__rho=0.05,
-        optimizer__learning_rate=0.02,
-        optimizer__schedule='constant',
-    )
-    dataset = data.load_dataset(config.data)
-    layout, _ = replicas.make_layout(32, 16, 1, devices=jax.devices()[:2])
-    model = tiny(name)
-    step = train_step.make_train_step(model, config, layout, dataset)
-    state = layout.replicate(train_state.create_train_state(config, model, dataset.image_shape))
-    arguments = (
-        layout.shard(dataset.train_feed(0, 0, layout)),
-        layout.replicate(dataset.device_arrays(dataset.train)),
-        layout.replicate(train_state.HParams.from_config(config)),
-    )
-    losses = []
-    for _ in range(10):
-        state, metrics = step(state, *arguments)
-        np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-3)
-        losses.append(float(metrics['train/loss']))
-    assert np.mean(losses[-3:]) < 0.9 * losses[0], losses
+    assert_sam_lowers_the_loss(tiny(name), steps=10)
 
 
 # By default methods_in_training_test.py looks at which gradient a model is asked for.

@@ -43,7 +43,16 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from sam_jax import convolutions, gradients, settings, tables, train, train_state, train_step
+from sam_jax import (
+    convolutions,
+    gradients,
+    replicas,
+    settings,
+    tables,
+    train,
+    train_state,
+    train_step,
+)
 from sam_jax.experiment import Experiment
 from sam_jax.settings import schema
 from sam_jax.targets import hardware, operations
@@ -353,9 +362,8 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     if chip:
         peak = chip.peak(config.model.dtype)
         figures['sam_mfu'] = steppers['sam'].flops / times['sam'] / peak
-    memory = device.memory_stats() or {}
-    if 'peak_bytes_in_use' in memory:
-        figures['peak_memory_gib'] = memory['peak_bytes_in_use'] / 2**30
+    if peak_memory := replicas.peak_memory(device):
+        figures['peak_memory_gib'] = peak_memory / 2**30
     del steppers
     if _REPLICAS.value:
         figures.update(_of_replicas(config, _REPLICAS.value, rounds))

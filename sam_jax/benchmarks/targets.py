@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags
 
-from sam_jax import memory, settings, tables
+from sam_jax import memory, run_log, settings, tables
 from sam_jax.targets import facts, programs
 from sam_jax.targets import hardware as targets
 
@@ -111,12 +111,8 @@ def estimate(row: Row) -> None:
         settings.override(config, key, str(value))
     experiment = programs.experiment_for(config, jax.devices())
     needed = memory.needs(experiment)
-    with open(row.file, 'w') as file:
-        json.dump(
-            {'config': json.loads(config.to_json_best_effort()), 'estimate': needed.as_json()},
-            file,
-            indent=2,
-        )
+    found = {'config': json.loads(config.to_json_best_effort()), 'estimate': needed.as_json()}
+    run_log.write_json(row.file, found)
 
 
 def make(row: Row, minutes: float) -> None:
@@ -138,25 +134,17 @@ def make(row: Row, minutes: float) -> None:
     except subprocess.TimeoutExpired:
         failed = f'not compiled in {minutes:g} minutes'
     if failed:
-        known = read(row)  # first of all: opening the file to write empties it
-        with open(row.file, 'w') as file:
-            json.dump({**known, 'failed': failed}, file, indent=2)
+        run_log.write_json(row.file, {**read(row), 'failed': failed})
 
 
 def read(row: Row) -> dict[str, Any]:
     """Returns what the file of a row holds, {} where there is none."""
-    if not os.path.exists(row.file):
-        return {}
-    with open(row.file) as file:
-        return json.load(file)
+    return run_log.read_json(row.file) or {}
 
 
 def device(hardware: str) -> targets.Chip:
     """Returns a device of the hardware; no compiler is asked how many a chip has."""
-    _, kind, _ = HARDWARE[hardware][0].split(':')
-    chip = (targets.GPUS | targets.TPUS)[kind]
-    # Each of the two cores of a v3 chip is a device.
-    return chip.part(1 / 2) if kind == 'v3' else chip
+    return targets.device(HARDWARE[hardware][0].split(':')[1])
 
 
 def cell(found: dict[str, Any], estimate: float, memory: float) -> str:

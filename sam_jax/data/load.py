@@ -52,8 +52,7 @@ def _resident(settings, source):
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)
-    if settings.fraction < 1:
-        train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
+    train = _fraction(train, settings)
     relabel = labels.create(settings, settings.name, len(train), source.num_classes)
     true = train
     if relabel is not labels.unchanged:
@@ -83,8 +82,7 @@ def _streaming(settings, stream):
     evals = {'test': test}
     if settings.validation:
         train, evals['validation'] = _held_out(train)
-    if settings.fraction < 1:
-        train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
+    train = _fraction(train, settings)
     relabel = labels.create(settings, settings.name, len(train), num_classes)
     if relabel is not labels.unchanged:
         evals['train_true_labels'] = train
@@ -109,6 +107,13 @@ def _held_out(train, size=0):
     # As the paper's code: the last `size` examples, or the last tenth, but not of none.
     cut = len(train) - (size or max(1, len(train) // 10))
     return train.part(slice(None, cut)), train.part(slice(cut, None))
+
+
+def _fraction(train, settings):
+    """The part of the training set that `data.fraction` asks for; labels are read only then."""
+    if settings.fraction < 1:
+        train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
+    return train
 
 
 def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

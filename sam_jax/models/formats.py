@@ -257,7 +257,7 @@ TIMM = Format(
     layout=_timm_layout,
 )
 
-TIMM_VIT = Format(
+TIMM_VIT = TIMM._replace(
     modules={
         ViT: {
             'embedding': 'patch_embed.proj',
@@ -271,13 +271,10 @@ TIMM_VIT = Format(
             'head': 'head',
         }
     },
-    leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
-    separator='.',
-    layout=_timm_layout,
     arrange=vit_files.of_timm,
 )
 
-TRANSFORMERS_VIT = Format(
+TRANSFORMERS_VIT = TIMM._replace(
     modules={
         ViT: {
             'embedding': 'vit.embeddings.patch_embeddings.projection',
@@ -293,9 +290,6 @@ TRANSFORMERS_VIT = Format(
             'head': 'classifier',
         }
     },
-    leaf=lambda leaf, module: _TIMM_LEAVES.get(leaf, leaf),
-    separator='.',
-    layout=_timm_layout,
     arrange=vit_files.of_transformers,
 )
 

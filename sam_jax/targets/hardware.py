@@ -62,17 +62,13 @@ GPUS = {
     'h200': Chip(989e12, 494.5e12, 4800e9, 150754820096, 1.98e9),
 }
 
-# What JAX calls a device, and the share of the chip that it is.
-DEVICE_KINDS = {
-    'TPU v3': (TPUS['v3'], 0.5),
-    'TPU v4': (TPUS['v4'], 1.0),
-    'TPU v5 lite': (TPUS['v5e'], 1.0),
-    'TPU v5': (TPUS['v5p'], 1.0),
-    'TPU v6 lite': (TPUS['v6e'], 1.0),
-    'NVIDIA A100-SXM4-40GB': (GPUS['a100-40'], 1.0),
-    'NVIDIA A100-SXM4-80GB': (GPUS['a100-80'], 1.0),
-    'NVIDIA H100 80GB HBM3': (GPUS['h100'], 1.0),
-    'NVIDIA H200': (GPUS['h200'], 1.0),
+# What JAX calls the devices of a TPU; those of a GPU have the names of GPU_FACTS.
+TPU_NAMES = {
+    'TPU v3': 'v3',
+    'TPU v4': 'v4',
+    'TPU v5 lite': 'v5e',
+    'TPU v5': 'v5p',
+    'TPU v6 lite': 'v6e',
 }
 
 # What the compiler wants to know of a GPU that it cannot ask, besides the above.
@@ -151,8 +147,8 @@ def target(name: str) -> Target:
     if not match or match[2] not in chips and not match[4]:
         raise UserError(
             f'--target is {name!r}; it must be {HERE}, tpu:KIND:SHAPE, gpu:KIND:NUMBER or '
-            'cpu:NUMBER, with '
-            f'one of the kinds {", ".join((*TPUS, *GPUS))}, such as tpu:v5e:2x4 or gpu:h100:8.'
+            f'cpu:NUMBER, with one of the kinds {", ".join((*TPUS, *GPUS))}, such as tpu:v5e:2x4 '
+            'or gpu:h100:8.'
         )
     platform, kind, shape, cpus = match.groups()
     if cpus:
@@ -186,10 +182,14 @@ def _of_kind(devices):
 
 def known(device_kind: str) -> Chip | None:
     """Returns what is known of the devices that JAX calls so, or None."""
-    if device_kind not in DEVICE_KINDS:
-        return None
-    chip, share = DEVICE_KINDS[device_kind]
-    return chip.part(share)
+    gpus = {called: kind for kind, (called, _) in GPU_FACTS.items()}
+    kind = {**TPU_NAMES, **gpus}.get(device_kind)
+    return device(kind) if kind else None
+
+
+def device(kind: str) -> Chip:
+    """Returns what JAX has for a device of a kind of chip: of a v3 each of its two cores."""
+    return TPUS['v3'].part(1 / 2) if kind == 'v3' else {**TPUS, **GPUS}[kind]
 
 
 def _topology(platform, kind, shape):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam_jax import train_step
+from sam_jax import replicas, train_step
 from sam_jax.experiment import Experiment
 from sam_jax.train_state import HParams
 
@@ -32,22 +32,16 @@ def arguments(experiment: Experiment) -> tuple[Any, ...]:
 def _random(rng, arrays, classes):
     """The same arrays, of pixels and labels with random content: of zeros a chip is faster."""
 
-    def content(x):
-        if x.dtype == np.uint8:
+    def drawn(name, x):
+        if name in ('images', 'pixels'):
             return rng.integers(0, 256, x.shape, np.uint8)
-        return rng.integers(0, classes, x.shape, x.dtype)
-
-    def distributions(x):
+        if name != 'label':
+            return x
+        if np.issubdtype(x.dtype, np.integer):
+            return rng.integers(0, classes, x.shape, x.dtype)
         return np.eye(classes, dtype=x.dtype)[rng.integers(0, classes, x.shape[:-1])]
 
-    return {
-        name: x
-        if name not in ('images', 'pixels', 'label')
-        else distributions(x)
-        if np.issubdtype(x.dtype, np.floating)
-        else content(x)
-        for name, x in arrays.items()
-    }
+    return {name: drawn(name, x) for name, x in arrays.items()}
 
 
 def of_train_step(compiled: Any, experiment: Experiment) -> dict[str, float]:
@@ -75,9 +69,8 @@ def of_train_step(compiled: Any, experiment: Experiment) -> dict[str, float]:
     steps = max(1, round(ROUND_SECONDS / run(3)))
     times = [run(steps) for _ in range(ROUNDS)]
     middle = statistics.median(times)
-    memory = experiment.layout.devices[0].memory_stats() or {}
     return {
         'measured_seconds': middle,
         'measured_spread': (max(times) - min(times)) / middle,
-        'measured_memory': memory.get('peak_bytes_in_use', 0),
+        'measured_memory': replicas.peak_memory(experiment.layout.devices[0]),
     }

@@ -60,10 +60,11 @@ def load(
         such weights in it.
     """
     folder = os.path.expanduser(os.fspath(path))
-    if 'weights' in read_json(folder, 'config.json'):
+    described = read_json(folder, 'config.json')
+    if 'weights' in described:
         if epoch is not None:
             raise UserError(f'epoch is {epoch}; {folder!r} holds weights of one epoch alone.')
-        return _published(folder, ema, devices)
+        return _published(folder, described, ema, devices)
     here = devices or jax.local_devices()
     experiment = Experiment.of_any_size(settings.of_run(folder), here[:1], to_train=False)
     return of_experiment(experiment, folder, epoch, ema, devices)
@@ -202,9 +203,9 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _published(folder, ema, devices):
+def _published(folder, described, ema, devices):
+    """Of a folder with this content of its config.json."""
     path = os.path.join(folder, 'config.json')
-    described = read_json(folder, 'config.json')
     weights, classes = described['weights'], described.get('classes')
     if not (
         isinstance(weights, dict)
