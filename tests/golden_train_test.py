@@ -207,7 +207,7 @@ def test_original_float64_replicas_on_one_device(name, loop, x64):
     'name',
     [
         pytest.param(n, marks=pytest.mark.slow)
-        if 'ls0.1' in n or 'sync' in n or SLOW.search(n)
+        if re.search('ls0.1|sync|dev1', n) or SLOW.search(n)
         else n
         for n in FLOAT32
     ],

@@ -18,14 +18,14 @@ ROWS = [
     ('cifar', ''),
     ('fashion_mnist', 'augment=cutout'),
     ('fashion_mnist', 'small,noise=0.4'),
-    ('label_noise', 'noise=0.4,mixup=8,validation'),
     ('ablations', 'figure=landscape,method=sgd'),
     ('ablations', 'figure=m,m=1'),
-    ('ablations', 'figure=order'),
     ('imagenet', 'model=vit-s16,method=gsam'),
 ]
 # Longer to compile, of parts that other tests have as well.
 SLOW_ROWS = [
+    ('label_noise', 'noise=0.4,mixup=8,validation'),
+    ('ablations', 'figure=order'),
     ('cifar', 'model=shake_shake_26_2x96d,augment=autoaugment,dataset=cifar100'),
     ('cifar', 'model=pyramidnet272,augment=cutout'),
     ('cifar', 'model=pyramidnet272_shakedrop,method=sgd,doubled'),
