@@ -33,17 +33,23 @@ from configs import common
 TABLE_7 = {'wrn28_10': (0.1, 5e-4, 0.05), 'shake_shake_26_2x96d': (0.1, 5e-4, 0.02)}
 DATASET, EPOCHS = 'fashion_mnist', 200
 SMALL, SMALL_EPOCHS = {'wrn10_1': (0.1, 5e-4, 0.05)}, 10
+TINY, TINY_EPOCHS = {'lenet5': (0.1, 5e-4, 0.05)}, 30
 
 
 def get_config(arg=''):
     arg = common.parse_arg(
-        arg, **common.TABLE_7, noise=0.0, mixup=0.0, fraction=1.0, epochs=0, small=False
+        arg, **common.TABLE_7, noise=0.0, mixup=0.0, fraction=0.0, epochs=0, small=False, tiny=False
     )
-    table, epochs = (SMALL, SMALL_EPOCHS) if arg.small else (TABLE_7, EPOCHS)
-    c = common.table_7(arg, DATASET, table, arg.epochs or epochs)
+    table, epochs, fraction = TABLE_7, EPOCHS, 1.0
     if arg.small:
+        table, epochs = SMALL, SMALL_EPOCHS
+    elif arg.tiny:
+        table, epochs, fraction = TINY, TINY_EPOCHS, 0.1
+        arg.augment = arg.augment or 'none'
+    c = common.table_7(arg, DATASET, table, arg.epochs or epochs)
+    if arg.small or arg.tiny:
         c.batch_size, c.replica_batch_size = 128, 32
-    c.data.label_noise, c.data.fraction = arg.noise, arg.fraction
+    c.data.label_noise, c.data.fraction = arg.noise, arg.fraction or fraction
     c.data.mixup_alpha = arg.mixup
     c.data.label_noise_seed = c.data.fraction_seed = arg.seed
     return common.finish(c, arg)

@@ -12,6 +12,7 @@ from sam_jax.errors import UserError
 from sam_jax.models import efficientnet, layers, resnet, vit
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
+from sam_jax.models.lenet import LeNet
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -110,6 +111,7 @@ FAMILIES = {
         'resnet8',
         {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM},
     ),
+    'lenet': Family(LeNet, 'lenet5', dict, ('lenet5',), 'lenet5'),
     'efficientnet': Family(
         EfficientNet,
         f'efficientnet-({"|".join(efficientnet.SIZES)})',
