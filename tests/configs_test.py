@@ -45,6 +45,13 @@ ARGUMENTS = {
             'data.fraction_seed': 3,
         },
         'small,epochs=3,doubled,mixup=8': {'total_epochs': 6, 'data.mixup_alpha': 8.0},
+        'tiny,noise=0.4': {
+            'model.name': 'lenet5',
+            'data.augment': 'none',
+            'data.fraction': 0.1,
+            'total_epochs': 30,
+        },
+        'tiny,augment=basic,fraction=0.2': {'data.augment': 'basic', 'data.fraction': 0.2},
         'small,rho=0.1': {'model.name': 'wrn10_1', 'sam.rho': 0.1, 'replica_batch_size': 32},
     },
     'imagenet': {

@@ -478,6 +478,30 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
         assert np.allclose(logits[0], logits[1]) == (not residual)
 
 
+def test_lenet_is_two_convolutions_and_three_dense_layers(x64):
+    x = jax.random.normal(jax.random.key(0), (2, 28, 28, 1), jnp.float64)
+    model = models.create_model('lenet5', 10, dtype=jnp.float64, param_dtype=jnp.float64)
+    params = model.init(jax.random.key(1), x)['params']
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 61_706
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.01, params)  # no bias is zero
+
+    def convolved(x, name):
+        windows = np.lib.stride_tricks.sliding_window_view(x, (5, 5), (1, 2))
+        kernel, bias = params[name]['kernel'], params[name]['bias']
+        y = np.maximum(np.einsum('nhwcij,ijco->nhwo', windows, kernel) + bias, 0)
+        n, height, width, channels = y.shape
+        return y.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+    y = convolved(np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))), 'conv1')
+    y = convolved(y, 'conv2').reshape(2, 400)
+    for name in 'dense1', 'dense2':
+        y = np.maximum(y @ params[name]['kernel'] + params[name]['bias'], 0)
+    y = y @ params['head']['kernel'] + params['head']['bias']
+    np.testing.assert_allclose(model.apply({'params': params}, x), y, rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match='at least 12x12 pixels, not of 8x8'):
+        model.init(jax.random.key(0), x[:, :8, :8])
+
+
 # Under SAM
 
 
