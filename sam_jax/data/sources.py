@@ -142,6 +142,15 @@ def _prepared(name, data_dir):
     return builder if builder.is_prepared() else None
 
 
+def _may_be_prepared(name, data_dir):
+    """Whether a TensorFlow dataset has a folder: what is in it, only TensorFlow's seconds tell."""
+    if not importlib.util.find_spec('tensorflow_datasets'):
+        return False
+    import tensorflow_datasets as tfds
+
+    return (tfds.core.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / name).exists()
+
+
 def prepare_command(name: str, data_dir: str, file_format: str = '') -> str:
     """Returns the shell command that prepares a TensorFlow dataset."""
     where = f", data_dir='{data_dir}'" if data_dir else ''
@@ -262,7 +271,7 @@ def read_fashion_mnist(data_dir: str) -> tuple[Split, Split]:
     Raises:
       UserError: there is neither; the message says what to do.
     """
-    if importlib.util.find_spec('tensorflow_datasets') and _prepared('fashion_mnist', data_dir):
+    if _may_be_prepared('fashion_mnist', data_dir) and _prepared('fashion_mnist', data_dir):
         return read_tfds('fashion_mnist', data_dir)
     place = os.path.expanduser(data_dir) if data_dir else DEBIAN_FASHION_MNIST
     if not files.holds_idx(place):
