@@ -20,7 +20,7 @@ from reference import golden_shapes, images, recipe_variables, shapes, to_refere
 
 from sam_jax import data, gradients, models, replicas, rngs, train_state, train_step
 from sam_jax.errors import UserError
-from sam_jax.models import shake
+from sam_jax.models import layers, resnet, shake
 
 COUNTS = {  # of params, by number of classes
     ('wrn28_10', 100): 36_278_324,
@@ -476,6 +476,112 @@ def test_resnet_without_shortcuts_is_a_plain_chain():
             variables['params']['group1_block0_bn2'][leaf] = jnp.zeros_like(value)
         logits = model.apply(variables, images(1, (2, 16, 16, 3)))
         assert np.allclose(logits[0], logits[1]) == (not residual)
+
+
+# Folded BatchNorm
+
+
+class Folded(layers.Network):
+    """A BatchNorm of a 1x1 convolution, folded into it or not."""
+
+    fold: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        if self.fold:
+            return self.conv_norm(x, 12, train, 'conv', 'bn')
+        return self.norm(self.conv(x, 12, 1, 1, 'conv'), train, 'bn')
+
+
+class PlainStem(resnet.ResNet, kw_only=True):
+    """The stem in the order of its formula."""
+
+    def _stem(self, images, train):
+        x = self.conv(images, self.width, 7, 2, 'conv_init', padding=[(3, 3), (3, 3)])
+        x = self.norm(x, train, 'bn_init')
+        x = nn.relu(x) if self.stem_relu else x
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+
+
+def perturbed(model, x, dtype=jnp.float64):
+    """Variables in which no scale is one and some are negative."""
+    variables = model.init(jax.random.key(0), x, train=False)
+    leaves, tree = jax.tree.flatten(variables['params'])
+    leaves = [
+        leaf + jax.random.normal(key, leaf.shape, dtype)
+        for key, leaf in zip(jax.random.split(jax.random.key(1), len(leaves)), leaves)
+    ]
+    return {**variables, 'params': jax.tree.unflatten(tree, leaves)}
+
+
+def everything(model, variables, x, weights):
+    """Result, new statistics, gradients, a derivative and a Hessian product of a network."""
+
+    def loss(params, x):
+        y, changed = model.apply(
+            {**variables, 'params': params}, x, train=True, mutable=['batch_stats']
+        )
+        return jnp.sum(weights * y), (y, changed['batch_stats'])
+
+    at = variables['params'], x
+    ways = jax.tree.map(jnp.cos, at)
+    gradient = jax.grad(loss, (0, 1), has_aux=True)
+    return {
+        'gradient and results': gradient(*at),
+        'derivative': jax.jvp(lambda *at: loss(*at)[0], at, ways)[1],
+        'Hessian product': jax.jvp(lambda *at: gradient(*at)[0], at, ways)[1],
+    }
+
+
+def test_folded_batch_norm_is_batch_norm(x64):
+    x = jax.nn.relu(jax.random.normal(jax.random.key(2), (4, 6, 6, 5), jnp.float64)) + 3
+    weights = jax.random.normal(jax.random.key(3), (4, 6, 6, 12), jnp.float64)
+    options = dict(num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64)
+    plain, folded = Folded(fold=False, **options), Folded(**options)
+    variables = perturbed(plain, x)
+    assert_trees_equal(variables, perturbed(folded, x))
+    for name, expected in everything(plain, variables, x, weights).items():
+        found = everything(folded, variables, x, weights)[name]
+        assert relative_distance(found, expected) < 1e-11, name
+    # The array between is not kept, and is not in the program.
+    assert _activations(folded, variables, x) < _activations(plain, variables, x)
+
+
+def test_folded_batch_norm_in_bfloat16_is_as_near_as_batch_norm():
+    """Also where the mean is large beside the deviation."""
+    x = jax.nn.relu(jax.random.normal(jax.random.key(2), (8, 8, 8, 16))) + 2
+    weights = jax.random.normal(jax.random.key(3), (8, 8, 8, 12))
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    model = Folded(num_classes=10)
+    variables = perturbed(model, x, jnp.float32)
+    exact, plain, folded = (
+        everything(m, variables, x.astype(m.dtype), weights)['gradient and results']
+        for m in (
+            Folded(num_classes=10, fold=False),
+            Folded(num_classes=10, fold=False, dtype=jnp.bfloat16),
+            Folded(num_classes=10, dtype=jnp.bfloat16),
+        )
+    )
+    for found, other, expected in zip(*map(jax.tree.leaves, (folded, plain, exact))):
+        assert relative_distance(found, expected) < 2 * relative_distance(other, expected) + 1e-3
+
+
+@pytest.mark.parametrize('stem_relu', [False, True])
+def test_stem_that_pools_first_is_the_stem(x64, stem_relu):
+    options = dict(num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64, blocks=())
+    options |= dict(bottleneck=True, width=16, stem_relu=stem_relu)
+    x = jax.random.normal(jax.random.key(2), (3, 16, 16, 3), jnp.float64)
+    plain, pooled = PlainStem(**options), resnet.ResNet(**options)
+    variables = perturbed(plain, x)
+    assert_trees_equal(variables, perturbed(pooled, x))
+    scale = variables['params']['bn_init']['scale']
+    assert scale.min() < 0 < scale.max()
+    weights = jax.random.normal(jax.random.key(3), (3, 10), jnp.float64)
+    for name, expected in everything(plain, variables, x, weights).items():
+        found = everything(pooled, variables, x, weights)[name]
+        assert relative_distance(found, expected) < 1e-11, name
+    logits = [model.apply(variables, x) for model in (plain, pooled)]
+    assert relative_distance(*logits) < 1e-12
 
 
 # Under SAM
