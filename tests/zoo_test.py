@@ -566,6 +566,26 @@ def test_folded_batch_norm_in_bfloat16_is_as_near_as_batch_norm():
         assert relative_distance(found, expected) < 2 * relative_distance(other, expected) + 1e-3
 
 
+def test_folded_batch_norm_over_devices_is_that_of_the_whole_batch(x64):
+    x = jax.nn.relu(jax.random.normal(jax.random.key(2), (4, 6, 6, 5), jnp.float64))
+    options = dict(num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64)
+    variables = perturbed(Folded(**options), x)
+
+    def results(x, axis=None):
+        model = Folded(batch_norm_axis=axis, **options)
+        y, changed = model.apply(variables, x, train=True, mutable=['batch_stats'])
+        return y, changed['batch_stats']
+
+    y, stats = jax.pmap(
+        functools.partial(results, axis='batch'), axis_name='batch', devices=jax.devices()[:2]
+    )(x.reshape(2, 2, 6, 6, 5))
+    expected = results(x)
+    assert (
+        relative_distance((y.reshape(4, 6, 6, 12), jax.tree.map(lambda s: s[0], stats)), expected)
+        < 1e-12
+    )
+
+
 @pytest.mark.parametrize('stem_relu', [False, True])
 def test_stem_that_pools_first_is_the_stem(x64, stem_relu):
     options = dict(num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64, blocks=())
