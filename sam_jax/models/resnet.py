@@ -63,8 +63,11 @@ class ResNet(layers.Network, kw_only=True):
                 y = self.norm(y, train, names[1], scale_init=scale_init)
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
-            x = self.conv(x, y.shape[-1], 1, stride, f'{name}_conv_shortcut')
-            x = self.norm(x, train, f'{name}_bn_shortcut')
+            names = f'{name}_conv_shortcut', f'{name}_bn_shortcut'
+            if self.bottleneck and stride == 1:
+                x = self.conv_norm(x, y.shape[-1], train, *names)
+            else:
+                x = self.norm(self.conv(x, y.shape[-1], 1, stride, names[0]), train, names[1])
         return nn.relu(x + y)
 
     def _stem(self, images, train):
