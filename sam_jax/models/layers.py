@@ -53,6 +53,13 @@ def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
     return channels_in_lanes(x + shortcut)
 
 
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = 'VALID') -> jax.Array:
+    """Convolution of images (N, H, W, inputs) by a kernel (h, w, inputs, outputs), in x's dtype."""
+    layouts = ('NHWC', 'HWIO', 'NHWC')
+    kernel = kernel.astype(x.dtype)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layouts)
+
+
 @jax.custom_jvp
 def second_moment(x: jax.Array) -> jax.Array:
     """Returns E[x x^T] over all but the last axis of (..., C): (C, C), in float32 at least."""
@@ -127,8 +134,8 @@ class FoldedBatchNorm(nn.Module):
         """Returns (mean, factor, bias), each (channels,).
 
         Args:
-          moments: mean and variance, which go into the running statistics; None to normalise by
-            the running statistics, and leave them as they are.
+          moments: E[x] and E[x^2] - E[x]^2, which go into the running statistics; None to normalise
+            by the running statistics, and leave them as they are.
         """
         if moments is None:
             mean, var = self.mean.value, self.var.value
@@ -198,11 +205,19 @@ class Network(nn.Module):
         )(x)
 
     def conv_norm(
-        self, x: jax.Array, channels: int, train: bool, conv: str, norm: str, **options
+        self,
+        x: jax.Array,
+        channels: int,
+        kernel: int,
+        stride: int,
+        train: bool,
+        names: tuple[str, str],
+        **options,
     ) -> jax.Array:
-        """norm(conv(x, channels, 1, 1, conv), train, norm), in training without the array between.
+        """BatchNorm of a convolution, named so; in training without the array between if that pays.
 
-        With kernel W (inputs, channels) and C = E[(x - E[x]) (x - E[x])^T] BatchNorm of y = x W is
+        With a kernel W (inputs, channels) of 1x1 and C = E[(x - E[x]) (x - E[x])^T] BatchNorm of
+        y = x W is
 
             (x - E[x]) W factor + bias,   E[y] = E[x] W,   var = diag(W^T C W),
 
@@ -210,27 +225,34 @@ class Network(nn.Module):
         result at once, and y is neither written nor read, in the backward pass either. It pays
         where there are fewer inputs than outputs, and far fewer than pixels.
         """
-        if not self._measures(train) or math.prod(x.shape[:-1]) < 8 * x.shape[-1]:
-            return self.norm(self.conv(x, channels, 1, 1, conv), train, norm, **options)
-        shape = (1, 1, x.shape[-1], channels)
-        kernel = Kernel(shape, self.kernel_init, self.param_dtype, name=conv)()[0, 0]
-        (mean,) = self._average(jnp.mean(self._wide(x), tuple(range(x.ndim - 1))))
+        conv, norm = names
+        inputs = x.shape[-1]
+        if (
+            not self._measures(train)
+            or not kernel == stride == 1
+            or not inputs < min(channels, math.prod(x.shape[:-1]) // 8)
+        ):
+            x = self.conv(x, channels, kernel, stride, conv)
+            return self.norm(x, train, norm, **options)
+        w = self.kernel((1, 1, inputs, channels), conv)[0, 0]
+        mean = self._average(jnp.mean(self._wide(x), tuple(range(x.ndim - 1))))
         # What is subtracted is rounded as x is; `rest` is what remains of the mean. The result does
         # not depend on where it is cut, and so has no derivative by it.
         centre = lax.stop_gradient(mean).astype(x.dtype)
         x, rest = x - centre[None, None, None], mean - centre
         with jax.default_matmul_precision('highest'):
-            (second,) = self._average(second_moment(x))
-            var = jnp.sum(kernel * (second @ kernel), 0) - jnp.square(rest @ kernel)
-            folded = self.folded_norm(channels, norm, **options)
-            _, factor, bias = folded((mean @ kernel, var))
-            scaled = (kernel * factor[None]).astype(self.dtype)
-            bias -= rest @ scaled.astype(rest.dtype)
+            square = self._average(jnp.sum(w * (second_moment(x) @ w), 0))
+            moments = mean @ w, square - jnp.square(rest @ w)
+            _, factor, bias = self.folded_norm(channels, norm, **options)(moments)
+            w = (w * factor[None]).astype(self.dtype)
+            bias -= rest @ w.astype(rest.dtype)
         # A convolution: the TPU's compiler lays out the result of a matrix product differently.
-        y = lax.conv_general_dilated(
-            x, scaled[None, None], (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-        )
+        y = convolve(x, w[None, None])
         return (self._wide(y) + bias[None, None, None]).astype(self.dtype)
+
+    def kernel(self, shape: tuple[int, ...], name: str) -> jax.Array:
+        """The kernel of the convolution `name`, of this shape."""
+        return Kernel(shape, self.kernel_init, self.param_dtype, name=name)()
 
     def folded_norm(self, channels: int, name: str, **options) -> FoldedBatchNorm:
         """The FoldedBatchNorm of this network for `channels` channels."""
@@ -244,11 +266,11 @@ class Network(nn.Module):
         )
 
     def moments(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array] | None:
-        """Mean and variance E[x^2] - E[x]^2 of each channel; None if the running ones normalise."""
+        """E[x] and E[x^2] - E[x]^2 of each channel; None if the running ones normalise."""
         if not self._measures(train):
             return None
         wide, axes = self._wide(x), tuple(range(x.ndim - 1))
-        mean, square = self._average(jnp.mean(wide, axes), jnp.mean(jnp.square(wide), axes))
+        mean, square = self._average((jnp.mean(wide, axes), jnp.mean(jnp.square(wide), axes)))
         return mean, square - jnp.square(mean)
 
     def _wide(self, x):
@@ -259,7 +281,7 @@ class Network(nn.Module):
         """Whether BatchNorm normalises by the batch."""
         return train and not self.frozen_batch_norm
 
-    def _average(self, *moments):
+    def _average(self, moments):
         """moments, averaged over the devices of `batch_norm_axis`."""
         if self.batch_norm_axis is None or self.is_initializing():
             return moments

@@ -9,7 +9,6 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
 from sam_jax.models import layers
 
@@ -54,20 +53,19 @@ class ResNet(layers.Network, kw_only=True):
         y = x
         for i, (width, kernel, step) in enumerate(convs, 1):
             last = i == len(convs)
-            names = f'{name}_conv{i}', f'{name}_bn{i}'
-            scale_init = nn.initializers.zeros if last else nn.initializers.ones
-            if last and self.bottleneck:
-                y = self.conv_norm(y, width, train, *names, scale_init=scale_init)
-            else:
-                y = self.conv(y, width, kernel, step, names[0])
-                y = self.norm(y, train, names[1], scale_init=scale_init)
+            y = self.conv_norm(
+                y,
+                width,
+                kernel,
+                step,
+                train,
+                (f'{name}_conv{i}', f'{name}_bn{i}'),
+                scale_init=(nn.initializers.zeros if last else nn.initializers.ones),
+            )
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
             names = f'{name}_conv_shortcut', f'{name}_bn_shortcut'
-            if self.bottleneck and stride == 1:
-                x = self.conv_norm(x, y.shape[-1], train, *names)
-            else:
-                x = self.norm(self.conv(x, y.shape[-1], 1, stride, names[0]), train, names[1])
+            x = self.conv_norm(x, y.shape[-1], 1, stride, train, names)
         return nn.relu(x + y)
 
     def _stem(self, images, train):
@@ -78,22 +76,13 @@ class ResNet(layers.Network, kw_only=True):
         """
         norm = self.folded_norm(self.width, 'bn_init')
         sign = jnp.where(norm.scale < 0, -1, 1)
-        x = self.conv(
-            images,
-            self.width,
-            7,
-            2,
-            'conv_init',
-            padding=[(3, 3), (3, 3)],
-            conv_general_dilated=lambda x, kernel, *args, **settings: lax.conv_general_dilated(
-                x, kernel * sign.astype(kernel.dtype)[None, None, None], *args, **settings
-            ),
-        )
+        kernel = self.kernel((7, 7, images.shape[-1], self.width), 'conv_init')
+        x = layers.convolve(images, kernel * sign[None, None, None], 2, [(3, 3), (3, 3)])
         moments = self.moments(x, train)
-        vectors = norm(moments and (sign * moments[0], moments[1]))
-        mean, factor, bias = (v[None, None, None] for v in vectors)
+        vectors = sign, *norm(moments and (sign * moments[0], moments[1]))
+        sign, mean, factor, bias = (v[None, None, None] for v in vectors)
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
-        x = ((sign[None, None, None] * x - mean) * factor + bias).astype(self.dtype)
+        x = ((sign * x - mean) * factor + bias).astype(self.dtype)
         return nn.relu(x) if self.stem_relu else x
 
     @nn.compact
