@@ -13,8 +13,7 @@ from jax import lax
 from sam_jax import losses, metrics, sharpness
 from sam_jax.replicas import AXIS, Layout
 
-# The scope of what only logged steps do; sam_jax.targets does not count it.
-LOGGED = 'logged_steps_only'
+LOGGED = 'logged_steps_only'  # the scope of what sam_jax.targets does not count
 
 
 def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any, unroll: bool) -> tuple[Any, Any]:
