@@ -17,6 +17,7 @@ from helpers import ROOT, small_config
 
 from sam_jax import data, memory, replicas, train
 from sam_jax.errors import UserError
+from sam_jax.gradients import LOGGED
 from sam_jax.targets import absent, facts, hardware, hlo, measured, operations, programs
 
 PROGRAM = """HloModule step, is_scheduled=true
@@ -128,6 +129,22 @@ def test_loops_count_with_their_turns():
     ]
     # 2 copies at the start, 3 fusions, 2 reductions, copy.1, transpose.1; 9 copies, 5 comparisons.
     assert hlo.kernels(program) == 9 + 9 + 5
+
+
+def test_what_only_logged_steps_do_does_not_count():
+    text = """
+%branch (x: f32[4]) -> f32[4] {
+  ROOT %copy.1 = f32[4]{0} copy(%x)
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  ROOT %c = f32[4]{0} conditional(%p, %a, %a), branch_computations={%branch, %branch}, metadata={op_name="jit(step)/SCOPE/cond"}
+}
+"""
+    counted = hlo.instructions(text.replace('SCOPE', 'jvp(Net)'))
+    assert [(i.name, i.times) for i in counted] == [('c', 1), ('copy.1', 2)]
+    left = hlo.instructions(text.replace('SCOPE', LOGGED))
+    assert [i.name for i in left] == ['c']
 
 
 def test_bytes_are_those_of_main_memory():

@@ -20,7 +20,7 @@ from reference import golden_shapes, images, recipe_variables, shapes, to_refere
 
 from sam_jax import data, gradients, models, replicas, rngs, train_state, train_step
 from sam_jax.errors import UserError
-from sam_jax.models import shake
+from sam_jax.models import layers, resnet, shake
 
 COUNTS = {  # of params, by number of classes
     ('wrn28_10', 100): 36_278_324,
@@ -500,6 +500,136 @@ def test_lenet_is_two_convolutions_and_three_dense_layers(x64):
     np.testing.assert_allclose(model.apply({'params': params}, x), y, rtol=1e-12, atol=1e-12)
     with pytest.raises(UserError, match='at least 12x12 pixels, not of 8x8'):
         model.init(jax.random.key(0), x[:, :8, :8])
+
+
+# Folded BatchNorm
+
+
+class Plain(resnet.ResNet, kw_only=True):
+    """A ResNet in the order of its formula."""
+
+    def conv_norm(self, x, channels, kernel, stride, train, names, **options):
+        x = self.conv(x, channels, kernel, stride, names[0])
+        return self.norm(x, train, names[1], **options)
+
+    def _stem(self, images, train):
+        x = self.conv(images, self.width, 7, 2, 'conv_init', padding=[(3, 3), (3, 3)])
+        x = self.norm(x, train, 'bn_init')
+        x = nn.relu(x) if self.stem_relu else x
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+
+
+def bottleneck(cls, dtype=jnp.float64, **options):
+    """A stem and one block, both of whose 1x1 convolutions to more channels are folded."""
+    options |= dict(num_classes=4, blocks=(1,), bottleneck=True, width=4)
+    return cls(dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32), **options)
+
+
+def gradient(model, variables, x):
+    """The function of (params, x) that returns its gradient, and (logits, new statistics)."""
+
+    def loss(params, x):
+        logits, stats = train(model, {**variables, 'params': params}, x)
+        return jnp.sum(jnp.sin(logits)), (logits, stats)
+
+    return jax.grad(loss, (0, 1), has_aux=True)
+
+
+@pytest.fixture(scope='module')
+def plain():
+    """Variables in which no scale is one and some are negative; images; what comes of them."""
+    with jax.enable_x64():
+        model, x = bottleneck(Plain), jax.random.normal(jax.random.key(2), (4, 16, 16, 3), float)
+        variables = model.init(jax.random.key(0), x, train=False)
+        leaves, tree = jax.tree.flatten(variables['params'])
+        several = jax.random.split(jax.random.key(1), len(leaves))
+        leaves = [p + jax.random.normal(k, p.shape, float) for p, k in zip(leaves, several)]
+        variables['params'] = jax.tree.unflatten(tree, leaves)
+        scale = variables['params']['bn_init']['scale']
+        variables['params']['bn_init']['scale'] = scale * jnp.array([1, -1, 1, -1])
+        return variables, x, product(model, variables, x)
+
+
+def product(model, variables, x):
+    """(gradient, logits, statistics) and their derivatives along a vector."""
+    at = variables['params'], x
+    ways = jax.tree.map(jnp.cos, at)
+    return jax.jit(lambda *at: jax.jvp(gradient(model, variables, x), at, ways))(*at)
+
+
+def test_folded_batch_norm_is_batch_norm(x64, plain):
+    """With remat, and in Hessian products; params and statistics keep their names."""
+    variables, x, expected = plain
+    folded = bottleneck(resnet.ResNet, remat=True)
+    initial = folded.init(jax.random.key(0), x, train=False)
+    assert_trees_equal(initial, bottleneck(Plain).init(jax.random.key(0), x, train=False))
+    for mine, theirs in zip(product(folded, variables, x), expected):
+        for found, other in zip(mine, theirs):
+            assert relative_distance(found, other) < 1e-11
+    # The arrays between are not kept.
+    sizes = [_activations(bottleneck(cls), variables, x) for cls in (resnet.ResNet, Plain)]
+    assert sizes[0] < 0.8 * sizes[1]
+
+
+def test_folded_batch_norm_over_devices_is_that_of_the_whole_batch(x64, plain):
+    variables, x, (((params_gradient, x_gradient), (logits, stats)), _) = plain
+    model = bottleneck(resnet.ResNet, batch_norm_axis='batch')
+    (of_params, of_x), (found, found_stats) = jax.jit(
+        jax.vmap(gradient(model, variables, x), (None, 0), axis_name='batch')
+    )(variables['params'], x.reshape(2, 2, *x.shape[1:]))
+    of_params = jax.tree.map(lambda p: p.sum(0), of_params)
+    found_stats = jax.tree.map(lambda s: s[1], found_stats)
+    together = of_params, of_x.reshape(x.shape), found.reshape(logits.shape), found_stats
+    for a, b in zip(together, (params_gradient, x_gradient, logits, stats)):
+        assert relative_distance(a, b) < 1e-11
+
+
+def test_folded_batch_norm_by_running_statistics(x64, plain):
+    variables, x, (((_, _), (_, stats)), _) = plain
+    variables = {**variables, 'batch_stats': stats}
+    logits = bottleneck(Plain).apply(variables, x)
+    frozen = bottleneck(resnet.ResNet, frozen_batch_norm=True)
+    assert relative_distance(frozen.apply(variables, x), logits) < 1e-12
+    found, kept = train(frozen, variables, x)
+    assert relative_distance(found, logits) < 1e-12
+    assert_trees_equal(kept, stats)
+
+
+def test_folded_batch_norm_clips_a_variance_below_zero():
+    norm = layers.FoldedBatchNorm(2, 0.5, 1e-3, jnp.float32)
+    moments = jnp.zeros(2), jnp.array([-1.0, 3.0])
+    variables = norm.init(jax.random.key(0), None)
+    (_, factor, _), new = norm.apply(variables, moments, mutable=['batch_stats'])
+    np.testing.assert_allclose(factor, [1e-3**-0.5, 3.001**-0.5], rtol=1e-5)
+    np.testing.assert_allclose(new['batch_stats']['var'], [0.5, 2.0])
+
+
+class OneNorm(layers.Network):
+    """A 1x1 convolution and its BatchNorm, folded or not."""
+
+    fold: bool = True
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        if self.fold:
+            return self.conv_norm(x, 12, 1, 1, train, ('conv', 'bn'))
+        return self.norm(self.conv(x, 12, 1, 1, 'conv'), train, 'bn')
+
+
+def test_folded_batch_norm_in_bfloat16_is_as_near_as_batch_norm():
+    """Where the mean is large beside the deviation; its statistics are nearer."""
+    x = jax.random.normal(jax.random.key(2), (4, 6, 6, 5)) + 20
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    exact, folded = OneNorm(10, fold=False), OneNorm(10, dtype=jnp.bfloat16)
+    variables = exact.init(jax.random.key(0), x)
+    results = [
+        jax.jit(gradient(model, variables, x))(variables['params'], x.astype(model.dtype))
+        for model in (exact, folded, OneNorm(10, fold=False, dtype=jnp.bfloat16))
+    ]
+    for expected, found, other in zip(*map(jax.tree.leaves, results)):
+        assert relative_distance(found, expected) < 2 * relative_distance(other, expected)
+    stats = [r[1][1] for r in results]
+    assert relative_distance(stats[1], stats[0]) < 0.5 * relative_distance(stats[2], stats[0])
 
 
 # Under SAM

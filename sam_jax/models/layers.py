@@ -1,5 +1,6 @@
 """What the architectures share: initialisers, BatchNorm, convolutions, blocks, the head."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,101 @@ def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
         # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
         return channels_in_lanes(jnp.asarray(x).at[..., : shortcut.shape[-1]].add(shortcut))
     return channels_in_lanes(x + shortcut)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = 'VALID') -> jax.Array:
+    """Convolution of images (N, H, W, inputs) by a kernel (h, w, inputs, outputs), in x's dtype."""
+    layouts = ('NHWC', 'HWIO', 'NHWC')
+    kernel = kernel.astype(x.dtype)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=layouts)
+
+
+@jax.custom_jvp
+def second_moment(x: jax.Array) -> jax.Array:
+    """Returns E[x x^T] over all but the last axis of (..., C): (C, C), in float32 at least."""
+    return _mean_product(x, x)
+
+
+@second_moment.defjvp
+def _second_moment_jvp(primals, tangents):
+    # JAX would have two products here, and so in the gradient, one the other's transpose.
+    (x,), (dx,) = primals, tangents
+    half = _mean_product(dx, x)
+    return second_moment(x), half + half.T
+
+
+def _mean_product(x, y):
+    axes = tuple(range(x.ndim - 1))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    product = lax.dot_general(x, y, ((axes, axes), ((), ())), preferred_element_type=wide)
+    return product / math.prod(x.shape[:-1])
+
+
+class Kernel(nn.Module):
+    """The param `kernel` of a convolution that its caller computes.
+
+    Attributes:
+      shape: (height, width, inputs, outputs).
+      initializer: of the param.
+      dtype: of the param.
+    """
+
+    shape: tuple[int, ...]
+    initializer: Callable[..., jax.Array]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns it."""
+        return self.param('kernel', self.initializer, self.shape, self.dtype)
+
+
+class FoldedBatchNorm(nn.Module):
+    """BatchNorm as three vectors, where the product with its input is folded into what is around:
+
+        x -> (x - mean) factor + bias,   factor = scale / sqrt(var + epsilon).
+
+    Params and statistics are those of flax's BatchNorm.
+
+    Attributes:
+      channels: how many there are.
+      momentum: share of the old running statistics in the new ones.
+      epsilon: added to the variance.
+      param_dtype: of params.
+      scale_init: initialiser of the scale.
+    """
+
+    channels: int
+    momentum: float
+    epsilon: float
+    param_dtype: Any
+    scale_init: Callable[..., jax.Array] = nn.initializers.ones
+
+    def setup(self):
+        shape = (self.channels,)
+        self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
+        self.var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
+        self.scale = self.param('scale', self.scale_init, shape, self.param_dtype)
+        self.bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
+
+    def __call__(
+        self, moments: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns (mean, factor, bias), each (channels,).
+
+        Args:
+          moments: E[x] and E[x^2] - E[x]^2, which go into the running statistics; None to normalise
+            by the running statistics, and leave them as they are.
+        """
+        if moments is None:
+            mean, var = self.mean.value, self.var.value
+        else:
+            # Rounding may leave less than nothing of the variance.
+            mean, var = moments[0], jnp.maximum(0.0, moments[1])
+            if not self.is_initializing():
+                for running, new in ((self.mean, mean), (self.var, var)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        return mean, lax.rsqrt(var + self.epsilon) * self.scale, self.bias
 
 
 class Network(nn.Module):
@@ -107,6 +203,89 @@ class Network(nn.Module):
             name=name,
             **options,
         )(x)
+
+    def conv_norm(
+        self,
+        x: jax.Array,
+        channels: int,
+        kernel: int,
+        stride: int,
+        train: bool,
+        names: tuple[str, str],
+        **options,
+    ) -> jax.Array:
+        """BatchNorm of a convolution, named so; in training without the array between if that pays.
+
+        With a kernel W (inputs, channels) of 1x1 and C = E[(x - E[x]) (x - E[x])^T] BatchNorm of
+        y = x W is
+
+            (x - E[x]) W factor + bias,   E[y] = E[x] W,   var = diag(W^T C W),
+
+        so the factor goes into the kernel before the product, what follows can be done with its
+        result at once, and y is neither written nor read, in the backward pass either. It pays
+        where there are fewer inputs than outputs, and far fewer than pixels.
+        """
+        conv, norm = names
+        inputs = x.shape[-1]
+        if (
+            not self._measures(train)
+            or not kernel == stride == 1
+            or not inputs < min(channels, math.prod(x.shape[:-1]) // 8)
+        ):
+            x = self.conv(x, channels, kernel, stride, conv)
+            return self.norm(x, train, norm, **options)
+        w = self.kernel((1, 1, inputs, channels), conv)[0, 0]
+        mean = self._average(jnp.mean(self._wide(x), tuple(range(x.ndim - 1))))
+        # What is subtracted is rounded as x is; `rest` is what remains of the mean. The result does
+        # not depend on where it is cut, and so has no derivative by it.
+        centre = lax.stop_gradient(mean).astype(x.dtype)
+        x, rest = x - centre[None, None, None], mean - centre
+        with jax.default_matmul_precision('highest'):
+            square = self._average(jnp.sum(w * (second_moment(x) @ w), 0))
+            moments = mean @ w, square - jnp.square(rest @ w)
+            _, factor, bias = self.folded_norm(channels, norm, **options)(moments)
+            w = (w * factor[None]).astype(self.dtype)
+            bias -= rest @ w.astype(rest.dtype)
+        # A convolution: the TPU's compiler lays out the result of a matrix product differently.
+        y = convolve(x, w[None, None])
+        return (self._wide(y) + bias[None, None, None]).astype(self.dtype)
+
+    def kernel(self, shape: tuple[int, ...], name: str) -> jax.Array:
+        """The kernel of the convolution `name`, of this shape."""
+        return Kernel(shape, self.kernel_init, self.param_dtype, name=name)()
+
+    def folded_norm(self, channels: int, name: str, **options) -> FoldedBatchNorm:
+        """The FoldedBatchNorm of this network for `channels` channels."""
+        return FoldedBatchNorm(
+            channels,
+            self.batch_norm_momentum,
+            self.batch_norm_epsilon,
+            self.param_dtype,
+            name=name,
+            **options,
+        )
+
+    def moments(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array] | None:
+        """E[x] and E[x^2] - E[x]^2 of each channel; None if the running ones normalise."""
+        if not self._measures(train):
+            return None
+        wide, axes = self._wide(x), tuple(range(x.ndim - 1))
+        mean, square = self._average((jnp.mean(wide, axes), jnp.mean(jnp.square(wide), axes)))
+        return mean, square - jnp.square(mean)
+
+    def _wide(self, x):
+        """x in float32 at least."""
+        return x.astype(jnp.promote_types(self.dtype, jnp.float32))
+
+    def _measures(self, train):
+        """Whether BatchNorm normalises by the batch."""
+        return train and not self.frozen_batch_norm
+
+    def _average(self, moments):
+        """moments, averaged over the devices of `batch_norm_axis`."""
+        if self.batch_norm_axis is None or self.is_initializing():
+            return moments
+        return lax.pmean(moments, self.batch_norm_axis)
 
     def pool(self, x: jax.Array) -> jax.Array:
         """Mean over the image, in float32 at least."""

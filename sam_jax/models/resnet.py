@@ -8,6 +8,7 @@ no ReLU between its BatchNorm and the max pool unless asked for.
 import functools
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from sam_jax.models import layers
 
@@ -51,29 +52,42 @@ class ResNet(layers.Network, kw_only=True):
         )
         y = x
         for i, (width, kernel, step) in enumerate(convs, 1):
-            y = self.conv(y, width, kernel, step, f'{name}_conv{i}')
             last = i == len(convs)
-            y = self.norm(
+            y = self.conv_norm(
                 y,
+                width,
+                kernel,
+                step,
                 train,
-                f'{name}_bn{i}',
+                (f'{name}_conv{i}', f'{name}_bn{i}'),
                 scale_init=(nn.initializers.zeros if last else nn.initializers.ones),
             )
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
-            x = self.conv(x, y.shape[-1], 1, stride, f'{name}_conv_shortcut')
-            x = self.norm(x, train, f'{name}_bn_shortcut')
+            names = f'{name}_conv_shortcut', f'{name}_bn_shortcut'
+            x = self.conv_norm(x, y.shape[-1], 1, stride, train, names)
         return nn.relu(x + y)
+
+    def _stem(self, images, train):
+        """max_pool(norm(conv(images))), pooled before it is normalised: a fourth of the pixels.
+
+        A growing function and a maximum can change places. So that BatchNorm grows, a channel whose
+        scale is negative changes its sign in the kernel.
+        """
+        norm = self.folded_norm(self.width, 'bn_init')
+        sign = jnp.where(norm.scale < 0, -1, 1)
+        kernel = self.kernel((7, 7, images.shape[-1], self.width), 'conv_init')
+        x = layers.convolve(images, kernel * sign[None, None, None], 2, [(3, 3), (3, 3)])
+        moments = self.moments(x, train)
+        vectors = sign, *norm(moments and (sign * moments[0], moments[1]))
+        sign, mean, factor, bias = (v[None, None, None] for v in vectors)
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+        x = ((sign * x - mean) * factor + bias).astype(self.dtype)
+        return nn.relu(x) if self.stem_relu else x
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = self.conv(
-            images.astype(self.dtype), self.width, 7, 2, 'conv_init', padding=[(3, 3), (3, 3)]
-        )
-        x = self.norm(x, train, 'bn_init')
-        if self.stem_relu:
-            x = nn.relu(x)
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+        x = self._stem(images.astype(self.dtype), train)
         for group, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 x = self.run_block(

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from sam_jax.gradients import LOGGED
+
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5}
 COLLECTIVES = ('all-reduce', 'all-gather', 'all-to-all', 'reduce-scatter', 'collective-permute')
 HOST = ('infeed', 'outfeed', 'send', 'recv')
@@ -93,7 +95,7 @@ def instructions(text: str) -> list[Instruction]:
     """Returns the instructions that are executed as such: not those within a fusion.
 
     Of a loop whose number of turns the program tells, the instructions are executed so often; of
-    any other one, once. All branches of a condition are counted.
+    any other one, once. All branches of a condition are counted, but what only logged steps do.
 
     Args:
       text: of `compiled.as_text()`.
@@ -169,7 +171,7 @@ def _executed(computations, entry):
                 for part in re.findall(r'(?:condition|body)=%?([\w.-]+)', i.operands):
                     enter(part, turns * _trips(i, computations))
             elif i.opcode in ('conditional', 'call') or i.opcode.endswith('-start'):
-                for part in _called(i):
+                for part in () if LOGGED in i.op_name.split('/') else _called(i):
                     enter(part, turns)
 
     enter(entry, 1)
