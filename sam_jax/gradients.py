@@ -71,6 +71,7 @@ class Training(NamedTuple):
       label_smoothing, decay_norm_and_bias: of the config.
       weight_decay: factor of the L2 penalty, a scalar, perhaps traced.
       added: None, or (logits, replica) -> a further term.
+      frozen: the model's variables that no step changes.
     """
 
     model: Any
@@ -78,13 +79,19 @@ class Training(NamedTuple):
     decay_norm_and_bias: bool
     weight_decay: Any
     added: Any = None
+    frozen: Any = {}
 
     @classmethod
     def from_config(
-        cls, config: Any, model: Any, weight_decay: Any, added: Any = None
+        cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = {}
     ) -> 'Training':
         return cls(
-            model, config.label_smoothing, config.optimizer.decay_norm_and_bias, weight_decay, added
+            model,
+            config.label_smoothing,
+            config.optimizer.decay_norm_and_bias,
+            weight_decay,
+            added,
+            frozen,
         )
 
     def forward(
@@ -92,7 +99,7 @@ class Training(NamedTuple):
     ) -> tuple[jax.Array, Any]:
         """Returns (logits, updated variables) of a training pass of one replica."""
         return self.model.apply(
-            {'params': params, 'batch_stats': batch_stats},
+            {'params': params, 'batch_stats': batch_stats, 'frozen': self.frozen},
             replica['image'],
             train=True,
             mutable=['batch_stats'],

@@ -58,7 +58,7 @@ def train_step(
     Args:
       state: TrainState, the same on all devices.
       feed: this device's row of the dataset's `train_feed`.
-      arrays: the dataset's arrays on the device.
+      arrays: the dataset's arrays on the device; 'frozen', the model's variables of that name.
       hparams: HParams.
       model: flax module of `models.create_model`.
       config: the run's config.
@@ -78,11 +78,13 @@ def train_step(
         num_examples=steps_per_epoch * config.batch_size,
     )
     epoch = state.step // steps_per_epoch
+    frozen = arrays.get('frozen', {})
     training = gradients.Training.from_config(
         config,
         model,
         optimizers.penalty_factor(config.optimizer, hparams.weight_decay),
-        trajectory.trajectory_loss(method.trajectory, state, model, epoch),
+        trajectory.trajectory_loss(method.trajectory, state, model, epoch, frozen),
+        frozen,
     )
     groups = _groups(state, feed, arrays, hparams, layout, batch_fn, epoch)
     shared = {

@@ -55,7 +55,22 @@ def check(config: Config) -> None:
     for option, described in model_options(config.model.name).items():
         if option in config.model:
             described.check(f'model.{option}', config.model[option])
-    models.from_config(config.model, num_classes=1)  # its options do not depend on the data
+    # Its options do not depend on the data.
+    model = models.from_config(config.model, num_classes=1)
+    _check_prompts(flat, model)
+
+
+def _check_prompts(flat, model):
+    if flat['data.base_to_new'] and not model.frozen:
+        raise UserError(
+            'data.base_to_new is True; classes of which nothing was trained are told apart by '
+            f'their names, which {flat["model.name"]} does not read: use a clip-<size><patch>.'
+        )
+    if flat['analysis.every_epochs'] and model.frozen:
+        raise UserError(
+            f'analysis.every_epochs is {flat["analysis.every_epochs"]}; learned prompts cannot be '
+            'analysed yet: set it to 0.'
+        )
 
 
 def _check_optimizer(flat):
@@ -188,6 +203,12 @@ def _check_data_settings(settings):
             f'data.fraction is {settings.fraction}; {settings.name} is streamed, and to know its '
             "classes all of it would be read: set it to 1, or use data.name='folder'."
         )
+    for key in ('shots', 'base_to_new'):
+        if streams and settings.name != 'folder' and settings[key]:
+            raise UserError(
+                f'data.{key} is {settings[key]}; {settings.name} is streamed, and to know its '
+                "classes all of it would be read: use data.name='folder'."
+            )
     if settings.mixup_alpha and settings.cutmix_alpha:
         raise UserError(
             f'data.mixup_alpha is {settings.mixup_alpha} and data.cutmix_alpha is '

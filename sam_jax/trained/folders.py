@@ -85,10 +85,14 @@ def of_experiment(
         )
     plain = {'params': state.params, 'batch_stats': state.batch_stats}
     dataset = experiment.dataset
+    frozen = experiment.frozen(dataset.train)
     written = read_json(workdir, 'config.json')
     return Trained(
         config=experiment.config,
-        variables=jax.device_get(plain if ema is False else experiment.weights(state)),
+        variables={
+            **jax.device_get(plain if ema is False else experiment.weights(state)),
+            **({'frozen': frozen} if frozen else {}),
+        },
         preprocessing=dataset.preprocessing,
         classes=dataset.classes or tuple(map(str, range(dataset.num_classes))),
         result=_result(workdir, step),
@@ -131,12 +135,15 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
       The path of the file of weights.
 
     Raises:
-      UserError: the folder is that of a run, or a value is not finite in this dtype.
+      UserError: the folder is that of a run, a value is not finite in this dtype, or the network
+        has learned prompts.
       OSError: the folder cannot be written.
     """
     from safetensors.numpy import save
 
     check_out(folder)
+    if model.model.frozen:
+        raise UserError('Learned prompts cannot be exported yet; use the folder of the run itself.')
     flattened: dict[str, Any] = traverse_util.flatten_dict(model.variables, sep='/')
     with np.errstate(over='ignore'):
         arrays = {k: np.array(x, dtype or x.dtype, order='C') for k, x in flattened.items()}
