@@ -79,11 +79,11 @@ class Training(NamedTuple):
     decay_norm_and_bias: bool
     weight_decay: Any
     added: Any = None
-    frozen: Any = {}
+    frozen: Any = None
 
     @classmethod
     def from_config(
-        cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = {}
+        cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = None
     ) -> 'Training':
         return cls(
             model,
@@ -99,7 +99,7 @@ class Training(NamedTuple):
     ) -> tuple[jax.Array, Any]:
         """Returns (logits, updated variables) of a training pass of one replica."""
         return self.model.apply(
-            {'params': params, 'batch_stats': batch_stats, 'frozen': self.frozen},
+            {'params': params, 'batch_stats': batch_stats, 'frozen': self.frozen or {}},
             replica['image'],
             train=True,
             mutable=['batch_stats'],

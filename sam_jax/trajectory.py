@@ -60,7 +60,7 @@ def trajectory_loss(
     state: Any,
     model: Any,
     epoch: jax.Array,
-    frozen: Any = {},
+    frozen: Any = None,
 ) -> Callable[[jax.Array, dict[str, Any]], jax.Array] | None:
     """Returns SAF's or MESA's loss as a function (logits, replica) -> scalar, or None."""
     if trajectory is None:
@@ -70,7 +70,7 @@ def trajectory_loss(
         if trajectory.epochs_ago:
             past, known = replica['past']['logits'], replica['past']['known']
         else:
-            average = {**state.ema, 'frozen': frozen}
+            average = {**state.ema, 'frozen': frozen or {}}
             past, known = model.apply(average, replica['image'], train=False), True
         each = losses.trajectory(logits, lax.stop_gradient(past), trajectory.tau)
         active = jnp.logical_and(known, epoch > trajectory.start_epoch)

@@ -165,7 +165,7 @@ def create(
     Raises:
       UserError: the images do not fit on the devices, or the network has learned prompts.
     """
-    if model.frozen:
+    if getattr(model, 'frozen', False):
         raise UserError(
             'A network with learned prompts cannot be analysed yet: the loss of an analysis is a '
             'function of params and images alone.'

@@ -5,6 +5,7 @@ from typing import Any
 from sam_jax import data, models, sharpness
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
+from sam_jax.models.prompts import Prompts
 from sam_jax.replicas import Layout
 from sam_jax.settings.overrides import flatten, jsonable, nearest
 from sam_jax.settings.schema import KEYS, Config, Key, completed, model_options
@@ -61,12 +62,13 @@ def check(config: Config) -> None:
 
 
 def _check_prompts(flat, model):
-    if flat['data.base_to_new'] and not model.frozen:
+    reads_names = isinstance(model, Prompts)
+    if flat['data.base_to_new'] and not reads_names:
         raise UserError(
             'data.base_to_new is True; classes of which nothing was trained are told apart by '
             f'their names, which {flat["model.name"]} does not read: use a clip-<size><patch>.'
         )
-    if flat['analysis.every_epochs'] and model.frozen:
+    if flat['analysis.every_epochs'] and reads_names:
         raise UserError(
             f'analysis.every_epochs is {flat["analysis.every_epochs"]}; learned prompts cannot be '
             'analysed yet: set it to 0.'

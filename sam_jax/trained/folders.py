@@ -142,7 +142,7 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
     from safetensors.numpy import save
 
     check_out(folder)
-    if model.model.frozen:
+    if 'frozen' in model.variables:
         raise UserError('Learned prompts cannot be exported yet; use the folder of the run itself.')
     flattened: dict[str, Any] = traverse_util.flatten_dict(model.variables, sep='/')
     with np.errstate(over='ignore'):
