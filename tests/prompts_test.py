@@ -332,9 +332,9 @@ def test_only_the_context_is_trained():
     before = jax.device_get(experiment.arrays(experiment.dataset.train)['frozen'])
     state = experiment.initial_state()
     (context,) = jax.tree.leaves(jax.device_get(state.params))
-    assert context.shape == (16, 64)
+    assert context.shape == (16, 32)
     sizes = [np.size(x) for x in jax.tree.leaves(state)]
-    assert max(sizes) == 16 * 64 and sizes.count(16 * 64) == 2  # params and momentum
+    assert max(sizes) == 16 * 32 and sizes.count(16 * 32) == 2  # params and momentum
     for feed in experiment.feeds(experiment.total_steps - 2):
         state, logged = experiment.train_step(state, feed, *experiment.constants)
     assert float(logged['train/perturbation_norm']) == pytest.approx(0.1, rel=1e-4)

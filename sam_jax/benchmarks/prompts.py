@@ -12,10 +12,12 @@ What is there already in WORKDIR is not done again.
 """
 
 import argparse
+import dataclasses
 import functools
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sam_jax import data, metrics, models, rngs, run_log, settings, tables, train
+from sam_jax import data, metrics, models, rngs, run_log, settings, tables
 from sam_jax.cli import commands
 from sam_jax.data.load import few_shots
+from sam_jax.data.sources import SOURCES
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 from sam_jax.experiments.results import interval, mean_and_interval
 from sam_jax.models import bpe, clip_files
 
@@ -39,7 +43,7 @@ CAPTIONS = (
     'this is a {}.',
 )
 IMAGES = 4000  # that CLIP is trained on
-BATCH, STEPS, LEARNING_RATE = 64, 400, 2e-3
+BATCH, STEPS, LEARNING_RATE = 64, 600, 3e-3
 CLIP_SEED = 0
 METHODS = {'CoOp': 'sgd', 'CoOp + SAM': 'sam', 'GCSCoOp': 'gradient_constrained'}
 
@@ -121,12 +125,34 @@ def zero_shot(config: Any) -> dict[str, float]:
     return {'base': base, 'new': new, 'mean': metrics.harmonic_mean(base, new)}
 
 
-def prompts(workdir: str, config: Any) -> dict[str, float]:
-    """Returns the accuracies of a run, which is trained if it is not there."""
-    train.train_and_evaluate(config, workdir, jax.devices()[:1])
-    result = run_log.read_json(os.path.join(workdir, 'result.json'))
+def learn(experiment: Experiment) -> dict[str, float]:
+    """Returns the accuracies of a run's prompts after its last step."""
+    state = experiment.initial_state()
+    for feed in experiment.feeds():
+        state, _ = experiment.train_step(state, feed, *experiment.constants)
+    result = experiment.evaluate(state)
     base, new = (1 - result[f'{name}/error_rate'] for name in ('test', 'new'))
     return {'base': base, 'new': new, 'mean': result['new/harmonic_mean']}
+
+
+def of_seeds(configs: list[Any], folder: str) -> Iterator[dict[str, float]]:
+    """Yields the accuracies of runs that differ in their seeds; each is kept in a file."""
+    source: Any = SOURCES[configs[0].data.name]
+    once = {configs[0].data.name: dataclasses.replace(source, read=functools.cache(source.read))}
+    first = None
+    for config in configs:
+        path = os.path.join(folder, f'seed={config.seed}.json')
+        if not os.path.exists(path):
+            experiment = Experiment.of_any_size(
+                config, jax.devices()[:1], load=lambda settings: data.load_dataset(settings, once)
+            )
+            first = first or experiment
+            # They differ in values alone: what is compiled for the first one is for all.
+            steps = {'train_step': first.train_step, 'eval_step': first.eval_step}
+            experiment.__dict__.update(steps)
+            os.makedirs(folder, exist_ok=True)
+            run_log.write_json(path, learn(experiment))
+        yield run_log.read_json(path)
 
 
 def tell(text: str) -> None:
@@ -156,9 +182,6 @@ def main() -> None:
     args = parser.parse_args()
     for name in ('sam_jax', 'absl'):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The runs of a method differ in values alone, and are compiled once.
-    jax.config.update('jax_compilation_cache_dir', os.path.abspath(f'{args.workdir}/compiled'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
     def config_of(method, seed):
         further = f',{args.arguments}' if args.arguments else ''
@@ -172,12 +195,11 @@ def main() -> None:
     rows = [row("'a photo of a ...'", [zero_shot(first)])]
     for name, method in METHODS.items():
         results = []
-        for seed in range(args.seeds):
-            folder = ','.join(filter(None, (method, args.arguments)))
-            place = os.path.join(args.workdir, folder, f'seed={seed}')
-            results.append(prompts(place, config_of(method, seed)))
-            said = ', '.join(f'{key} {100 * x:.2f} %' for key, x in results[-1].items())
-            tell(f'{name}, seed {seed}: {said}')
+        folder = os.path.join(args.workdir, ','.join(filter(None, (method, args.arguments))))
+        for result in of_seeds([config_of(method, seed) for seed in range(args.seeds)], folder):
+            results.append(result)
+            said = ', '.join(f'{key} {100 * x:.2f} %' for key, x in result.items())
+            tell(f'{name}, seed {len(results) - 1}: {said}')
         rows.append(row(name, results))
     print(tables.markdown(('prompt', 'base (%)', 'new (%)', 'harmonic mean (%)'), rows))
 

@@ -28,7 +28,7 @@ class Size(NamedTuple):
 
 SIZES = {
     # For tests, and for what a CPU trains in minutes. Its tokens are bytes, see `bpe`.
-    'tiny': Size(vit.Size(64, 2, 4), vit.Size(64, 2, 4), 64, vocabulary=514, length=40),
+    'tiny': Size(vit.Size(32, 2, 2), vit.Size(32, 2, 2), 32, vocabulary=514, length=40),
     'b': Size(vit.Size(768, 12, 12), vit.Size(512, 12, 8), 512),
     'l': Size(vit.Size(1024, 24, 16), vit.Size(768, 12, 12), 768),
 }
