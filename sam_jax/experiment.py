@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from sam_jax import (
     data,
@@ -259,19 +258,14 @@ class Experiment:
 
         Under 'frozen' are the variables of the model that no step changes, if it has any.
         """
-        placed = self._on_devices(self.dataset.device_arrays(split))
-        frozen = traverse_util.flatten_dict(self.frozen(split), sep='/')
-        if frozen:
-            placed['frozen'] = traverse_util.unflatten_dict(self._on_devices(frozen), sep='/')
-        return placed
+        return jax.tree.map(self._on_devices, self.host_arrays(split))
 
-    def _on_devices(self, arrays):
+    def _on_devices(self, array):
         # Views of the same memory are the same images.
-        keys = {name: (array.ctypes.data, array.shape) for name, array in arrays.items()}
-        for name, key in keys.items():
-            if key not in self._placed:
-                self._placed[key] = self.layout.replicate(arrays[name])
-        return {name: self._placed[key] for name, key in keys.items()}
+        key = array.ctypes.data, array.shape
+        if key not in self._placed:
+            self._placed[key] = self.layout.replicate(array)
+        return self._placed[key]
 
     @functools.cached_property
     def eval_step(self) -> jax.stages.Wrapped:

@@ -85,14 +85,8 @@ class Training(NamedTuple):
     def from_config(
         cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = None
     ) -> 'Training':
-        return cls(
-            model,
-            config.label_smoothing,
-            config.optimizer.decay_norm_and_bias,
-            weight_decay,
-            added,
-            frozen,
-        )
+        fixed = config.label_smoothing, config.optimizer.decay_norm_and_bias
+        return cls(model, *fixed, weight_decay, added, frozen)
 
     def forward(
         self, params: Any, batch_stats: Any, replica: dict[str, Any], **options

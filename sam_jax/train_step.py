@@ -60,9 +60,7 @@ def train_step(
       feed: this device's row of the dataset's `train_feed`.
       arrays: the dataset's arrays on the device; 'frozen', the model's variables of that name.
       hparams: HParams.
-      model: flax module of `models.create_model`.
-      config: the run's config.
-      layout: replicas.Layout.
+      model, config, layout: flax module, the run's config, replicas.Layout.
       batch_fn: (arrays, feed, keys of the examples, key of the batch, name of the axis) ->
         {'image', 'label'}, leading axes (replicas of this device, examples of a replica).
       steps_per_epoch: for the schedules.
@@ -77,8 +75,7 @@ def train_step(
         total_steps=config.total_epochs * steps_per_epoch,
         num_examples=steps_per_epoch * config.batch_size,
     )
-    epoch = state.step // steps_per_epoch
-    frozen = arrays.get('frozen', {})
+    epoch, frozen = state.step // steps_per_epoch, arrays.get('frozen', {})
     training = gradients.Training.from_config(
         config,
         model,

@@ -151,9 +151,10 @@ class ImageTower(Tower, kw_only=True):
             param_dtype=self.param_dtype,
             name='embedding',
         )(images.astype(self.dtype))
-        x = x.astype(self.wide).reshape(len(images), -1, channels)
+        n, rows, columns, _ = x.shape
+        x = x.astype(self.wide).reshape(n, rows * columns, channels)
         token = self.learned('token', (channels,), channels**-0.5, 'class_token')
-        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, channels)), x], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(token, (n, 1, channels)), x], axis=1)
         x = x + self.learned('position', x.shape[1:], 0.02, 'positions')[None]
         x = self.blocks(self.norm(x, 'ln_pre', self.wide))
         return self.norm(x[:, 0], 'ln_final', self.wide)

@@ -2,7 +2,7 @@
 
 The latter holds no state of the optimizer and needs no dataset:
 
-    weights.safetensors    {'params/MODULE/LEAF', 'batch_stats/MODULE/LEAF': array}
+    weights.safetensors    {'params/MODULE/LEAF', 'batch_stats/MODULE/LEAF', 'frozen/...': array}
     config.json            settings, preprocessing, classes, and the checksum of the weights
     result.json            what the run says of itself after these weights' step
 
@@ -135,18 +135,18 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
       The path of the file of weights.
 
     Raises:
-      UserError: the folder is that of a run, a value is not finite in this dtype, or the network
-        has learned prompts.
+      UserError: the folder is that of a run, or a value is not finite in this dtype.
       OSError: the folder cannot be written.
     """
     from safetensors.numpy import save
 
     check_out(folder)
-    if 'frozen' in model.variables:
-        raise UserError('Learned prompts cannot be exported yet; use the folder of the run itself.')
     flattened: dict[str, Any] = traverse_util.flatten_dict(model.variables, sep='/')
     with np.errstate(over='ignore'):
-        arrays = {k: np.array(x, dtype or x.dtype, order='C') for k, x in flattened.items()}
+        arrays = {
+            k: np.array(x, dtype if dtype and _floating(x) else x.dtype, order='C')
+            for k, x in flattened.items()
+        }
     for path, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f'The weights {path} are not finite in {array.dtype}.')
@@ -173,6 +173,10 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
     # Last: without it the folder is none of a published network.
     run_log.write_json(os.path.join(folder, 'config.json'), description)
     return path
+
+
+def _floating(array):
+    return np.issubdtype(array.dtype, np.floating)
 
 
 def check_out(folder: str) -> None:
@@ -285,13 +289,19 @@ def _variables(arrays, network, preprocessing, folder):
         where = 'is not among them' if name in wanted else 'is not of the network'
         raise UserError(f'{begin}: {name} {where}.')
     for name, array in sorted(arrays.items()):
-        if array.shape != wanted[name].shape or not np.issubdtype(array.dtype, np.floating):
+        shape = wanted[name].shape
+        if name == 'frozen/names' and array.ndim == 2:
+            shape = (shape[0], array.shape[1])  # as long as the names are
+        if array.shape != shape or _floating(array) != _floating(wanted[name]):
             raise UserError(
                 f'{begin}: {name} is {array.dtype} {array.shape}, and must be '
-                f'{wanted[name].dtype} {wanted[name].shape}.'
+                f'{wanted[name].dtype} {shape}.'
             )
         if not np.isfinite(array).all():
             raise UserError(f'The weights in {folder!r} are not finite: see {name}.')
     # Statistics, too, are of the type of the params, where that is float64.
-    variables = {name: array.astype(network.param_dtype) for name, array in arrays.items()}
+    variables = {
+        name: array.astype(network.param_dtype if _floating(array) else array.dtype)
+        for name, array in arrays.items()
+    }
     return {'batch_stats': {}, **traverse_util.unflatten_dict(variables, sep='/')}

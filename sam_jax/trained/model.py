@@ -22,7 +22,7 @@ class Trained:
 
     Attributes:
       config: the settings of its run.
-      variables: {'params', 'batch_stats'}, NumPy arrays.
+      variables: {'params', 'batch_stats'}, NumPy arrays; 'frozen', where the network has those.
       preprocessing: what becomes of the images.
       classes: the names of the classes; their numbers, as text, where they have none.
       result: what the run says of itself after these weights' step, as in `result.json`.
