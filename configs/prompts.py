@@ -29,7 +29,7 @@ does, there the image is resized to 224 first; the classes are in the order of t
 there in that of each dataset. A batch must not exceed the shots of all base classes. Left open: no
 run with weights of OpenAI was made, since none can be had here.
 
-small: Fashion-MNIST and a CLIP of 0.2 million parameters, which
+small: Fashion-MNIST and a CLIP of 83,000 parameters, which
 `python -m sam_jax.benchmarks.prompts` trains first; its results stand in docs/howto/prompts.md.
 Left open: rho and learning rate were not searched for this size.
 
@@ -56,7 +56,7 @@ def get_config(arg=''):
     )
     c = common.get_config()
     c.seed = arg.seed
-    common.set_model(c, arg.model or ('clip-tiny7' if arg.small else 'clip-b16'))
+    common.set_model(c, arg.model or ('clip-tiny14' if arg.small else 'clip-b16'))
     c.model.context, c.model.words = arg.context, arg.words
     c.data.shots, c.data.fraction_seed, c.data.base_to_new = arg.shots, arg.seed, True
     c.optimizer.learning_rate = 0.002
@@ -81,7 +81,7 @@ def _full(c):
 
 
 def _small(c):
-    c.total_epochs = 40
+    c.total_epochs = 25
     c.batch_size = c.replica_batch_size = 16
     c.log_every_steps = 50
     c.data.name = 'fashion_mnist'

@@ -80,7 +80,7 @@ ARGUMENTS = {
             'sam.method': 'sgd',
         },
         'small,shots=4,rho=0.2,epochs=3': {
-            'model.name': 'clip-tiny7',
+            'model.name': 'clip-tiny14',
             'data.shots': 4,
             'sam.low': 0.5,
             'sam.up': 0.8,

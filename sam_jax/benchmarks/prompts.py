@@ -2,7 +2,7 @@
 
     python -m sam_jax.benchmarks.prompts [--seeds=5] [--workdir=runs/prompts]
 
-First a CLIP of the size `clip-tiny7` learns from Fashion-MNIST what the names of its ten classes
+First a CLIP of the size `clip-tiny14` learns from Fashion-MNIST what the names of its ten classes
 mean: a step has 64 images and one caption of each class, 'a photo of a ...' or one of its like. The
 images are a part of the training set that none of the runs' shots is in. Then each method learns
 its prompts by `configs/prompts.py:small`, from 16 images of each of the first five classes, and is
@@ -17,7 +17,6 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,7 +42,7 @@ CAPTIONS = (
     'this is a {}.',
 )
 IMAGES = 4000  # that CLIP is trained on
-BATCH, STEPS, LEARNING_RATE = 64, 600, 3e-3
+BATCH, STEPS, LEARNING_RATE = 64, 400, 3e-3
 CLIP_SEED = 0
 METHODS = {'CoOp': 'sgd', 'CoOp + SAM': 'sam', 'GCSCoOp': 'gradient_constrained'}
 
@@ -77,7 +76,7 @@ def pretrain(folder: str, config: Any, seeds: int) -> None:
     whole = config.copy_and_resolve_references()
     with whole.unlocked():
         whole.data.base_to_new, whole.data.shots = False, 0
-    dataset: Any = data.load_dataset(whole.data)
+    dataset = load(whole.data)
     model = models.from_config(whole.model, dataset.num_classes).clip
     labels = dataset.train.labels
     # Those of the base classes alone, too: shots are chosen class by class.
@@ -106,7 +105,7 @@ def pretrain(folder: str, config: Any, seeds: int) -> None:
 
 def zero_shot(config: Any) -> dict[str, float]:
     """Returns the accuracies of 'a photo of a NAME.', no image of a class seen for them."""
-    dataset: Any = data.load_dataset(config.data)
+    dataset = load(config.data)
     model = models.from_config(config.model, dataset.num_classes).clip
     params = clip_files.read(config.model.init_from, model, dataset.image_shape)
     apply = jax.jit(model.apply)
@@ -135,24 +134,38 @@ def learn(experiment: Experiment) -> dict[str, float]:
     return {'base': base, 'new': new, 'mean': result['new/harmonic_mean']}
 
 
-def of_seeds(configs: list[Any], folder: str) -> Iterator[dict[str, float]]:
-    """Yields the accuracies of runs that differ in their seeds; each is kept in a file."""
-    source: Any = SOURCES[configs[0].data.name]
-    once = {configs[0].data.name: dataclasses.replace(source, read=functools.cache(source.read))}
-    first = None
-    for config in configs:
-        path = os.path.join(folder, f'seed={config.seed}.json')
+class Runs:
+    """Runs that differ in their seeds; what each says is kept in a file of a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._first = folder, None
+
+    def __call__(self, config: Any) -> dict[str, float]:
+        """Returns the accuracies of a run."""
+        path = os.path.join(self._folder, f'seed={config.seed}.json')
         if not os.path.exists(path):
-            experiment = Experiment.of_any_size(
-                config, jax.devices()[:1], load=lambda settings: data.load_dataset(settings, once)
-            )
-            first = first or experiment
+            experiment = Experiment.of_any_size(config, jax.devices()[:1], load=load)
+            self._first = self._first or experiment
             # They differ in values alone: what is compiled for the first one is for all.
-            steps = {'train_step': first.train_step, 'eval_step': first.eval_step}
+            steps = {name: getattr(self._first, name) for name in ('train_step', 'eval_step')}
             experiment.__dict__.update(steps)
-            os.makedirs(folder, exist_ok=True)
-            run_log.write_json(path, learn(experiment))
-        yield run_log.read_json(path)
+            result = learn(experiment)
+            os.makedirs(self._folder, exist_ok=True)
+            run_log.write_json(path, result)
+        return run_log.read_json(path)
+
+
+@functools.cache
+def read_once(name: str, folder: str) -> Any:
+    """Returns the splits of a dataset, read when it is first asked for."""
+    return SOURCES[name].read(folder)
+
+
+def load(settings: Any) -> Any:
+    """Returns the dataset of a run."""
+    read = functools.partial(read_once, settings.name)
+    source: Any = SOURCES[settings.name]
+    return data.load_dataset(settings, {settings.name: dataclasses.replace(source, read=read)})
 
 
 def tell(text: str) -> None:
@@ -183,8 +196,9 @@ def main() -> None:
     for name in ('sam_jax', 'absl'):
         logging.getLogger(name).setLevel(logging.WARNING)
 
+    further = f',{args.arguments}' if args.arguments else ''
+
     def config_of(method, seed):
-        further = f',{args.arguments}' if args.arguments else ''
         _, config = settings.load(f'prompts:small,method={method},seed={seed}{further}')
         config.model.init_from = os.path.join(args.workdir, 'clip')
         return config
@@ -192,15 +206,16 @@ def main() -> None:
     first = config_of('sgd', 0)
     if not os.path.exists(os.path.join(first.model.init_from, 'vocab.json')):
         pretrain(first.model.init_from, first, args.seeds)
-    rows = [row("'a photo of a ...'", [zero_shot(first)])]
-    for name, method in METHODS.items():
-        results = []
-        folder = os.path.join(args.workdir, ','.join(filter(None, (method, args.arguments))))
-        for result in of_seeds([config_of(method, seed) for seed in range(args.seeds)], folder):
-            results.append(result)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    runs = {m: Runs(os.path.join(args.workdir, m + further)) for m in METHODS.values()}
+    for seed in range(args.seeds):
+        for name, method in METHODS.items():
+            result = runs[method](config_of(method, seed))
+            results[name].append(result)
             said = ', '.join(f'{key} {100 * x:.2f} %' for key, x in result.items())
-            tell(f'{name}, seed {len(results) - 1}: {said}')
-        rows.append(row(name, results))
+            tell(f'{name}, seed {seed}: {said}')
+    rows = [row("'a photo of a ...'", [zero_shot(first)])]
+    rows += [row(name, of_seeds) for name, of_seeds in results.items()]
     print(tables.markdown(('prompt', 'base (%)', 'new (%)', 'harmonic mean (%)'), rows))
 
 

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+
 from sam_jax.models import vit_files
 from sam_jax.models.clip import CLIP
 from sam_jax.models.efficientnet import EfficientNet
-from sam_jax.models.layers import Network
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -32,9 +33,9 @@ class Format(NamedTuple):
     leaf: Callable[[str, str], str]
     separator: str
     layout: Callable[[str, Any, int], Any]
-    arrange: Callable[[Network, dict, dict], dict] = lambda model, ours, arrays: arrays
+    arrange: Callable[[Any, dict, dict], dict] = lambda model, ours, arrays: arrays
 
-    def name(self, model: Network, path: str) -> str:
+    def name(self, model: nn.Module, path: str) -> str:
         """Foreign name of our 'params/module/leaf' or 'batch_stats/module/leaf'."""
         module, _, leaf = path.partition('/')[2].rpartition('/')
         rules = next(r for cls, r in self.modules.items() if isinstance(model, cls))

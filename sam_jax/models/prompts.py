@@ -77,7 +77,7 @@ class Prompts(layers.Network, kw_only=True):
             name='context',
         )()
 
-        def of_clip(method, *args):
+        def of_clip(method, *args) -> Any:
             return self.clip.apply({'params': towers}, *args, method=method)
 
         texts = prompted(of_clip('embed', names), context)
