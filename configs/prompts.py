@@ -29,7 +29,7 @@ does, there the image is resized to 224 first; the classes are in the order of t
 there in that of each dataset. A batch must not exceed the shots of all base classes. Left open: no
 run with weights of OpenAI was made, since none can be had here.
 
-small: Fashion-MNIST and a CLIP of 83,000 parameters, which
+small: Fashion-MNIST and a CLIP of 77,000 parameters, which
 `python -m sam_jax.benchmarks.prompts` trains first; its results stand in docs/howto/prompts.md.
 Left open: rho and learning rate were not searched for this size.
 
