@@ -142,9 +142,10 @@ def _base_and_new(train, test, classes, name):
         'new': _from_zero(test.part(np.flatnonzero(test.labels >= base)), base),
     }
     train = train.part(np.flatnonzero(train.labels < base))
-    for what, part in (('training images of the first half', train), *evals.items()):
+    parts = {'training images of the first': train, 'test images of the first': evals['test']}
+    for what, part in {**parts, 'test images of the second': evals['new']}.items():
         if not len(part):
-            raise UserError(f'data.base_to_new is True; {name} has no {what} of its classes.')
+            raise UserError(f'data.base_to_new is True; {name} has no {what} half of its classes.')
     return train, evals, classes[:base], classes[base:]
 
 

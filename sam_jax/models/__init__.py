@@ -173,9 +173,8 @@ def create_model(name: str, num_classes: int, **options) -> layers.Network:
     Called as `module.init(rngs, images, train=False)` and
     `module.apply(variables, images, train=..., mutable=..., rngs=...)` with images (N, H, W, C),
     rng names 'params', 'dropout' and 'shake', collections 'params', 'batch_stats' and, of those
-    with `frozen`, 'frozen'. Returns
-    logits (N, num_classes) in at least float32. The calls of Shake-Shake and PyramidNet also take
-    `true_gradient`, see `models.shake`.
+    with `frozen`, 'frozen'. Returns logits (N, num_classes) in at least float32. The calls of
+    Shake-Shake and PyramidNet also take `true_gradient`, see `models.shake`.
 
     Args:
       name: see NAMES.
