@@ -290,6 +290,36 @@ def test_base_and_new():
     np.testing.assert_array_equal(new.labels, test.labels[test.labels >= 5] - 5)
 
 
+class _Folder:
+    """As `records.FolderStream`, of images that nobody reads."""
+
+    def __init__(self, classes):
+        self.classes = classes
+        self.labels = np.arange(8 * len(classes)) % len(classes)
+
+    def open(self, data_dir):
+        del data_dir
+        return self, self, len(self.classes)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return b'', self.labels[i], f'{i}'
+
+
+def test_base_and_new_of_a_folder():
+    c = config.get_config('shots=3').data
+    split = data.load_dataset(c, streams={'folder': _Folder(tuple('abcde'))})
+    assert (split.classes, split.new_classes, split.num_classes) == (('a', 'b', 'c'), ('d', 'e'), 3)
+    assert [len(split.train), *map(len, split.evals.values())] == [9, 24, 16, 9]
+    assert [split.evals['new'][i][1] for i in range(4)] == [0, 1, 0, 1]
+    assert {split.train[i][1] for i in range(9)} == {0, 1, 2}
+    assert split.mean == data.load.CLIP_MEAN
+    with pytest.raises(UserError, match='base_to_new is True; folder has 3 classes: .* four'):
+        data.load_dataset(c, streams={'folder': _Folder(tuple('abc'))})
+
+
 def test_harmonic_mean():
     assert metrics.harmonic_mean(0.5, 1.0) == pytest.approx(2 / 3)
     assert metrics.harmonic_mean(0.7, 0.7) == pytest.approx(0.7)
