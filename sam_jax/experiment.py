@@ -248,6 +248,11 @@ class Experiment:
             )
         return self._frozen[new]
 
+    @functools.cached_property
+    def frozen_checksum(self) -> str:
+        """16 hexadecimal digits of what `frozen` holds for the training set; '' of nothing."""
+        return clip_files.checksum(self.frozen(self.dataset.train))
+
     def host_arrays(self, split: Any) -> dict[str, Any]:
         """Returns what `arrays` does, on the host."""
         frozen = self.frozen(split)
@@ -326,6 +331,7 @@ class Experiment:
             settings.check_same_mathematics(self.config, meta['config'])
             if to_train:
                 settings.check_same_data(self.dataset, meta.get('data', ''))
+                settings.check_same_frozen(self.frozen_checksum, meta.get('frozen', ''))
         target = self.create_state()
         found = (
             checkpoints.restore_newest(target)

@@ -191,6 +191,12 @@ def folder(tmp_path_factory):
 def test_what_is_written_is_read(folder):
     place, model, params = folder
     assert_trees_equal(clip_files.read(place, model, SHAPE), params)
+    sums = {
+        clip_files.checksum({'clip': p}) for p in (params, jax.tree.map(lambda x: x + 0, params))
+    }
+    other = jax.tree.map(lambda x: x + 1, params)
+    assert len(sums) == 1 and clip_files.checksum({'clip': other}) not in sums
+    assert clip_files.checksum({}) == ''
     read = clip_files.frozen(tiny(), place, CLASSES, SHAPE, 0)
     assert_trees_equal(read['clip'], params)
     np.testing.assert_array_equal(
@@ -403,6 +409,10 @@ def test_a_run_resumes_and_is_the_same_on_four_devices(tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     with at_step(7, mock.Mock(side_effect=KeyboardInterrupt)), pytest.raises(KeyboardInterrupt):
         trained('stopped', 1)
+    # Another CLIP in its place.
+    with mock.patch.object(clip_files, 'checksum', lambda frozen: 'x'):
+        with pytest.raises(UserError, match='with another CLIP .* and is x; let model.init_from'):
+            trained('stopped', 1)
     assert_trees_equal(trained('stopped', 1), whole)
 
 

@@ -5,6 +5,7 @@ config.json                sizes; read for what the weights do not tell
 vocab.json, merges.txt     the tokenizer
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -207,6 +208,15 @@ def _towers(model, folder, image_shape, seed):
     images, ids = jnp.zeros((1, *image_shape)), jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(model.clip.init)
     return jax.device_get(init(rngs.key(seed, 'towers'), images, ids)['params'])
+
+
+def checksum(frozen: dict[str, Any]) -> str:
+    """Returns 16 hexadecimal digits of the collection 'frozen'; '' of an empty one."""
+    digest = hashlib.sha256()
+    for path, x in sorted(traverse_util.flatten_dict(frozen, sep='/').items()):
+        digest.update(f'{path} {x.dtype} {x.shape} '.encode())
+        digest.update(np.ascontiguousarray(x))
+    return digest.hexdigest()[:16] if frozen else ''
 
 
 def begun(model: Prompts, folder: str, towers: dict[str, Any], params: Any) -> Any:

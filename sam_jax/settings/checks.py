@@ -314,3 +314,21 @@ def check_same_data(dataset: Dataset, before: str) -> None:
             f'{before} and is {now}; let data.dir name the same files again to resume it, or '
             'choose a new workdir.'
         )
+
+
+def check_same_frozen(now: str, before: str) -> None:
+    """Refuses to resume with other variables that no step changes, such as those of another CLIP.
+
+    Args:
+      now: their checksum at this start; '' where there are none.
+      before: that of the checkpoint.
+
+    Raises:
+      UserError: with both.
+    """
+    if now != before:
+        raise UserError(
+            f'The workdir holds a run with another CLIP or other names of classes: their checksum '
+            f'was {before or "(none)"} and is {now or "(none)"}; let model.init_from name the same '
+            'folder again to resume it, or choose a new workdir.'
+        )
