@@ -215,7 +215,7 @@ def checksum(frozen: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for path, x in sorted(traverse_util.flatten_dict(frozen, sep='/').items()):
         digest.update(f'{path} {x.dtype} {x.shape} '.encode())
-        digest.update(np.ascontiguousarray(x))
+        digest.update(np.asarray(x).tobytes())
     return digest.hexdigest()[:16] if frozen else ''
 
 
