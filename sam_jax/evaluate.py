@@ -25,7 +25,7 @@ def eval_step(
 
     Args:
       params, batch_stats: the model's variables.
-      arrays: the split's arrays on the device.
+      arrays: the split's arrays on the device; 'frozen', the model's variables of that name.
       feed: this device's row of the dataset's `eval_feeds`.
       apply_fn: the model's `apply`.
       batch_fn: (arrays, feed) -> {'image', 'label', 'mask'}.
@@ -36,7 +36,8 @@ def eval_step(
       is the cross entropy without smoothing or penalty.
     """
     batch = batch_fn(arrays, feed)
-    logits = apply_fn({'params': params, 'batch_stats': batch_stats}, batch['image'], train=False)
+    variables = {'params': params, 'batch_stats': batch_stats, 'frozen': arrays.get('frozen', {})}
+    logits = apply_fn(variables, batch['image'], train=False)
     values = {
         'loss': losses.cross_entropy(logits, batch['label']),
         'error_rate': metrics.top1_error(logits, batch['label']),

@@ -20,12 +20,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from sam_jax import data, evaluate, models, replicas, schedules, settings, train_state, train_step
+from sam_jax import (
+    data,
+    evaluate,
+    metrics,
+    models,
+    replicas,
+    schedules,
+    settings,
+    train_state,
+    train_step,
+)
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
-from sam_jax.models import pretrained
+from sam_jax.models import clip_files, pretrained
 from sam_jax.models.layers import Network
+from sam_jax.models.prompts import Prompts
 from sam_jax.train_state import HParams, TrainState
 
 
@@ -150,7 +161,11 @@ class Experiment:
     def _begun(self, state):
         """A state of random weights on the devices; with those of `model.init_from`, if set."""
         path = self.config.model.init_from
-        if path:
+        if isinstance(self.model, Prompts):
+            towers = self.frozen(self.dataset.train)['clip']
+            params = clip_files.begun(self.model, path, towers, state.params)
+            state = state.replace(params=params)
+        elif path:
             variables = pretrained.load(
                 path, self.model, {'params': state.params, 'batch_stats': state.batch_stats}
             )
@@ -211,15 +226,51 @@ class Experiment:
     def _placed(self):
         return {}
 
-    def arrays(self, split: Any) -> dict[str, jax.Array]:
-        """Returns a split's arrays on the devices, each once, however many splits share it."""
-        arrays = self.dataset.device_arrays(split)
+    @functools.cached_property
+    def _frozen(self):
+        return {}
+
+    def frozen(self, split: Any) -> dict[str, Any]:
+        """Returns the variables of the model that no step changes, on the host; {} for most.
+
+        Of learned prompts these are CLIP and the names of the split's classes.
+        """
+        dataset, config = self.dataset, self.config
+        new = split is dataset.evals.get('new')
+        if new not in self._frozen:
+            self._frozen[new] = clip_files.frozen(
+                self.model,
+                config.model.init_from,
+                dataset.new_classes if new else dataset.classes,
+                dataset.image_shape,
+                config.seed,
+                self._frozen.get(not new, {}).get('clip'),
+            )
+        return self._frozen[new]
+
+    @functools.cached_property
+    def frozen_checksum(self) -> str:
+        """16 hexadecimal digits of what `frozen` holds for the training set; '' of nothing."""
+        return clip_files.checksum(self.frozen(self.dataset.train))
+
+    def host_arrays(self, split: Any) -> dict[str, Any]:
+        """Returns what `arrays` does, on the host."""
+        frozen = self.frozen(split)
+        return {**self.dataset.device_arrays(split), **({'frozen': frozen} if frozen else {})}
+
+    def arrays(self, split: Any) -> dict[str, Any]:
+        """Returns a split's arrays on the devices, each once, however many splits share it.
+
+        Under 'frozen' are the variables of the model that no step changes, if it has any.
+        """
+        return jax.tree.map(self._on_devices, self.host_arrays(split))
+
+    def _on_devices(self, array):
         # Views of the same memory are the same images.
-        keys = {name: (array.ctypes.data, array.shape) for name, array in arrays.items()}
-        for name, key in keys.items():
-            if key not in self._placed:
-                self._placed[key] = self.layout.replicate(arrays[name])
-        return {name: self._placed[key] for name, key in keys.items()}
+        key = array.ctypes.data, array.shape
+        if key not in self._placed:
+            self._placed[key] = self.layout.replicate(array)
+        return self._placed[key]
 
     @functools.cached_property
     def eval_step(self) -> jax.stages.Wrapped:
@@ -233,13 +284,16 @@ class Experiment:
             versions['ema_'] = (state.ema['params'], state.ema['batch_stats'])
         results = {}
         for name, split in self.evaluated.items():
-            prefix = name if name in ('test', 'validation') else f'{name}_set'
+            prefix = name if name in ('test', 'validation', 'new') else f'{name}_set'
             for version, variables in versions.items():
                 feeds = self.dataset.eval_feeds(split, self.config.eval.batch_size, self.layout)
                 means = evaluate.evaluate(
                     self.eval_step, *variables, self.arrays(split), feeds, self.layout
                 )
                 results.update({f'{prefix}/{version}{k}': v for k, v in means.items()})
+        for version in versions if 'new' in self.evaluated else ():
+            errors = (results[f'{part}/{version}error_rate'] for part in ('test', 'new'))
+            results[f'new/{version}harmonic_mean'] = metrics.harmonic_mean(*(1 - e for e in errors))
         return results
 
     @staticmethod
@@ -277,6 +331,7 @@ class Experiment:
             settings.check_same_mathematics(self.config, meta['config'])
             if to_train:
                 settings.check_same_data(self.dataset, meta.get('data', ''))
+                settings.check_same_frozen(self.frozen_checksum, meta.get('frozen', ''))
         target = self.create_state()
         found = (
             checkpoints.restore_newest(target)

@@ -73,6 +73,7 @@ class Training(NamedTuple):
       label_smoothing, decay_norm_and_bias: of the config.
       weight_decay: factor of the L2 penalty, a scalar, perhaps traced.
       added: None, or (logits, replica) -> a further term.
+      frozen: the model's variables that no step changes.
     """
 
     model: Any
@@ -80,21 +81,21 @@ class Training(NamedTuple):
     decay_norm_and_bias: bool
     weight_decay: Any
     added: Any = None
+    frozen: Any = None
 
     @classmethod
     def from_config(
-        cls, config: Any, model: Any, weight_decay: Any, added: Any = None
+        cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = None
     ) -> 'Training':
-        return cls(
-            model, config.label_smoothing, config.optimizer.decay_norm_and_bias, weight_decay, added
-        )
+        fixed = config.label_smoothing, config.optimizer.decay_norm_and_bias
+        return cls(model, *fixed, weight_decay, added, frozen)
 
     def forward(
         self, params: Any, batch_stats: Any, replica: dict[str, Any], **options
     ) -> tuple[jax.Array, Any]:
         """Returns (logits, updated variables) of a training pass of one replica."""
         return self.model.apply(
-            {'params': params, 'batch_stats': batch_stats},
+            {'params': params, 'batch_stats': batch_stats, 'frozen': self.frozen or {}},
             replica['image'],
             train=True,
             mutable=['batch_stats'],

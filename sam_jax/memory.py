@@ -34,7 +34,8 @@ class Needs(NamedTuple):
     Attributes:
       state: what is trained: params, statistics, optimizer, moving average, the method's memory.
       gradients: gradients, and the params where the second one is taken.
-      data: the images that lie on the device, and the uint8 images of a step that do not.
+      data: the images that lie on the device, and the uint8 images of a step that do not;
+        variables that no step changes.
       activations: the augmented images of a step, and what the gradient of one replica keeps
         between its passes.
       known: what no compiler can do without: state, one gradient, data.
@@ -70,9 +71,10 @@ def needs(experiment: Any) -> Needs:
     }
     images = layout.replicas_per_device * layout.replica_batch_size
     streamed = 0 if dataset.num_images else images * math.prod(dataset.pixel_shape)
-    data = _size(list(arrays.values())) + streamed
+    frozen = experiment.frozen(dataset.train)
+    data = _size(list(arrays.values())) + streamed + _size(frozen)
     replica = (layout.replica_batch_size, *dataset.image_shape)
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = {'params': state.params, 'batch_stats': state.batch_stats, 'frozen': frozen}
     activations = kept(experiment.model, variables, replica)
     return Needs(
         _size(state),
@@ -92,7 +94,7 @@ def kept(model: Network, variables: dict[str, Any], shape: tuple[int, ...]) -> f
 
     Args:
       model: flax module of `models.create_model`.
-      variables: shapes of its params and batch_stats.
+      variables: shapes of its params, batch_stats, frozen.
       shape: of a replica's images, (N, H, W, C).
     """
     model = model.clone(batch_norm_axis=None)  # no devices are asked

@@ -54,3 +54,8 @@ def masked_sums(values: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.
 def standard_error(samples: np.ndarray) -> float:
     """Returns the standard error of the mean of NumPy samples (n,); NaN for one."""
     return float(np.std(samples, ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else np.nan
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """Returns 2 a b / (a + b) of two accuracies, as base-to-new results are told; 0 if one is 0."""
+    return 2 * a * b / (a + b) if a + b else 0.0

@@ -122,6 +122,7 @@ class Saving:
                     'config': settings.jsonable(run.experiment.config),
                     # The main process writes it; of many files it takes a while.
                     'data': run.experiment.dataset.fingerprint if distributed.is_main() else '',
+                    'frozen': run.experiment.frozen_checksum,
                     'wall_time': run.wall_time(),
                 },
             )

@@ -1,6 +1,5 @@
 """What a step changes, and the settings that enter it as values."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -95,7 +94,12 @@ def create_train_state(
     Raises:
       UserError: the method cannot work with these params.
     """
-    init = jax.jit(functools.partial(model.init, train=False))
+
+    @jax.jit
+    def init(rngs, images):
+        variables = model.init(rngs, images, train=False)
+        # What no step changes is no part of the state, and comes from elsewhere.
+        return {name: x for name, x in variables.items() if name != 'frozen'}
 
     def create_variables():
         images = jnp.zeros((1, *image_shape), float)

@@ -58,11 +58,9 @@ def train_step(
     Args:
       state: TrainState, the same on all devices.
       feed: this device's row of the dataset's `train_feed`.
-      arrays: the dataset's arrays on the device.
+      arrays: the dataset's arrays on the device; 'frozen', the model's variables of that name.
       hparams: HParams.
-      model: flax module of `models.create_model`.
-      config: the run's config.
-      layout: replicas.Layout.
+      model, config, layout: flax module, the run's config, replicas.Layout.
       batch_fn: (arrays, feed, keys of the examples, key of the batch, name of the axis) ->
         {'image', 'label'}, leading axes (replicas of this device, examples of a replica).
       steps_per_epoch: for the schedules.
@@ -77,12 +75,13 @@ def train_step(
         total_steps=config.total_epochs * steps_per_epoch,
         num_examples=steps_per_epoch * config.batch_size,
     )
-    epoch = state.step // steps_per_epoch
+    epoch, frozen = state.step // steps_per_epoch, arrays.get('frozen', {})
     training = gradients.Training.from_config(
         config,
         model,
         optimizers.penalty_factor(config.optimizer, hparams.weight_decay),
-        trajectory.trajectory_loss(method.trajectory, state, model, epoch),
+        trajectory.trajectory_loss(method.trajectory, state, model, epoch, frozen),
+        frozen,
     )
     groups = _groups(state, feed, arrays, hparams, layout, batch_fn, epoch)
     shared = {

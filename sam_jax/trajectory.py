@@ -56,7 +56,11 @@ def memorise(
 
 
 def trajectory_loss(
-    trajectory: sharpness.Trajectory | None, state: Any, model: Any, epoch: jax.Array
+    trajectory: sharpness.Trajectory | None,
+    state: Any,
+    model: Any,
+    epoch: jax.Array,
+    frozen: Any = None,
 ) -> Callable[[jax.Array, dict[str, Any]], jax.Array] | None:
     """Returns SAF's or MESA's loss as a function (logits, replica) -> scalar, or None."""
     if trajectory is None:
@@ -66,7 +70,8 @@ def trajectory_loss(
         if trajectory.epochs_ago:
             past, known = replica['past']['logits'], replica['past']['known']
         else:
-            past, known = model.apply(state.ema, replica['image'], train=False), True
+            average = {**state.ema, 'frozen': frozen or {}}
+            past, known = model.apply(average, replica['image'], train=False), True
         each = losses.trajectory(logits, lax.stop_gradient(past), trajectory.tau)
         active = jnp.logical_and(known, epoch > trajectory.start_epoch)
         return trajectory.lam * jnp.mean(jnp.where(active, each, 0.0))

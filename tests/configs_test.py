@@ -78,6 +78,23 @@ ARGUMENTS = {
             'sam.rho': 0.05,
         },
     },
+    'prompts': {
+        'method=sgd,context=4,words=a photo of a,seed=3': {
+            'model.name': 'clip-b16',
+            'model.words': 'a photo of a',
+            'data.fraction_seed': 3,
+            'data.normalization': 'clip',
+            'sam.method': 'sgd',
+        },
+        'small,shots=4,rho=0.2,epochs=3': {
+            'model.name': 'clip-tiny14',
+            'data.shots': 4,
+            'sam.low': 0.5,
+            'sam.up': 0.8,
+            'sam.rho': 0.2,
+            'total_epochs': 3,
+        },
+    },
     'ablations': {
         'figure=landscape,method=sgd': {'model.name': 'resnet56', 'model.residual': False},
         'figure=spectrum': {
@@ -346,6 +363,18 @@ def test_vision_transformers_with_augmentation():
     o = c.optimizer
     assert (o.learning_rate, o.warmup_steps, o.schedule) == (0.001, 10_000, 'cosine')
     assert o.learning_rate * o.weight_decay == pytest.approx(0.0001)
+
+
+def test_prompts():
+    """The authors' vit_b16_ctxv1.yaml and base2new_train.sh of GCSCoOp."""
+    c = _get('prompts', 'context=4,words=a photo of a')
+    assert (c.batch_size, c.replica_batch_size, c.total_epochs) == (128, 128, 200)
+    assert (c.data.shots, c.data.base_to_new, c.data.image_size) == (16, True, 224)
+    o = c.optimizer
+    assert (o.name, o.learning_rate, o.schedule, o.warmup_epochs) == ('sgd', 0.002, 'cosine', 1)
+    assert (o.momentum, o.weight_decay, o.nesterov, o.clip_norm) == (0.9, 5e-4, False, 0)
+    assert (c.sam.method, c.sam.rho) == ('gradient_constrained', 0.1)
+    assert (c.sam.low, c.sam.up) == (0.5, 0.8)
 
 
 # Appendix C.2: model: batch, cores, learning rate, steps, pixels.

@@ -39,6 +39,7 @@ SLOW_ROWS = [
     ('ablations', 'figure=p_norm'),
     ('ablations', 'figure=sync'),
     ('digits', ''),
+    ('prompts', 'small'),
     ('svhn', 'augment=autoaugment_only_cutout'),
     ('finetune', 'dataset=cifar10'),
     ('finetune', 'dataset=imagenet'),

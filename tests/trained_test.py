@@ -477,7 +477,11 @@ def _of_family(name, size=0):
     return model, pixels
 
 
-@pytest.mark.parametrize('family', models.FAMILIES)
+@pytest.mark.parametrize(
+    'family',
+    # Of the last one's like is `vit`.
+    [pytest.param(f, marks=[pytest.mark.slow] * (f == 'clip')) for f in models.FAMILIES],
+)
 def test_every_family_is_exported_and_published(family, tmp_path):
     model, pixels = _of_family(models.FAMILIES[family].tiny, size=40 * (family == 'efficientnet'))
     program = export.deserialize(bytearray(programs.exported(model).serialize()))

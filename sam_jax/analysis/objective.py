@@ -163,8 +163,13 @@ def create(
       arrays: the split's, where they lie on the devices already.
 
     Raises:
-      UserError: the images do not fit on the devices.
+      UserError: the images do not fit on the devices, or the network has learned prompts.
     """
+    if getattr(model, 'frozen', False):
+        raise UserError(
+            'A network with learned prompts cannot be analysed yet: the loss of an analysis is a '
+            'function of params and images alone.'
+        )
     params, batch_stats = (
         layout.replicate(jax.device_get(variables[name])) for name in ('params', 'batch_stats')
     )

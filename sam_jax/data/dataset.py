@@ -32,6 +32,8 @@ class Dataset:
         the labels to train on are not the true ones, 'train_true_labels' and parts of it.
       augmentation: augment.Augmentation of the training images.
       classes: names of the classes; () where they are not known.
+      new_classes: with `data.base_to_new`, names of those that are evaluated alone: the split 'new'
+        of `evals`, whose labels count from 0 again.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Dataset:
     evals: dict
     augmentation: augment.Augmentation
     classes: tuple[str, ...] = ()
+    new_classes: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
 
     @property
     def num_train_examples(self) -> int:

@@ -1,5 +1,6 @@
 """`load_dataset`: from `config.data` to a dataset of either input path."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from sam_jax.data.streaming import StreamingDataset
 from sam_jax.errors import UserError
 
 NAMES = (*SOURCES, *records.STREAMS)
+
+# OpenAI's CLIP, of pixels / 255.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Of these, `data.dir` says which dataset it is.
 OWN = ('folder', *(name for name, source in SOURCES.items() if isinstance(source, OwnSource)))
@@ -49,10 +54,18 @@ def _resident(settings, source):
             f'The images of {settings.name} are {train.images.shape[1:]} in the train split and '
             f'{test.images.shape[1:]} in the test split; they must be of one size.'
         )
-    evals = {'test': test}
+    if settings.normalization == 'clip' and len(source.mean) != 3:
+        raise UserError(
+            f"data.normalization is 'clip', which is of three colours; the images of "
+            f"{settings.name} have {len(source.mean)} channel: set it to 'dataset'."
+        )
+    evals, classes, new_classes = {'test': test}, source.classes, ()
+    if settings.base_to_new:
+        train, evals, classes, new_classes = _base_and_new(train, test, classes, settings.name)
+        source = dataclasses.replace(source, num_classes=len(classes))
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)
-    train = _fraction(train, settings)
+    train = _part(train, settings)
     relabel = labels.create(settings, settings.name, len(train), source.num_classes)
     true = train
     if relabel is not labels.unchanged:
@@ -65,13 +78,13 @@ def _resident(settings, source):
     return ResidentDataset(
         settings.name,
         source.num_classes,
-        source.mean,
-        source.std,
+        *_normalization(settings, (source.mean, source.std)),
         train.images.shape[1:],
         train,
         evals,
         _augmentation(settings, source.policy, settings.image_size),
-        source.classes,
+        classes,
+        new_classes=new_classes,
     )
 
 
@@ -79,10 +92,13 @@ def _streaming(settings, stream):
     train, test, num_classes = stream.open(settings.dir)
     classes = tuple(getattr(train, 'classes', ()))
     train, test = (records.Records(source, np.arange(len(source))) for source in (train, test))
-    evals = {'test': test}
+    evals, new_classes = {'test': test}, ()
+    if settings.base_to_new:
+        train, evals, classes, new_classes = _base_and_new(train, test, classes, settings.name)
+        num_classes = len(classes)
     if settings.validation:
         train, evals['validation'] = _held_out(train)
-    train = _fraction(train, settings)
+    train = _part(train, settings)
     relabel = labels.create(settings, settings.name, len(train), num_classes)
     if relabel is not labels.unchanged:
         evals['train_true_labels'] = train
@@ -91,8 +107,7 @@ def _streaming(settings, stream):
     return StreamingDataset(
         settings.name,
         num_classes,
-        records.IMAGENET_MEAN,
-        records.IMAGENET_STD,
+        *_normalization(settings, (records.IMAGENET_MEAN, records.IMAGENET_STD)),
         (settings.image_size, settings.image_size, 3),
         train,
         evals,
@@ -100,6 +115,7 @@ def _streaming(settings, stream):
         classes,
         settings.skip_corrupt,
         settings.threads,
+        new_classes=new_classes,
     )
 
 
@@ -109,11 +125,64 @@ def _held_out(train, size=0):
     return train.part(slice(None, cut)), train.part(slice(cut, None))
 
 
-def _fraction(train, settings):
-    """The part of the training set that `data.fraction` asks for; labels are read only then."""
+def _normalization(settings, own):
+    return own if settings.normalization == 'dataset' else (CLIP_MEAN, CLIP_STD)
+
+
+def _base_and_new(train, test, classes, name):
+    """(train, evals, classes, new classes) of the first half of the classes, and the others."""
+    if len(classes) < 4:
+        known = f'{len(classes)} classes' if classes else 'no names for its classes'
+        raise UserError(
+            f'data.base_to_new is True; {name} has {known}: it needs names for four or more.'
+        )
+    base = -(-len(classes) // 2)
+    evals = {
+        'test': test.part(np.flatnonzero(test.labels < base)),
+        'new': _from_zero(test.part(np.flatnonzero(test.labels >= base)), base),
+    }
+    train = train.part(np.flatnonzero(train.labels < base))
+    parts = {'training images of the first': train, 'test images of the first': evals['test']}
+    for what, part in {**parts, 'test images of the second': evals['new']}.items():
+        if not len(part):
+            raise UserError(f'data.base_to_new is True; {name} has no {what} half of its classes.')
+    return train, evals, classes[:base], classes[base:]
+
+
+def _from_zero(split, base):
+    """A split of labels >= base with labels that count from 0."""
+    if isinstance(split, records.Records):
+        return split.relabelled(lambda index, true: true - base)
+    return split.relabelled(split.labels - base)
+
+
+def _part(train, settings):
+    """The part that `data.fraction` and `data.shots` ask for; labels are read only then."""
     if settings.fraction < 1:
         train = train.part(balanced_part(train.labels, settings.fraction, settings.fraction_seed))
+    if settings.shots:
+        train = train.part(few_shots(train.labels, settings.shots, settings.fraction_seed))
     return train
+
+
+def few_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Chooses so many examples of each class; all of a class that has no more.
+
+    They are the first of the random order of `balanced_part`, so fewer shots lie within more.
+
+    Args:
+      labels: the class of each example, integers (N,).
+      shots: at least 1.
+      seed: decides which examples.
+
+    Returns:
+      Their positions, ascending.
+    """
+    chosen = np.zeros(len(labels), bool)
+    for label, n in zip(*np.unique(labels, return_counts=True)):
+        ranks = rngs.permutation(seed, 'fraction', n, label)
+        chosen[labels == label] = ranks < shots
+    return np.flatnonzero(chosen)
 
 
 def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

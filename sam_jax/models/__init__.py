@@ -9,10 +9,11 @@ import jax
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
-from sam_jax.models import efficientnet, layers, resnet, vit
+from sam_jax.models import clip, efficientnet, layers, resnet, vit
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.lenet import LeNet
+from sam_jax.models.prompts import Prompts
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -61,6 +62,10 @@ def _resnet(name):
 
 def _vit(size, patch):
     return {**vit.SIZES[size]._asdict(), 'patch': int(patch)}
+
+
+def _clip(size, patch):
+    return {'size': clip.SIZES[size], 'patch': int(patch)}
 
 
 def _efficientnet(size):
@@ -139,6 +144,18 @@ FAMILIES = {
             'stochastic_depth_rate': 'share of images for which the last block is left out',
         },
     ),
+    'clip': Family(
+        Prompts,
+        rf'clip-({"|".join(clip.SIZES)})(\d+)',
+        _clip,
+        ('clip-b16', 'clip-b32', 'clip-l14', 'clip-<size><patch> (prompt learning)'),
+        'clip-tiny4',
+        {
+            'context': 'learned vectors in front of the name of a class',
+            'words': 'what they say at the start, as many tokens; empty for random vectors',
+            'exact_gelu': "as LAION's; otherwise x sigmoid(1.702 x), as OpenAI's",
+        },
+    ),
 }
 
 # Names that stand for their family in messages and documents.
@@ -157,9 +174,9 @@ def create_model(name: str, num_classes: int, **options) -> layers.Network:
 
     Called as `module.init(rngs, images, train=False)` and
     `module.apply(variables, images, train=..., mutable=..., rngs=...)` with images (N, H, W, C),
-    rng names 'params', 'dropout' and 'shake', collections 'params' and 'batch_stats'. Returns
-    logits (N, num_classes) in at least float32. The calls of Shake-Shake and PyramidNet also take
-    `true_gradient`, see `models.shake`.
+    rng names 'params', 'dropout' and 'shake', collections 'params', 'batch_stats' and, of those
+    with `frozen`, 'frozen'. Returns logits (N, num_classes) in at least float32. The calls of
+    Shake-Shake and PyramidNet also take `true_gradient`, see `models.shake`.
 
     Args:
       name: see NAMES.

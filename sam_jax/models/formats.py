@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+
 from sam_jax.models import vit_files
+from sam_jax.models.clip import CLIP
 from sam_jax.models.efficientnet import EfficientNet
-from sam_jax.models.layers import Network
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -31,11 +33,11 @@ class Format(NamedTuple):
     leaf: Callable[[str, str], str]
     separator: str
     layout: Callable[[str, Any, int], Any]
-    arrange: Callable[[Network, dict, dict], dict] = lambda model, ours, arrays: arrays
+    arrange: Callable[[Any, dict, dict], dict] = lambda model, ours, arrays: arrays
 
-    def name(self, model: Network, path: str) -> str:
+    def name(self, model: nn.Module, path: str) -> str:
         """Foreign name of our 'params/module/leaf' or 'batch_stats/module/leaf'."""
-        _, module, leaf = path.split('/')
+        module, _, leaf = path.partition('/')[2].rpartition('/')
         rules = next(r for cls, r in self.modules.items() if isinstance(model, cls))
         for pattern, theirs in rules.items():
             match = re.fullmatch(pattern, module)
@@ -294,6 +296,59 @@ TRANSFORMERS_VIT = TIMM._replace(
 )
 
 
+def _clip_tower(model, tower, part):
+    """Of a tower's module: transformers calls the same modules of the two by two names."""
+    del model
+    text = tower == 'text'
+    inside = re.fullmatch(r'block(\d+)_(.+)', part)
+    if inside:
+        block, part = inside.groups()
+        within = {
+            'ln1': 'layer_norm1',
+            'ln2': 'layer_norm2',
+            'mlp1': 'mlp.fc1',
+            'mlp2': 'mlp.fc2',
+            **{name: f'self_attn.{name[0]}_proj' for name in ('query', 'key', 'value')},
+            'out': 'self_attn.out_proj',
+        }
+        name = f'encoder.layers.{block}.{within[part]}'
+    else:
+        name = {
+            'embedding': 'embeddings.patch_embedding',
+            'class_token': 'embeddings.class_embedding',
+            'positions': 'embeddings.position_embedding',
+            'ln_pre': 'pre_layrnorm',  # so it is called
+            'ln_final': 'final_layer_norm' if text else 'post_layernorm',
+        }[part]
+    return f'{"text" if text else "vision"}_model.{name}'
+
+
+def _without_counters(model, ours, arrays):
+    del model, ours
+    return {k: x for k, x in arrays.items() if not k.endswith('.position_ids')}
+
+
+TRANSFORMERS_CLIP = TIMM._replace(
+    modules={
+        CLIP: {
+            '(image|text)/(.+)': _clip_tower,
+            'tokens': 'text_model.embeddings.token_embedding',
+            'image_projection': 'visual_projection',
+            'text_projection': 'text_projection',
+            'logit_scale': 'logit_scale',
+        }
+    },
+    leaf=lambda leaf, module: {
+        'kernel': 'weight',
+        'embedding': 'weight',
+        'position': 'weight',
+        'token': '',
+        'scale': '' if module == 'logit_scale' else 'weight',
+    }.get(leaf, leaf),
+    arrange=_without_counters,
+)
+
+
 def _big_vision_module(model, block, part):
     del model
     name = {
@@ -332,4 +387,13 @@ BIG_VISION = Format(
     arrange=vit_files.of_big_vision,
 )
 
-FORMATS = (REFERENCE, KERAS, KERAS3, TIMM, TIMM_VIT, TRANSFORMERS_VIT, BIG_VISION)
+FORMATS = (
+    REFERENCE,
+    KERAS,
+    KERAS3,
+    TIMM,
+    TIMM_VIT,
+    TRANSFORMERS_VIT,
+    BIG_VISION,
+    TRANSFORMERS_CLIP,
+)

@@ -171,6 +171,7 @@ class Network(nn.Module):
     remat: bool = False
 
     # No annotations: constants of the architecture and no options.
+    frozen = False  # whether it has variables that no step changes, the collection 'frozen'
     batch_norm_momentum = 0.9
     batch_norm_epsilon = 1e-5
     kernel_init = staticmethod(conv_init)

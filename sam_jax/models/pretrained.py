@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import flax
+import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ import numpy as np
 from sam_jax import models
 from sam_jax.errors import UserError
 from sam_jax.models.formats import FORMATS
-from sam_jax.models.layers import Network
 
 
 def load_reference_checkpoint(
@@ -60,7 +60,7 @@ def load_reference_checkpoint(
 
 
 def load(
-    source: str | os.PathLike | dict[str, np.ndarray], model: Network, variables: dict[str, Any]
+    source: str | os.PathLike | dict[str, np.ndarray], model: nn.Module, variables: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns `variables` of `model` with the weights of a file in their place.
 
@@ -68,7 +68,7 @@ def load(
 
     Args:
       source: path of a file or of a folder of checkpoints, or a flat dict {foreign name: array}.
-      model: module of `create_model`.
+      model: module of `create_model`, or `clip.CLIP`.
       variables: its initialised variables; gives shapes and dtypes.
 
     Raises:

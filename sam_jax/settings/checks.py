@@ -5,6 +5,7 @@ from typing import Any
 from sam_jax import data, models, sharpness
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
+from sam_jax.models.prompts import Prompts
 from sam_jax.replicas import Layout
 from sam_jax.settings.overrides import flatten, jsonable, nearest
 from sam_jax.settings.schema import KEYS, Config, Key, completed, model_options
@@ -55,7 +56,23 @@ def check(config: Config) -> None:
     for option, described in model_options(config.model.name).items():
         if option in config.model:
             described.check(f'model.{option}', config.model[option])
-    models.from_config(config.model, num_classes=1)  # its options do not depend on the data
+    # Its options do not depend on the data.
+    model = models.from_config(config.model, num_classes=1)
+    _check_prompts(flat, model)
+
+
+def _check_prompts(flat, model):
+    reads_names = isinstance(model, Prompts)
+    if flat['data.base_to_new'] and not reads_names:
+        raise UserError(
+            'data.base_to_new is True; classes of which nothing was trained are told apart by '
+            f'their names, which {flat["model.name"]} does not read: use a clip-<size><patch>.'
+        )
+    if flat['analysis.every_epochs'] and reads_names:
+        raise UserError(
+            f'analysis.every_epochs is {flat["analysis.every_epochs"]}; learned prompts cannot be '
+            'analysed yet: set it to 0.'
+        )
 
 
 def _check_optimizer(flat):
@@ -188,6 +205,12 @@ def _check_data_settings(settings):
             f'data.fraction is {settings.fraction}; {settings.name} is streamed, and to know its '
             "classes all of it would be read: set it to 1, or use data.name='folder'."
         )
+    for key in ('shots', 'base_to_new'):
+        if streams and settings.name != 'folder' and settings[key]:
+            raise UserError(
+                f'data.{key} is {settings[key]}; {settings.name} is streamed, and to know its '
+                "classes all of it would be read: use data.name='folder'."
+            )
     if settings.mixup_alpha and settings.cutmix_alpha:
         raise UserError(
             f'data.mixup_alpha is {settings.mixup_alpha} and data.cutmix_alpha is '
@@ -290,4 +313,22 @@ def check_same_data(dataset: Dataset, before: str) -> None:
             f'The workdir holds a run on other data: the fingerprint of {dataset.name} was '
             f'{before} and is {now}; let data.dir name the same files again to resume it, or '
             'choose a new workdir.'
+        )
+
+
+def check_same_frozen(now: str, before: str) -> None:
+    """Refuses to resume with other variables that no step changes, such as those of another CLIP.
+
+    Args:
+      now: their checksum at this start; '' where there are none.
+      before: that of the checkpoint.
+
+    Raises:
+      UserError: with both.
+    """
+    if now != before:
+        raise UserError(
+            f'The workdir holds a run with another CLIP or other names of classes: their checksum '
+            f'was {before or "(none)"} and is {now or "(none)"}; let model.init_from name the same '
+            'folder again to resume it, or choose a new workdir.'
         )

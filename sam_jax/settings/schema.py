@@ -154,7 +154,19 @@ KEYS = {
         1e-6,
         1,
     ),
-    'data.fraction_seed': _seed("decides which examples these are, whatever the run's seed"),
+    'data.shots': _amount(0, 'training examples of each class; 0 for all'),
+    'data.base_to_new': Key(
+        False,
+        'train on the first half of the classes, and evaluate the others by their names: `new/`',
+    ),
+    'data.normalization': Key(
+        'dataset',
+        "mean and deviation: the `dataset`'s, or those of `clip`",
+        choices=('dataset', 'clip'),
+    ),
+    'data.fraction_seed': _seed(
+        "decides which examples these and the shots are, whatever the run's seed"
+    ),
     'data.label_noise': _share(
         0.0, 'fraction of training labels that get another one', below=False
     ),
@@ -243,6 +255,9 @@ ADDED = (
     'analysis.rho',
     'data.fraction',
     'data.fraction_seed',
+    'data.shots',
+    'data.base_to_new',
+    'data.normalization',
     'optimizer.end',
     'optimizer.milestones',
     'optimizer.milestone_factor',

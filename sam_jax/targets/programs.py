@@ -63,7 +63,7 @@ def train_step_of(experiment: Experiment) -> Step:
     feed = shapes(dataset.train_feed(config.seed, 0, experiment.layout))
     if train_step.asks_for_previous(config):
         feed = train_step.paired(feed, None)
-    arrays = shapes(dataset.device_arrays(dataset.train))
+    arrays = shapes(experiment.host_arrays(dataset.train))
     hparams = shapes(HParams.from_config(config))
     return _step(experiment.train_step, state, feed, arrays, hparams)
 
@@ -77,7 +77,7 @@ def eval_step_of(experiment: Experiment) -> Step:
         experiment.eval_step,
         state.params,
         state.batch_stats,
-        shapes(dataset.device_arrays(split)),
+        shapes(experiment.host_arrays(split)),
         shapes(next(feeds)),
     )
 

@@ -2,7 +2,7 @@
 
 The latter holds no state of the optimizer and needs no dataset:
 
-    weights.safetensors    {'params/MODULE/LEAF', 'batch_stats/MODULE/LEAF': array}
+    weights.safetensors    {'params/MODULE/LEAF', 'batch_stats/MODULE/LEAF', 'frozen/...': array}
     config.json            settings, preprocessing, classes, and the checksum of the weights
     result.json            what the run says of itself after these weights' step
 
@@ -85,10 +85,14 @@ def of_experiment(
         )
     plain = {'params': state.params, 'batch_stats': state.batch_stats}
     dataset = experiment.dataset
+    frozen = experiment.frozen(dataset.train)
     written = read_json(workdir, 'config.json')
     return Trained(
         config=experiment.config,
-        variables=jax.device_get(plain if ema is False else experiment.weights(state)),
+        variables={
+            **jax.device_get(plain if ema is False else experiment.weights(state)),
+            **({'frozen': frozen} if frozen else {}),
+        },
         preprocessing=dataset.preprocessing,
         classes=dataset.classes or tuple(map(str, range(dataset.num_classes))),
         result=_result(workdir, step),
@@ -139,7 +143,10 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
     check_out(folder)
     flattened: dict[str, Any] = traverse_util.flatten_dict(model.variables, sep='/')
     with np.errstate(over='ignore'):
-        arrays = {k: np.array(x, dtype or x.dtype, order='C') for k, x in flattened.items()}
+        arrays = {
+            k: np.array(x, dtype if dtype and _floating(x) else x.dtype, order='C')
+            for k, x in flattened.items()
+        }
     for path, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(f'The weights {path} are not finite in {array.dtype}.')
@@ -166,6 +173,10 @@ def write(model: Trained, folder: str, name: str = WEIGHTS, dtype: str = '') -> 
     # Last: without it the folder is none of a published network.
     run_log.write_json(os.path.join(folder, 'config.json'), description)
     return path
+
+
+def _floating(array):
+    return np.issubdtype(array.dtype, np.floating)
 
 
 def check_out(folder: str) -> None:
@@ -278,13 +289,19 @@ def _variables(arrays, network, preprocessing, folder):
         where = 'is not among them' if name in wanted else 'is not of the network'
         raise UserError(f'{begin}: {name} {where}.')
     for name, array in sorted(arrays.items()):
-        if array.shape != wanted[name].shape or not np.issubdtype(array.dtype, np.floating):
+        shape = wanted[name].shape
+        if name == 'frozen/names' and array.ndim == 2:
+            shape = (shape[0], array.shape[1])  # as long as the names are
+        if array.shape != shape or _floating(array) != _floating(wanted[name]):
             raise UserError(
                 f'{begin}: {name} is {array.dtype} {array.shape}, and must be '
-                f'{wanted[name].dtype} {wanted[name].shape}.'
+                f'{wanted[name].dtype} {shape}.'
             )
         if not np.isfinite(array).all():
             raise UserError(f'The weights in {folder!r} are not finite: see {name}.')
     # Statistics, too, are of the type of the params, where that is float64.
-    variables = {name: array.astype(network.param_dtype) for name, array in arrays.items()}
+    variables = {
+        name: array.astype(network.param_dtype if _floating(array) else array.dtype)
+        for name, array in arrays.items()
+    }
     return {'batch_stats': {}, **traverse_util.unflatten_dict(variables, sep='/')}

@@ -22,7 +22,7 @@ class Trained:
 
     Attributes:
       config: the settings of its run.
-      variables: {'params', 'batch_stats'}, NumPy arrays.
+      variables: {'params', 'batch_stats'}, NumPy arrays; 'frozen', where the network has those.
       preprocessing: what becomes of the images.
       classes: the names of the classes; their numbers, as text, where they have none.
       result: what the run says of itself after these weights' step, as in `result.json`.
@@ -64,6 +64,7 @@ class Trained:
         data, method = config.data, config.sam.method
         noise = f', {100 * data.label_noise:g} % label noise' if data.label_noise else ''
         part = f', {100 * data.fraction:g} % of it' if data.fraction < 1 else ''
+        part += f', {data.shots} images of each class' if data.shots else ''
         return {
             'dataset': f'{data.name}{part}{noise}',
             'model': f'{config.model.name}, {self.num_params:,} parameters',
