@@ -133,8 +133,12 @@ def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
     family = models.family_of(name)
     base = {f.name for f in dataclasses.fields(layers.Network)}
     sizes = set(family.sizes(*re.fullmatch(family.pattern, name).groups()))
-    # ResNet's others are for tests and people who build models by hand.
-    by_hand = {'width', 'stem_relu'} if family is models.FAMILIES['imagenet_resnet'] else set()
+    # Others are for tests and people who build models by hand.
+    by_hand = {
+        'imagenet_resnet': {'width', 'stem_relu'},
+        'small_resnet': {'width'},
+        'vgg': {'channels'},
+    }.get(next(n for n, row in models.FAMILIES.items() if row is family), set())
     own = {
         f.name: getattr(model, f.name)
         for f in dataclasses.fields(model)

@@ -477,7 +477,14 @@ def _of_family(name, size=0):
     return model, pixels
 
 
-@pytest.mark.parametrize('family', models.FAMILIES)
+# Some are made of the same parts as others.
+@pytest.mark.parametrize(
+    'family',
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ('small_resnet', 'vgg') else name
+        for name in models.FAMILIES
+    ],
+)
 def test_every_family_is_exported_and_published(family, tmp_path):
     model, pixels = _of_family(models.FAMILIES[family].tiny, size=40 * (family == 'efficientnet'))
     program = export.deserialize(bytearray(programs.exported(model).serialize()))

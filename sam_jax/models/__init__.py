@@ -9,12 +9,14 @@ import jax
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
-from sam_jax.models import efficientnet, layers, resnet, vit
+from sam_jax.models import efficientnet, layers, resnet, vgg, vit
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
+from sam_jax.models.small_resnet import SmallResNet
+from sam_jax.models.vgg import VGG
 from sam_jax.models.vit import ViT
 from sam_jax.models.wide_resnet import WideResNet
 from sam_jax.replicas import AXIS
@@ -56,6 +58,14 @@ def _pyramidnet(depth, shakedrop):
 def _resnet(name):
     blocks, bottleneck = resnet.SIZES[name]
     return {'blocks': blocks, 'bottleneck': bottleneck}
+
+
+def _small_resnet(kind, name):
+    return {**_resnet(name), 'preactivation': kind == 'preact'}
+
+
+def _vgg(depth, batch_norm):
+    return {'convolutions': vgg.SIZES[int(depth)], 'batch_norm': bool(batch_norm)}
 
 
 def _vit(size, patch):
@@ -109,6 +119,20 @@ FAMILIES = {
         ('resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)'),
         'resnet8',
         {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM},
+    ),
+    'small_resnet': Family(
+        SmallResNet,
+        f'(cifar|preact)_({"|".join(resnet.SIZES)})',
+        _small_resnet,
+        ('cifar_resnet18', 'preact_resnet18', '<cifar or preact>_resnet<18, 34, 50, 101 or 152>'),
+        'cifar_resnet10',
+    ),
+    'vgg': Family(
+        VGG,
+        f'vgg({"|".join(map(str, vgg.SIZES))})(_bn)?',
+        _vgg,
+        ('vgg16_bn', 'vgg<11, 13, 16 or 19>[_bn]'),
+        'vgg6_bn',
     ),
     'efficientnet': Family(
         EfficientNet,
