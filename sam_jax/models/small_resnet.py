@@ -48,8 +48,8 @@ class SmallResNet(layers.Network, kw_only=True):
 
     def _block(self, x, channels, stride, train, name):
         y, convs = x, self._convs(channels, stride)
-        for i, conv in enumerate(convs, 1):
-            y = self._conv(y, *conv, f'{name}_conv{i}')
+        for i, (width, kernel, step) in enumerate(convs, 1):
+            y = self._conv(y, width, kernel, step, f'{name}_conv{i}')
             y = self.norm(y, train, f'{name}_bn{i}')
             y = y if i == len(convs) else nn.relu(y)
         if x.shape != y.shape:
@@ -59,9 +59,9 @@ class SmallResNet(layers.Network, kw_only=True):
 
     def _preactivation_block(self, x, channels, stride, train, name):
         y = first = self._activate(x, train, f'{name}_bn1')
-        for i, conv in enumerate(self._convs(channels, stride), 1):
+        for i, (width, kernel, step) in enumerate(self._convs(channels, stride), 1):
             y = y if i == 1 else self._activate(y, train, f'{name}_bn{i}')
-            y = self._conv(y, *conv, f'{name}_conv{i}')
+            y = self._conv(y, width, kernel, step, f'{name}_conv{i}')
         if x.shape != y.shape:
             x = self._conv(first, y.shape[-1], 1, stride, f'{name}_conv_shortcut')
         return layers.channels_in_lanes(x + y)
