@@ -151,10 +151,6 @@ BAD = [
         ['frob_sam', 'sam.warmup_epochs is 1.0', 'rounding'],
     ),
     ({**SAF, 'data.mixup_alpha': 0.2}, ['saf', 'data.mixup_alpha is 0.2', 'must be 0']),
-    (
-        {**SAF, 'data.name': 'folder', 'data.image_size': 32},
-        ['saf', "data.name is 'folder'", 'digits'],
-    ),
     ({**BSAM, 'optimizer.weight_decay': 5e-4}, ['bsam', 'weight_decay is 0.0005', 'be 0.0']),
     ({**BSAM, 'optimizer.name': 'adam'}, ['bsam', "optimizer.name is 'adam'", "be 'sgd'"]),
     ({'model.name': 'vgg17'}, ["model.name is 'vgg17'", *models.NAMES]),
