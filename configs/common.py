@@ -48,8 +48,8 @@ def finish(c, arg):
     """Returns the config locked; made tiny first if its argument `smoke` was given.
 
     Smoke changes sizes only: the model's, the batch's, the image's and the number of epochs, with
-    the milestones and the warm-up's steps that lie in them. What is computed stays: method,
-    augmentation, optimizer, groups of one or of all replicas.
+    what lies in them: milestones, warm-ups, the epochs in which a method remembers. What is
+    computed stays: method, augmentation, optimizer, groups of one or of all replicas.
     """
     if arg.smoke:
         _shrink(c)
@@ -70,7 +70,13 @@ def _shrink(c):
     if c.data.image_size:
         c.data.image_size = 64
     c.total_epochs = 1
+    if 'start_epoch' in c.sam:  # SAF and MESA learn from epochs before
+        c.total_epochs, c.sam.start_epoch = 2, 0
+    if 'epochs_ago' in c.sam:
+        c.sam.epochs_ago = 1
     c.optimizer.warmup_steps = min(1, c.optimizer.warmup_steps)
+    for section in (c.optimizer, c.sam):
+        section.warmup_epochs = min(1.0, section.warmup_epochs)
     if c.optimizer.milestones:
         c.optimizer.milestones = (1,)
     c.checkpoint.keep_epochs = tuple(e for e in c.checkpoint.keep_epochs if e == 1)

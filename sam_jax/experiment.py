@@ -30,6 +30,7 @@ from sam_jax import (
     settings,
     train_state,
     train_step,
+    trajectory,
 )
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.data.dataset import Dataset
@@ -77,6 +78,8 @@ class Experiment:
             [experiment.dataset.train, *experiment.evaluated.values()],
             *replicas.free_memory(experiment.layout.devices),
         )
+        if to_train and experiment.host_memory:
+            experiment.host_memory.check()
         return experiment
 
     @classmethod
@@ -161,6 +164,8 @@ class Experiment:
     def _begun(self, state):
         """A state of random weights on the devices; with those of `model.init_from`, if set."""
         path = self.config.model.init_from
+        if self.host_memory:
+            self.host_memory.forget()
         if isinstance(self.model, Prompts):
             towers = self.frozen(self.dataset.train)['clip']
             params = clip_files.begun(self.model, path, towers, state.params)
@@ -177,9 +182,57 @@ class Experiment:
         return self.layout.replicate(jax.device_get(state))
 
     @functools.cached_property
-    def train_step(self) -> jax.stages.Wrapped:
-        """The step: (state, feed, *constants) -> (state, metrics); state is donated."""
+    def train_program(self) -> jax.stages.Wrapped:
+        """The step as it is compiled."""
         return train_step.make_train_step(self.model, self.config, self.layout, self.dataset)
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """The step: (state, feed, *constants) -> (state, metrics); state is donated.
+
+        It is `train_program`, and where there is a `host_memory`, that takes its part of it.
+        """
+        memory = self.host_memory
+        if memory is None:
+            return self.train_program
+
+        def step(state, feed, *constants):
+            state, metrics = self.train_program(state, feed, *constants)
+            memory.keep(metrics.pop(train_step.KEPT))
+            return state, metrics
+
+        return step
+
+    @functools.cached_property
+    def host_memory(self) -> trajectory.HostMemory | None:
+        """What SAF remembers of images that are streamed; None for other runs."""
+        asked = train_state.create_method(self.config, 0.0).trajectory
+        if not asked or not asked.epochs_ago or self.dataset.num_images:
+            return None
+        return trajectory.HostMemory(
+            asked.epochs_ago,
+            self.dataset.num_train_examples,
+            self.dataset.num_classes,
+            np.dtype('float64' if self.config.model.dtype == 'float64' else 'float32'),
+        )
+
+    def with_past(self, feed: dict[str, Any], step: int) -> dict[str, Any]:
+        """Returns a feed of the host, and what `host_memory` knows of its images, if there is one.
+
+        Args:
+          feed: of the step.
+          step: 0-based; those before it were made.
+        """
+        if self.host_memory is None:
+            return feed
+        past = self.host_memory.past(feed['index'], step // self.steps_per_epoch)
+        return {**feed, 'past': past}
+
+    def whole(self, state: TrainState) -> TrainState:
+        """Returns a state with what lies on the host, as checkpoints hold it."""
+        if self.host_memory is None:
+            return state
+        return state.replace(memory=self.host_memory.arrays())
 
     @functools.cached_property
     def constants(self) -> tuple[dict[str, jax.Array], HParams]:
@@ -207,8 +260,12 @@ class Experiment:
         for step in range(begin, self.total_steps):
             with waiting():
                 feed = next(feeds)
-            # The copy to the devices goes on while they still compute the steps before.
-            feed = self.layout.shard(feed)
+            # The copy to the devices goes on while they still compute the steps before; what is
+            # remembered waits for them.
+            placed = self.layout.shard(feed)
+            if self.host_memory:
+                placed |= self.layout.shard({'past': self.with_past(feed, step)['past']})
+            feed = placed
             if step >= first_step:
                 yield train_step.paired(feed, previous) if asks else feed
             previous = feed
@@ -332,15 +389,19 @@ class Experiment:
             if to_train:
                 settings.check_same_data(self.dataset, meta.get('data', ''))
                 settings.check_same_frozen(self.frozen_checksum, meta.get('frozen', ''))
-        target = self.create_state()
+        beginning = self.create_state()
+        target = self.whole(beginning)
         found = (
             checkpoints.restore_newest(target)
             if step is None
             else checkpoints.restore(step, target)
         )
         if not found:
-            return self._begun(target), 0, 0.0
+            return self._begun(beginning), 0, 0.0
         step, state, meta = found
+        if self.host_memory:
+            self.host_memory.load(state.memory)
+            state = state.replace(memory=None)
         return self.on_devices(state), step, meta['wall_time']
 
     def restore(self, workdir: str, epoch: int | None = None) -> tuple[TrainState, int]:

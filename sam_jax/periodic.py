@@ -117,7 +117,7 @@ class Saving:
             run.log.flush(refuse_bad=True)
             run.checkpoints.save(
                 done,
-                state,
+                run.experiment.whole(state),
                 {
                     'config': settings.jsonable(run.experiment.config),
                     # The main process writes it; of many files it takes a while.

@@ -25,6 +25,9 @@ from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajector
 from sam_jax.replicas import AXIS, Layout
 from sam_jax.train_state import AVERAGED, HParams, TrainState, create_method
 
+# Among a step's metrics what it has for a memory on the host.
+KEPT = 'kept'
+
 
 def paired(feed: dict[str, Any], previous: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the feed of a step with that of the step before, see `asks_for_previous`.
@@ -66,7 +69,8 @@ def train_step(
       steps_per_epoch: for the schedules.
 
     Returns:
-      (new state, metrics): scalars by their logged names, the same on all devices.
+      (new state, metrics): scalars by their logged names, the same on all devices; and KEPT, what
+      a memory on the host is to keep, where `feed` has its 'past'.
     """
     learning_rate, rho = schedules.of_run(config, hparams, state.step, steps_per_epoch)
     method = create_method(
@@ -105,9 +109,13 @@ def train_step(
         'learning_rate': learning_rate,
         'rho': rho,
     }
-    memory = state.memory
+    memory, to_keep = state.memory, None
     if memory is not None:
         memory = trajectory.memorise(memory, feed['index'], kept['logits'], epoch)
+    elif 'past' in feed:
+        to_keep = trajectory.to_keep(
+            feed['index'], kept['logits'], epoch, feed['past']['logits'].dtype
+        )
     ema = _averaged(state, {'params': params, 'batch_stats': batch_stats}, config.ema)
     # What goes past the optimizer is seen in the params only. (Their 2-norm may overflow before.)
     finite = (
@@ -119,7 +127,7 @@ def train_step(
     new_state = TrainState(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums, bad_step
     )
-    return new_state, logged
+    return new_state, logged if to_keep is None else {**logged, KEPT: to_keep}
 
 
 def _averaged(state, variables, settings):
@@ -133,8 +141,8 @@ def _averaged(state, variables, settings):
 
 def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
     """This device's replicas, with what their method remembers of them; leading axis groups."""
-    previous = feed.get('previous')
-    feed = {name: x for name, x in feed.items() if name != 'previous'}
+    previous, past = feed.get('previous'), feed.get('past')
+    feed = {name: x for name, x in feed.items() if name not in ('previous', 'past')}
     replicas = keyed_replicas(state.step, feed, arrays, hparams, layout, batch_fn)
     if previous is not None:
         replicas['previous'] = keyed_replicas(
@@ -142,6 +150,9 @@ def _groups(state, feed, arrays, hparams, layout, batch_fn, epoch):
         )
     if state.memory is not None:
         replicas['past'] = trajectory.recall(state.memory, feed['index'], epoch)
+    elif past is not None:
+        logits = past['logits'].astype(jnp.promote_types(past['logits'].dtype, jnp.float32))
+        replicas['past'] = {**past, 'logits': logits}
     return jax.tree.map(lambda x: x.reshape(layout.groups_per_device, -1, *x.shape[1:]), replicas)
 
 

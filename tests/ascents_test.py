@@ -35,6 +35,19 @@ def test_asam(problem, adapt, eta):
     np.testing.assert_allclose([norm(eps / t), state.perturbation_norm], RHO, rtol=1e-10)
 
 
+@pytest.mark.parametrize('eta', [0.0, 0.2])
+def test_asam_on(problem, eta):
+    """T = 0 but for normalisation layers, the norm is over these alone, and everything descends."""
+    params, loss, a, w, g = problem
+    t = under(params, 'norm') * (np.abs(w) + eta)
+    eps = RHO * t**2 * g / norm(t * g)
+    updates, state = drive(sharpness.asam(RHO, eta, 'norm_only'), loss, params)
+    np.testing.assert_allclose(flat(updates), a @ (w + eps), rtol=1e-10)
+    np.testing.assert_allclose(state.perturbation_norm, RHO, rtol=1e-10)
+    with pytest.raises(ValueError, match='no normalisation layer'):
+        sharpness.asam(RHO, adapt='norm_only').init({'dense': {'kernel': jnp.ones((2, 2))}})
+
+
 @pytest.mark.parametrize('eta', [0.5, 3.0])
 def test_fisher(problem, eta):
     params, loss, a, w, g = problem

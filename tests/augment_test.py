@@ -314,6 +314,13 @@ def test_cutout_has_one_place_a_batch_or_one_an_image():
     assert len(set(squares())) == 1
     assert len(set(squares(cutout_per_image=True))) == 6
     assert len(squares(cutout_size=2)[0]) in (2, 4)
+    always, never = (squares(cutout_per_image=True, cutout_probability=p) for p in (1.0, 0.0))
+    assert never == 6 * [()] and all(always)
+    some = squares(cutout_per_image=True, cutout_probability=0.5)
+    # Where there is one, it is where it always is.
+    assert 0 < some.count(()) < 6
+    assert all(s in ((), a) for s, a in zip(some, always))
+    assert squares(cutout_probability=0.0) == never
     other = _finish(augment.Augmentation('cutout'), batch_key=1)
     assert (other != _finish(augment.Augmentation('cutout'))).any()
 

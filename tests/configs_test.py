@@ -11,7 +11,7 @@ import jax
 import pytest
 from helpers import ROOT
 
-from configs import common
+from configs import common, relatives
 from sam_jax import models, replicas, settings
 from sam_jax.errors import UserError
 from sam_jax.models import layers
@@ -64,6 +64,22 @@ ARGUMENTS = {
             'model.positions': 'sincos2d',
             'total_epochs': 300,
             'sam.rho': 0.1,
+        },
+    },
+    'relatives': {
+        'model=vit-b32': {'sam.method': 'gsam', 'sam.rho': 0.6, 'data.name': 'imagenet'},
+        'paper=asam,dataset=cifar100': {'model.name': 'wrn28_10', 'sam.rho': 1.0, 'sam.eta': 0.0},
+        'paper=sam_on,rho=5': {'sam.method': 'asam', 'sam.adapt': 'norm_only', 'sam.rho': 5.0},
+        'paper=universal,method=det_sam,noise=0.2,fraction=0.1,seed=3': {
+            'sam.h': 0.01,
+            'data.label_noise': 0.2,
+            'data.label_noise_kind': 'other',
+            'data.fraction': 0.1,
+            'data.label_noise_seed': 3,
+        },
+        'paper=sassha,model=wrn28_10,method=sgd': {
+            'optimizer.milestones': (60, 120, 160),
+            'optimizer.weight_decay': 5e-4,
         },
     },
     'label_noise': {
@@ -157,8 +173,12 @@ def test_configs_declare_the_options_of_a_family_with_their_defaults(name):
     family = models.family_of(name)
     base = {f.name for f in dataclasses.fields(layers.Network)}
     sizes = set(family.sizes(*re.fullmatch(family.pattern, name).groups()))
-    # ResNet's others are for tests and people who build models by hand.
-    by_hand = {'width', 'stem_relu'} if family is models.FAMILIES['imagenet_resnet'] else set()
+    # Others are for tests and people who build models by hand.
+    by_hand = {
+        'imagenet_resnet': {'width', 'stem_relu'},
+        'small_resnet': {'width'},
+        'vgg': {'channels'},
+    }.get(next(n for n, row in models.FAMILIES.items() if row is family), set())
     own = {
         f.name: getattr(model, f.name)
         for f in dataclasses.fields(model)
@@ -216,6 +236,32 @@ def test_every_config_loads(stem, argument, expected):
     assert {key: flat[key] for key in expected} == expected
 
 
+ROWS_OF_RELATIVES = [
+    (f'paper={paper},model={model},dataset={dataset},method={method}', model, dataset, method)
+    for paper, rows in relatives.PAPERS.items()
+    for (model, dataset), (_, methods) in rows.items()
+    for method in methods
+]
+
+
+def test_every_row_of_the_relatives_is_a_run():
+    """Full and tiny: of a known model and dataset, with the plain SGD of PyTorch's users."""
+    assert len({row[1:] for row in ROWS_OF_RELATIVES}) > 50
+    for argument, model, dataset, method in ROWS_OF_RELATIVES:
+        config = relatives.get_config(argument)
+        settings.check(config)
+        settings.check(relatives.get_config(f'{argument},smoke'))
+        chosen = (config.model.name, config.data.name, config.sam.method)
+        assert chosen == (model, dataset, method)
+        nesterov = argument.startswith('paper=saf')
+        assert config.optimizer.nesterov == nesterov, argument
+        assert config.optimizer.clip_norm == ('vit' in model), argument
+        paper = argument.partition(',')[0].removeprefix('paper=')
+        # rho is the row's own, and never the default of all configs.
+        own = relatives.PAPERS[paper][model, dataset][1][method]
+        assert 'sam.rho' in own or method in ('sgd', 'saf', 'mesa'), argument
+
+
 @pytest.mark.parametrize(
     'stem,argument,words',
     [
@@ -230,6 +276,14 @@ def test_every_config_loads(stem, argument, expected):
         ('digits', 'noise', ["noise is ''", 'float']),
         ('digits', 'seed=1.5', ["seed is '1.5'", 'int']),
         ('cifar', 'dataset=mnist', ["dataset is 'mnist'", 'cifar10, cifar100']),
+        ('relatives', 'paper=sala', ["paper is 'sala'", 'gsam, asam', 'sassha']),
+        (
+            'relatives',
+            'paper=esam,model=resnet56',
+            ["model is 'resnet56'", 'cifar_resnet18, wrn28_10'],
+        ),
+        ('relatives', 'paper=fsam,dataset=cifar10', ["dataset is 'cifar10'", 'cifar100']),
+        ('relatives', 'paper=fsam,method=sgd', ["method is 'sgd'", 'friendly_sam, sam']),
         ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, epochs, augment, method, rho']),
     ],
 )

@@ -254,6 +254,9 @@ FAMILIES = [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
             ('pyramidnet11_shakedrop', 8),
+            ('cifar_resnet10', 16),
+            ('preact_resnet10', 17),
+            ('vgg6_bn', 17),
             ('resnet18', 32),
             ('resnet18', 37),
             ('efficientnet-tiny', 32),

@@ -168,7 +168,7 @@ WRONG = {
     'sam-jax-train --config=digits --config.batch_size=many': 'batch_size=many',
     'sam-jax-train digits --workdir=x': "'digits' is no flag",
     './scripts/train.sh configs/digit.py': 'No such file',
-    'configs/cifar.py:model=vgg16': 'vgg16',
+    'configs/cifar.py:model=vgg17': 'vgg17',
     './scripts/trian.sh configs/digits.py': 'trian.sh is not there',
     './scripts/docs.sh sevre': "'sevre'",
     './scripts/launch_slurm.sh --node=4 configs/digits.py --workdir=DIR': '--node=4',

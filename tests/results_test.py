@@ -9,7 +9,8 @@ import sys
 import pytest
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
-from configs import ablations, cifar, imagenet, label_noise, svhn
+from configs import ablations, cifar, imagenet, label_noise, relatives, svhn
+from sam_jax import settings
 from sam_jax.errors import UserError
 from sam_jax.experiments import report, results
 
@@ -186,6 +187,24 @@ def test_runs_know_their_row_of_the_paper(config, metric, expected, tmp_path):
     rows = results.of_paper(group, PAPER)
     assert [str(row).partition(' (')[0] for row in rows] == expected
     assert {row.metric for row in rows} <= {f'{metric}/error_rate', 'test/top5_error_rate'}
+
+
+def test_every_row_of_the_relatives_finds_its_number():
+    """Each is beside a run of its config alone, as its notebook has it."""
+    commands = [r.command for r in PAPER if 'relatives.py' in r.command]
+    assert len(set(commands)) == len(commands) > 40
+    for row in PAPER:
+        if row.command in commands:
+            found = results.of_paper(results.Group(row.settings, [], []), PAPER)
+            assert [r.command for r in found] == [row.command]
+            assert row.digits in relatives.__doc__ and row.table not in ('Table 1', 'Table 2')
+            assert row.percent == float(row.digits)
+    config = relatives.get_config('paper=gsam,model=vit-b16,seed=4')
+    group = results.Group(results.settings_of(settings.jsonable(config)), [], [])
+    assert [str(r) for r in results.of_paper(group, PAPER)] == ['19 (GSAM Table 1)']
+    config.sam.alpha = 0.5
+    group = results.Group(results.settings_of(settings.jsonable(config)), [], [])
+    assert not results.of_paper(group, PAPER)
 
 
 def test_numbers_of_the_paper():

@@ -43,6 +43,29 @@ SLOW_ROWS = [
     ('svhn', 'augment=autoaugment_only_cutout'),
     ('finetune', 'dataset=cifar10'),
     ('finetune', 'dataset=imagenet'),
+    *(
+        ('relatives', argument)
+        for argument in (
+            'paper=gsam',
+            'paper=gsam,model=vit-b32',
+            'paper=asam',
+            'paper=looksam',
+            'paper=esam,model=wrn28_10',
+            'paper=saf,method=mesa',
+            'paper=cr_sam',
+            'paper=universal',
+            'paper=universal,method=sparse_sam',
+            'paper=fsam',
+            'paper=vasso',
+            'paper=sam_on',
+            'paper=msam',
+            'paper=msam,model=vit-s32',
+            'paper=wsam',
+            'paper=sampa',
+            'paper=sassha',
+            'paper=saf',
+        )
+    ),
 ]
 SHAPES = {'digits': (8, 8, 1), 'fashion_mnist': (28, 28, 1)}
 
@@ -106,7 +129,8 @@ def _fake(monkeypatch, name, num_train):
 def test_two_steps(stem, argument, tmp_path, monkeypatch):
     config = _get(stem, f'{argument},smoke')
     config.log_every_steps = 1
-    _fake(monkeypatch, config.data.name, 2 * config.batch_size + config.data.validation)
+    images = 2 * config.batch_size // config.total_epochs + config.data.validation
+    _fake(monkeypatch, config.data.name, images)
     train.train_and_evaluate(config, str(tmp_path), devices=jax.devices()[:2])
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['step'] == 2
@@ -114,7 +138,8 @@ def test_two_steps(stem, argument, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     norms = [line['train/perturbation_norm'] for line in lines if 'train/perturbation_norm' in line]
     assert np.isfinite(result['test/loss']) and len(norms) == 2
-    assert (np.array(norms) > 0).all() == (config.sam.method != 'sgd')
+    # At the second step, since momentum and warm-ups begin at 0.
+    assert (norms[1] > 0) == (config.sam.method not in ('sgd', 'mesa'))
 
 
 @pytest.mark.parametrize('stem,argument', ROWS + SLOW_ROWS)
@@ -133,5 +158,9 @@ def test_smoke_changes_sizes_only(stem, argument):
         'total_epochs',
         'checkpoint.keep_epochs',
         'optimizer.warmup_steps',
+        'optimizer.warmup_epochs',
         'optimizer.milestones',
+        'sam.warmup_epochs',
+        'sam.start_epoch',
+        'sam.epochs_ago',
     }

@@ -7,15 +7,17 @@ import logging
 import os
 import pathlib
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from helpers import golden, run_processes, small_config
+from helpers import assert_trees_equal, golden, relative_distance, run_processes, small_config
 from PIL import Image
 
-from sam_jax import data, replicas, train
+from sam_jax import data, models, replicas, settings, train, train_step, trajectory
 from sam_jax.data import decode, records
 from sam_jax.errors import UserError
+from sam_jax.experiment import Experiment
 
 SIZE, NUM_TRAIN, NUM_TEST = 16, 30, 11
 
@@ -303,31 +305,157 @@ def test_a_run_resumes_within_an_epoch(folder, tmp_path, monkeypatch):
     assert 'test/error_rate' in lines
 
 
+# SAF's memory, on the host.
+
+
+SAF = dict(sam__method='saf', sam__start_epoch=0, sam__epochs_ago=1, total_epochs=3)
+
+
+def test_a_memory_on_the_host(monkeypatch):
+    """Of an image it knows what was said exactly so many epochs ago, as soon as it was said."""
+    memory = trajectory.HostMemory(2, 5, 3, np.dtype('float32'))
+    said = np.arange(12).reshape(2, 2, 3) / 8
+    index = np.array([[4, 1], [0, 2]])
+    memory.keep({'index': index, 'logits': said.astype(np.float16), 'epoch': np.int32(1)})
+    for epoch, known in ((1, False), (2, False), (3, True), (5, False)):
+        assert (memory.past(index, epoch)['known'] == known).all()
+    past = memory.past(np.array([3, 2, 4]), 3)
+    np.testing.assert_array_equal(past['known'], [False, True, True])
+    np.testing.assert_array_equal(past['logits'][1:], [said[1, 1], said[0, 0]])
+    assert past['logits'].dtype == np.float16
+    other = trajectory.HostMemory(2, 5, 3, np.dtype('float32'))
+    memory.keep({'index': index[:1], 'logits': 0 * said[:1], 'epoch': np.int32(2)})
+    other.load({name: x.copy() for name, x in memory.arrays().items()})
+    for epoch in (3, 4):
+        for name, x in memory.past(index, epoch).items():
+            np.testing.assert_array_equal(other.past(index, epoch)[name], x)
+    assert other.past(index, 4)['known'].tolist() == [[True, True], [False, False]]
+    other.forget()
+    assert not any(other.past(index, epoch)['known'].any() for epoch in range(9))
+    memory.check()
+    monkeypatch.setattr(trajectory, 'free_host_memory', lambda: 50)
+    with pytest.raises(UserError, match=r'3 logits of 5 images from 2 epochs.*sam.epochs_ago'):
+        memory.check()
+
+
+class _Linear(nn.Module):
+    """Of the mean colour; quick to compile."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
+
+
+def test_saf_remembers_streamed_images(folder, monkeypatch):
+    """A step is fed what the network said of its images an epoch before, and learns from it."""
+    monkeypatch.setattr(models, 'from_config', lambda settings, num_classes: _Linear(num_classes))
+    experiment = Experiment.from_config(_config(folder, **SAF), jax.devices()[:2])
+    memory, train_set, said, effects = experiment.host_memory, experiment.dataset.train, {}, []
+    real = memory.keep
+
+    def keep(kept):
+        kept = jax.device_get(kept)
+        logits = kept['logits'].reshape(-1, 3)
+        said.update({(int(kept['epoch']), i): z for i, z in zip(kept['index'].ravel(), logits)})
+        real(kept)
+
+    monkeypatch.setattr(memory, 'keep', keep)
+    state = experiment.initial_state()
+    for step, feed in enumerate(experiment.feeds()):
+        epoch, (index, past) = step // 3, jax.device_get((feed['index'], feed['past']))
+        names = [pathlib.Path(train_set[i][2]).stem for i in index.ravel()]
+        assert [*map(int, names)] == _numbers(np.asarray(feed['pixels'])).tolist()
+        for i, known, z in zip(index.ravel(), past['known'].ravel(), past['logits'].reshape(-1, 3)):
+            assert known == ((epoch - 1, i) in said)
+            assert not known or (z == said[epoch - 1, i]).all()
+        if step % 3 == 2:  # the same step, but that nothing is known
+            unknown = {**past, 'known': np.zeros_like(past['known'])}
+            other, _ = experiment.train_program(
+                experiment.on_devices(state),
+                {**feed, 'past': experiment.layout.shard(unknown)},
+                *experiment.constants,
+            )
+            other = jax.device_get(other.params)
+        state, metrics = experiment.train_step(state, feed, *experiment.constants)
+        assert train_step.KEPT not in metrics and state.memory is None
+        if step % 3 == 2:
+            same = jax.tree.map(lambda a, b: (a == b).all(), other, jax.device_get(state.params))
+            effects.append(not all(jax.tree.leaves(same)))
+    assert len(said) == 9 * 8 and effects == [False, True, True]
+
+
+# By default the tests above look at the parts.
+@pytest.mark.slow
+def test_saf_on_a_stream_resumes_bit_for_bit_on_any_devices(folder, tmp_path, monkeypatch):
+    config = _config(
+        folder, **SAF, replica_batch_size=2, checkpoint__every_minutes=0.0, model__dtype='float64'
+    )
+    with jax.enable_x64(True):
+        states = {
+            n: train.train_and_evaluate(config, str(tmp_path / f'{n}'), jax.devices()[:n])
+            for n in (1, 2, 4)
+        }
+        calls, real = itertools.count(), Experiment.with_past
+
+        def stop(experiment, feed, step):
+            if next(calls) == 5:
+                os.kill(os.getpid(), 15)
+            return real(experiment, feed, step)
+
+        with monkeypatch.context() as m:
+            m.setattr(Experiment, 'with_past', stop)
+            with pytest.raises(train.Preempted):
+                train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
+        resumed = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:2])
+        plain = train.train_and_evaluate(
+            _config(
+                folder, **{**SAF, 'sam__lam': 0.0}, replica_batch_size=2, model__dtype='float64'
+            ),
+            str(tmp_path / 'plain'),
+            jax.devices()[:2],
+        )
+    assert int(resumed.step) == 9
+    assert_trees_equal(*(jax.device_get(s.params) for s in (states[2], resumed)))
+    for n in (1, 4):
+        assert relative_distance(states[n].params, states[2].params) < 1e-9
+    assert relative_distance(plain.params, states[2].params) > 1e-4
+
+
 # By default test_each_process_reads_its_share_alone looks at the parts.
 @pytest.mark.slow
-def test_two_processes_stream_the_same(folder, tmp_path):
+@pytest.mark.parametrize('method', ['sam', 'saf'])
+def test_two_processes_stream_the_same(method, folder, tmp_path):
     """2 processes x 2 devices against one with 4; pairs to be mixed lie on both processes."""
-    settings = dict(
+    own = dict(
         replica_batch_size=2,
-        data__mixup_alpha=1.0,
         data__threads=2,
         eval__train_set=True,
         log_every_steps=1,
         model__dtype='float64',
         analysis__every_epochs=1,
         analysis__examples=20,
+        **(SAF if method == 'saf' else {'data__mixup_alpha': 1.0}),
     )
-    config = _config(folder, **settings)
+    config = _config(folder, **own)
     flags = [
         f'--config.{key}={value}'
         for key, value in settings.flatten(config).items()
-        if key.startswith(('data.', 'eval.', 'analysis.'))
+        if key.startswith(('data.', 'eval.', 'analysis.', 'sam.'))
+        and key != 'sam.method'
         and value != ''
         or key
         in ('batch_size', 'replica_batch_size', 'log_every_steps', 'model.dtype', 'total_epochs')
     ]
     for num_processes, name in ((1, 'one'), (2, 'two')):
-        run_processes(flags, tmp_path / name, num_processes, 4 // num_processes)
+        run_processes(
+            flags,
+            tmp_path / name,
+            num_processes,
+            4 // num_processes,
+            f'configs/digits.py:method={method}',
+        )
     one, two = (
         [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
         for name in ('one', 'two')

@@ -40,6 +40,13 @@ COUNTS = {  # of params, by number of classes
     ('resnet101', 1000): 44_549_160,
     ('resnet152', 1000): 60_192_808,
     ('resnet200', 1000): 64_673_832,
+    # Of kuangliu/pytorch-cifar, by PyTorch.
+    ('cifar_resnet18', 10): 11_173_962,
+    ('cifar_resnet34', 10): 21_282_122,
+    ('cifar_resnet50', 10): 23_520_842,
+    ('preact_resnet18', 10): 11_171_146,
+    ('preact_resnet34', 10): 21_279_306,
+    ('vgg16_bn', 10): 14_728_266,
     ('efficientnet-b0', 1000): 5_288_548,
     ('efficientnet-b1', 1000): 7_794_184,
     ('efficientnet-b2', 1000): 9_109_994,
@@ -69,7 +76,13 @@ TINY = {
     'resnet8': {},
     'resnet10': {'width': 8},
     'efficientnet-tiny': {},
+    'cifar_resnet10': {'width': 8},
+    'preact_resnet10': {'width': 8},
+    'vgg6_bn': {'channels': (8, 8, 16, 16, 32)},
 }
+# Of these a test by hand is enough where nothing but time is to be had.
+LATER = ('cifar_resnet10', 'preact_resnet10', 'vgg6_bn')
+ROWS = [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in TINY]
 RANDOM = ['shake_shake_8_2x4d', 'pyramidnet11_shakedrop', 'efficientnet-tiny']
 
 
@@ -173,6 +186,89 @@ def test_stem_of_resnet_has_a_relu_when_asked_for():
     for start, same in [(variables, False), (positive, True)]:
         logits = [m.apply(start, x) for m in (plain, with_relu)]
         assert np.allclose(*logits, rtol=1e-5) == same
+
+
+# By hand: what the original does not have
+
+
+def convolve(x, params, stride):
+    """As much padding on both sides as a kernel has beside its middle."""
+    size = len(params['kernel'])
+    x = np.pad(x, [(0, 0), *[(size // 2, size // 2)] * 2, (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
+    y = np.tensordot(windows[:, ::stride, ::stride], params['kernel'], [(4, 5, 3), (0, 1, 2)])
+    return y + params.get('bias', 0.0)
+
+
+def normalise(x, params, stats):
+    x = (x - stats['mean']) / np.sqrt(stats['var'] + 1e-5)
+    return x * params['scale'] + params['bias']
+
+
+def by_hand(name, variables, x):
+    """The network's inference as its papers draw it, with a block or a convolution a group."""
+    params, stats = variables['params'], variables['batch_stats']
+
+    def conv(x, name, stride=1):
+        return convolve(x, params[name], stride)
+
+    def norm(x, name):
+        return normalise(x, params[name], stats[name])
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    if name.startswith('vgg'):
+        for group in range(5):
+            x = relu(norm(conv(x, f'group{group}_conv0'), f'group{group}_bn0'))
+            n, height, width, channels = x.shape
+            x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+    elif name.startswith('cifar'):
+        x = relu(norm(conv(x, 'conv_init'), 'bn_init'))
+        for group in range(4):
+            block, stride = f'group{group}_block0', 1 + (group > 0)
+            y = relu(norm(conv(x, f'{block}_conv1', stride), f'{block}_bn1'))
+            y = norm(conv(y, f'{block}_conv2'), f'{block}_bn2')
+            if group:
+                x = conv(x, f'{block}_conv_shortcut', stride)
+                x = norm(x, f'{block}_bn_shortcut')
+            x = relu(x + y)
+    else:
+        x = conv(x, 'conv_init')
+        for group in range(4):
+            block, stride = f'group{group}_block0', 1 + (group > 0)
+            y = relu(norm(x, f'{block}_bn1'))
+            if group:
+                x = conv(y, f'{block}_conv_shortcut', stride)
+            y = conv(y, f'{block}_conv1', stride)
+            x = x + conv(relu(norm(y, f'{block}_bn2')), f'{block}_conv2')
+    return x.mean(axis=(1, 2)) @ params['head']['kernel'] + params['head']['bias']
+
+
+@pytest.mark.parametrize('name', LATER)
+def test_what_the_relatives_train_by_hand(name):
+    model = tiny(name)
+    variables, x = recipe_variables(model), images(1, (2, 32, 32, 3))
+    logits = jax.jit(model.apply)(variables, x)
+    assert relative_distance(logits, by_hand(name, variables, x)) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet10', 'vgg6_bn'])
+def test_they_start_as_pytorch_does(name):
+    """Uniform in +-1 / sqrt(fan-in)."""
+    key = jax.random.key(0, impl='rbg')
+    params = jax.jit(tiny(name).init)(key, jnp.zeros((1, 8, 8, 3)))['params']
+    for module, layer in params.items():
+        if 'kernel' in layer:
+            end = np.prod(layer['kernel'].shape[:-1]) ** -0.5
+            assert 0.95 * end < np.abs(layer['kernel']).max() <= end, module
+
+
+@pytest.mark.parametrize('size', [8, 28])
+def test_vgg_takes_small_images(size):
+    model = models.create_model('vgg16_bn', 10)
+    logits = jax.eval_shape(model.apply, shapes(model), jnp.zeros((2, size, size, 3)))
+    assert logits.shape == (2, 10)
 
 
 # The random parts
@@ -370,7 +466,7 @@ def test_evaluation_is_the_mean_of_the_branches():
 # Options of all families
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', ROWS)
 def test_bfloat16_keeps_params_statistics_and_logits_in_float32(name):
     x, results = images(1, (8, 16, 16, 3)), []
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -410,7 +506,9 @@ def _activations(model, variables, x):
     ],
 )
 def test_remat_keeps_less_and_changes_no_number(name):
-    x, results, kept = images(1, (4, 8, 8, 3)), [], []
+    # Of 8x8 pixels the last groups of these see one, and BatchNorm four numbers.
+    size = 16 if name in LATER else 8
+    x, results, kept = images(1, (4, size, size, 3)), [], []
     for remat in (False, True):
         model = tiny(name, remat=remat)
         variables = recipe_variables(model)
@@ -420,7 +518,7 @@ def test_remat_keeps_less_and_changes_no_number(name):
     assert relative_distance(*results) < 1e-5
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', ROWS)
 def test_frozen_statistics_are_used_and_kept(name):
     model = tiny(name, frozen_batch_norm=True)
     variables, x = recipe_variables(model), images(1, (4, 8, 8, 3))
@@ -430,7 +528,7 @@ def test_frozen_statistics_are_used_and_kept(name):
         np.testing.assert_allclose(logits, model.apply(variables, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', ROWS)
 def test_synchronised_statistics_are_those_of_the_whole_batch(name):
     model, alone = tiny(name, batch_norm_axis='batch'), tiny(name)
     variables, x = recipe_variables(alone), images(1, (8, 8, 8, 3))
@@ -442,8 +540,12 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(name):
         devices=jax.devices()[:2],
     )(variables, x.reshape(2, 4, 8, 8, 3))[1]
     # Of the first layers, which no randomness reaches.
-    first = {'wrn10_1': 'group0_block0_bn1', 'efficientnet-tiny': 'bn_stem'}.get(name, 'bn_init')
-    first = 'bn_init' if first not in whole and 'bn_init' in whole else first
+    first = {
+        'wrn10_1': 'group0_block0_bn1',
+        'preact_resnet10': 'group0_block0_bn1',
+        'efficientnet-tiny': 'bn_stem',
+        'vgg6_bn': 'group0_bn0',
+    }.get(name, 'bn_init')
     for leaf in ('mean', 'var'):
         np.testing.assert_allclose(parts[first][leaf][0], whole[first][leaf], rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(parts[first][leaf][0], parts[first][leaf][1])

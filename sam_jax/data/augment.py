@@ -52,6 +52,7 @@ class Augmentation:
       cutout_size: side of the square that cutout empties, in pixels.
       cutout_per_image: a place for each image (DeVries and Taylor) in place of one for the whole
         batch (the SAM paper's code).
+      cutout_probability: chance of a square: of each image, or of the batch.
       randaugment_layers, randaugment_magnitude: RandAugment's N and M.
       mixup_alpha, cutmix_alpha: of `mix`; 0 for none.
       mix_per_image: a weight for each image in place of one for the whole batch.
@@ -64,6 +65,7 @@ class Augmentation:
     corrected: bool = False
     cutout_size: int = 16
     cutout_per_image: bool = False
+    cutout_probability: float = 1.0
     randaugment_layers: int = 2
     randaugment_magnitude: int = 9
     mixup_alpha: float = 0.0
@@ -136,11 +138,20 @@ def finish(
     images = normalize(images, mean, std)
     if 'cutout' not in augmentation.parts:
         return images
+    size = augmentation.cutout_size
+
+    def place(key, place_key):
+        center = _center(place_key, shape)
+        if augmentation.cutout_probability == 1:
+            return center
+        drawn = jax.random.bernoulli(jax.random.fold_in(key, 4), augmentation.cutout_probability)
+        return jnp.where(drawn, center, -size)  # a square outside of the image is none
+
     if augmentation.cutout_per_image:
-        centers = jax.vmap(lambda key: _center(jax.random.fold_in(key, 2), shape))(keys)
-        return jax.vmap(functools.partial(cutout, size=augmentation.cutout_size))(images, centers)
-    center = _center(batch_key, shape)
-    return jax.vmap(lambda image: cutout(image, center, augmentation.cutout_size))(images)
+        centers = jax.vmap(lambda key: place(key, jax.random.fold_in(key, 2)))(keys)
+        return jax.vmap(functools.partial(cutout, size=size))(images, centers)
+    center = place(batch_key, batch_key)
+    return jax.vmap(lambda image: cutout(image, center, size))(images)
 
 
 # Flip and shift

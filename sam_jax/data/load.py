@@ -215,6 +215,7 @@ def _augmentation(settings, policy, image_size):
         settings.corrected_ops,
         settings.cutout_size,
         settings.cutout_per_image,
+        settings.cutout_probability,
         settings.randaugment_layers,
         settings.randaugment_magnitude,
         settings.mixup_alpha,

@@ -77,7 +77,8 @@ class StreamingDataset(Dataset):
 
         Yields:
           {'pixels': uint8 (local devices, replicas per device, replica batch size, H, W, C),
-          'label': (local devices, replicas per device, replica batch size[, classes])}.
+          'label': (local devices, replicas per device, replica batch size[, classes]),
+          'index': int32, of the same leading axes, the images' positions in `train`}.
 
         Raises:
           UserError: a damaged image, where skip_corrupt is False.
@@ -186,9 +187,10 @@ class _TrainExamples:
             window = rngs.integers(self._seed, 'crop', 2, 2**31, step, self._places[j])
             crop = functools.partial(decode.random_crop, size=size, seed=window)
         for attempt in range(_PATIENCE):
-            example = dataset.decoded(dataset.train, (i + attempt) % len(dataset.train), crop)
+            position = (i + attempt) % len(dataset.train)
+            example = dataset.decoded(dataset.train, position, crop)
             if example:
-                return example
+                return {**example, 'index': np.int32(position)}
         raise UserError(f'{_PATIENCE} training images in a row cannot be decoded.')
 
 

@@ -9,7 +9,7 @@ import jax
 
 from sam_jax import convolutions
 from sam_jax.errors import UserError
-from sam_jax.models import clip, efficientnet, layers, resnet, vit
+from sam_jax.models import clip, efficientnet, layers, resnet, vgg, vit
 from sam_jax.models.cifar_resnet import CifarResNet
 from sam_jax.models.efficientnet import EfficientNet
 from sam_jax.models.lenet import LeNet
@@ -17,6 +17,8 @@ from sam_jax.models.prompts import Prompts
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
+from sam_jax.models.small_resnet import SmallResNet
+from sam_jax.models.vgg import VGG
 from sam_jax.models.vit import ViT
 from sam_jax.models.wide_resnet import WideResNet
 from sam_jax.replicas import AXIS
@@ -58,6 +60,14 @@ def _pyramidnet(depth, shakedrop):
 def _resnet(name):
     blocks, bottleneck = resnet.SIZES[name]
     return {'blocks': blocks, 'bottleneck': bottleneck}
+
+
+def _small_resnet(kind, name):
+    return {**_resnet(name), 'preactivation': kind == 'preact'}
+
+
+def _vgg(depth, batch_norm):
+    return {'convolutions': vgg.SIZES[int(depth)], 'batch_norm': bool(batch_norm)}
 
 
 def _vit(size, patch):
@@ -117,6 +127,20 @@ FAMILIES = {
         {'residual': 'its shortcuts', 'batch_norm': _BATCH_NORM},
     ),
     'lenet': Family(LeNet, 'lenet5', dict, ('lenet5',), 'lenet5'),
+    'small_resnet': Family(
+        SmallResNet,
+        f'(cifar|preact)_({"|".join(resnet.SIZES)})',
+        _small_resnet,
+        ('cifar_resnet18', 'preact_resnet18', '<cifar or preact>_resnet<18, 34, 50, 101 or 152>'),
+        'cifar_resnet10',
+    ),
+    'vgg': Family(
+        VGG,
+        f'vgg({"|".join(map(str, vgg.SIZES))})(_bn)?',
+        _vgg,
+        ('vgg16_bn', 'vgg<11, 13, 16 or 19>[_bn]'),
+        'vgg6_bn',
+    ),
     'efficientnet': Family(
         EfficientNet,
         f'efficientnet-({"|".join(efficientnet.SIZES)})',

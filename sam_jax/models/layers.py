@@ -18,6 +18,9 @@ LANES = 128
 # Kaiming normal, fan-out, gain 2: not truncated.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
+# U[-1, 1] / sqrt(fan-in): what PyTorch draws where nothing is said.
+pytorch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
 
 def dense_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """U[-1, 1] / sqrt(number of outputs)."""

@@ -168,12 +168,6 @@ def _check_company(flat, made):
             'must be greater, such as 0.9998.'
         )
     if made.trajectory.epochs_ago:
-        if flat['data.name'] not in data.SOURCES:
-            raise UserError(
-                f'{begin} keeps the logits of every image on the device; data.name is '
-                f'{flat["data.name"]!r}, which is streamed, and must be one of '
-                f'{", ".join(data.SOURCES)}.'
-            )
         for key in ('data.mixup_alpha', 'data.cutmix_alpha'):
             if flat[key]:
                 raise UserError(

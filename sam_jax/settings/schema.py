@@ -134,6 +134,9 @@ KEYS = {
     'data.padding': _amount(4, 'pixels of the shift crop'),
     'data.cutout_size': _positive(16, 'side of the square that `cutout` empties'),
     'data.cutout_per_image': Key(False, 'a place for each image, not one for the batch'),
+    'data.cutout_probability': _share(
+        1.0, 'chance of a square: of each image, or of the batch', below=False
+    ),
     'data.corrected_ops': Key(False, "AutoAugment and RandAugment without the original's quirks"),
     'data.randaugment_layers': _positive(2, 'operations on an image'),
     'data.randaugment_magnitude': _amount(9, 'their level'),
@@ -258,6 +261,7 @@ ADDED = (
     'data.shots',
     'data.base_to_new',
     'data.normalization',
+    'data.cutout_probability',
     'optimizer.end',
     'optimizer.milestones',
     'optimizer.milestone_factor',

@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float
 
 from sam_jax.sharpness import ranges
+from sam_jax.sharpness.mask import normalization
 from sam_jax.sharpness.trees import (
     Rho,
     in_units,
@@ -39,7 +40,7 @@ Metric = Callable[[optax.Updates, optax.Params], Any]
 Ascent = optax.GradientTransformationExtraArgs
 
 # Which parameters ASAM adapts to, see `adaptive_metric`.
-ADAPT = ('weights', 'kernels', 'all')
+ADAPT = ('weights', 'kernels', 'all', 'norm_only')
 
 
 def lp_ball(rho: Rho, p: float = 2.0, mask: Mask = None) -> Ascent:
@@ -121,7 +122,8 @@ def metric_ball(rho: Rho, metric: Metric) -> Ascent:
         inner = _ball_step(jax.tree.map(jnp.multiply, root, grads), radius, 2.0)
         return jax.tree.map(jnp.multiply, root, inner)
 
-    return _ascent(rho, step)
+    # As above: what the metric has to say of these params.
+    return _ascent(rho, step, check=lambda params: jax.eval_shape(metric, params, params))
 
 
 def metric_norm(metric: Metric) -> Callable[..., Float[Array, '']]:
@@ -150,10 +152,12 @@ def adaptive_metric(eta: float, adapt: str) -> Metric:
       eta: >= 0, added to |w|.
       adapt: which parameters have T = |w| + eta: 'weights', all but biases (as the
         authors' code, where the scales of BatchNorm are weights); 'kernels', only those of two or
-        more axes; 'all'.
+        more axes; 'all'; 'norm_only', scales and biases of normalisation layers, and T = 0
+        elsewhere: nothing else climbs.
 
     Raises:
-      ValueError: eta < 0, or another `adapt`.
+      ValueError: eta < 0, or another `adapt`; from the metric with 'norm_only', params without a
+        normalisation layer.
     """
     ranges.at_least(0, eta=eta)
     if adapt not in ADAPT:
@@ -163,15 +167,19 @@ def adaptive_metric(eta: float, adapt: str) -> Metric:
         is_bias = names_of(path)[-1:] in (('bias',), ('b',))  # the latter haiku's
         return adapt == 'all' or (w.ndim > 1 if adapt == 'kernels' else not is_bias)
 
+    def squared(w):
+        return jnp.square(jnp.abs(promote(w)) + eta)
+
     def metric(grads, params):
         del grads
+        if adapt == 'norm_only':
+            return jax.tree.map(
+                lambda m, w: squared(w) if m else jnp.zeros_like(promote(w)),
+                normalization(params),
+                params,
+            )
         return jax.tree_util.tree_map_with_path(
-            lambda path, w: (
-                jnp.square(jnp.abs(promote(w)) + eta)
-                if adapted(path, w)
-                else jnp.ones_like(promote(w))
-            ),
-            params,
+            lambda path, w: squared(w) if adapted(path, w) else jnp.ones_like(promote(w)), params
         )
 
     return metric

@@ -108,8 +108,12 @@ class _Streamed(data.StreamingDataset):
 
     def train_feed(self, seed: int, step: int, layout: Any) -> dict[str, np.ndarray]:
         del seed, step
-        places = (layout.replicas_per_device, layout.replica_batch_size)
-        return self._feed(self.train, (len(layout.local_positions), *places))
+        places = (
+            len(layout.local_positions),
+            layout.replicas_per_device,
+            layout.replica_batch_size,
+        )
+        return {**self._feed(self.train, places), 'index': _zeros(places, np.int32)}
 
     def eval_feeds(
         self, split: records.Records, batch_size: int, layout: Any

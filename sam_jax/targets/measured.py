@@ -18,7 +18,8 @@ def arguments(experiment: Experiment) -> tuple[Any, ...]:
     """Returns state, feed, arrays, HParams on the devices: random weights, images and labels."""
     dataset, config, layout = experiment.dataset, experiment.config, experiment.layout
     rng = np.random.default_rng(config.seed)
-    feed = _random(rng, dataset.train_feed(config.seed, 0, layout), dataset.num_classes)
+    feed = experiment.with_past(dataset.train_feed(config.seed, 0, layout), 0)
+    feed = _random(rng, feed, dataset.num_classes)
     if train_step.asks_for_previous(config):
         feed = train_step.paired(feed, feed)
     return (

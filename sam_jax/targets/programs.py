@@ -60,12 +60,13 @@ def train_step_of(experiment: Experiment) -> Step:
     """Returns the train step; its arguments are state, feed, arrays, HParams."""
     dataset, config = experiment.dataset, experiment.config
     state = jax.eval_shape(experiment.create_state)
-    feed = shapes(dataset.train_feed(config.seed, 0, experiment.layout))
+    feed = dataset.train_feed(config.seed, 0, experiment.layout)
+    feed = shapes(experiment.with_past(feed, 0))
     if train_step.asks_for_previous(config):
         feed = train_step.paired(feed, None)
     arrays = shapes(experiment.host_arrays(dataset.train))
     hparams = shapes(HParams.from_config(config))
-    return _step(experiment.train_step, state, feed, arrays, hparams)
+    return _step(experiment.train_program, state, feed, arrays, hparams)
 
 
 def eval_step_of(experiment: Experiment) -> Step:

@@ -142,7 +142,8 @@ def saf(lam: float = 0.3, tau: float = 5.0, start_epoch: int = 5, epochs_ago: in
     told so by `added_loss=True`. Between two epochs the examples are augmented differently.
     Examples that the epoch `epochs_ago` before left out (the last, smaller batch) have no such
     loss. One gradient evaluation; the training loop keeps number of examples x epochs_ago x classes
-    floats.
+    floats on each device, or of streamed images as many of half the size on each host (ImageNet,
+    two epochs: 4.8 GiB, in each checkpoint too).
 
     Args:
       lam, tau: weight and temperature; 0.3 and 5 in the authors' text.

@@ -229,7 +229,9 @@ def asam(rho: Rho, eta: float = 0.01, adapt: str = 'weights') -> Link:
     Args:
       rho: as of `sam`; about ten times SAM's.
       eta: added to |w|; 0.01 in the authors' class, 0 in their CIFAR command.
-      adapt: 'weights' (all but biases, as the authors), 'kernels' (not BatchNorm's either), 'all'.
+      adapt: 'weights' (all but biases, as the authors), 'kernels' (not BatchNorm's either), 'all',
+        or 'norm_only', the ASAM-ON of SAM-ON's authors: scales and biases of normalisation layers,
+        and nothing else climbs; their command has a rho of 10.
 
     Raises:
       ValueError: rho or eta < 0, or another `adapt`.
