@@ -25,12 +25,12 @@ from sam_jax import models, run_log, settings
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError, first_line
 from sam_jax.experiment import Experiment
+from sam_jax.models import pretrained
 from sam_jax.replicas import Device
 from sam_jax.trained.model import Trained
 
-WEIGHTS = 'weights.safetensors'
-# As the tools of Hugging Face want it.
-HUGGING_FACE = 'model.safetensors'
+# The latter as the tools of Hugging Face want it.
+WEIGHTS, HUGGING_FACE = pretrained.EXPORTED
 
 DTYPES = ('float32', 'float16')
 
