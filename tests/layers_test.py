@@ -70,7 +70,7 @@ LIBRARIES = {
     'clu': {'run_log', 'benchmarks'},
     'tqdm': {'progress'},
     'matplotlib': {'experiments'},
-    'scipy': {'experiments', 'analysis'},
+    'scipy': {'experiments', 'analysis', 'data'},
     'absl': {'cli', 'main', 'benchmarks'},
     'ml_collections': {'settings', 'cli', 'main', 'experiments'},
     'markdown': {'experiments'},
