@@ -23,9 +23,9 @@ FLOORS = [
     },
     {'train_step', 'train_state', 'gradients', 'trajectory', 'evaluate'},
     {'settings'},
-    {'experiment', 'experiments', 'memory', 'step_log', 'provenance'},
+    {'experiment', 'experiments', 'memory', 'step_log', 'provenance', 'trackers'},
     {'analysis', 'targets', 'trained'},
-    {'periodic'},
+    {'periodic', 'nans', 'profiling'},
     {'train'},
     {'cli'},
     {'main', 'benchmarks'},
@@ -59,14 +59,14 @@ LIBRARIES = {
         'benchmarks',
     },
     'jaxtyping': {'sharpness', 'losses', 'data'},
-    'flax': {'models', 'train_step', 'train_state', 'provenance', 'trained', 'benchmarks'},
+    'flax': {'models', 'train_step', 'train_state', 'provenance', 'trained', 'nans', 'benchmarks'},
     'sklearn': {'data'},
-    'tensorflow': {'data', 'benchmarks'},
+    'tensorflow': {'data', 'benchmarks', 'trained'},
     'grain': {'data'},
     'PIL': {'cli', 'data'},
     'pyarrow': {'data'},
     'tensorflow_datasets': {'data', 'benchmarks'},
-    'orbax': {'checkpoint'},
+    'orbax': {'checkpoint', 'trained'},
     'clu': {'run_log', 'benchmarks'},
     'tqdm': {'progress'},
     'matplotlib': {'experiments'},
@@ -82,6 +82,9 @@ LIBRARIES = {
     'h5py': {'models'},
     'safetensors': {'models', 'trained'},
     'yaml': {'trained'},
+    'wandb': {'trackers'},
+    'mlflow': {'trackers'},
+    'trackio': {'trackers'},
 }
 # Imported inside functions only: slow, or absent on many machines.
 LAZY = {
@@ -99,6 +102,9 @@ LAZY = {
     'rich',
     'submitit',
     'yaml',
+    'wandb',
+    'mlflow',
+    'trackio',
 }
 
 MODULES = sorted((ROOT / 'sam_jax').rglob('*.py'))
