@@ -7,7 +7,7 @@ or, in a checkout, `python -m sam_jax.main` with the same.
 
 from absl import flags
 
-from sam_jax import distributed, train
+from sam_jax import distributed, profiling, trackers, train
 from sam_jax.cli import commands
 
 _CONFIG = commands.define_config(
@@ -22,6 +22,17 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
+_TRACKER = flags.DEFINE_list(
+    'tracker',
+    ['tensorboard'],
+    f'Where metrics go besides metrics.jsonl: {", ".join(trackers.NAMES)}; empty for nowhere.',
+)
+_PROFILE = flags.DEFINE_string(
+    'profile_steps', '', 'Steps to trace, such as 10:15; the trace is in WORKDIR/profile.'
+)
+_DEBUG_NANS = flags.DEFINE_bool(
+    'debug_nans', False, 'Whether to look for the first layer that is not finite; slower.'
+)
 
 
 def main() -> None:
@@ -29,8 +40,13 @@ def main() -> None:
     distributed.initialize(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
     )
+    watch = train.Watch(
+        tuple(filter(None, _TRACKER.value)),
+        profiling.Steps.parse(_PROFILE.value),
+        _DEBUG_NANS.value,
+    )
     try:
-        train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        train.train_and_evaluate(_CONFIG.value, _WORKDIR.value, watch=watch)
     except train.Preempted as e:
         commands.leave(str(e), commands.EXIT_PREEMPTED)
 

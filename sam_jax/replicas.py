@@ -180,6 +180,30 @@ def peak_memory(device: Device) -> int:
     return (device.memory_stats() or {}).get('peak_bytes_in_use', 0)
 
 
+def memory_in_use(layout: Layout) -> int:
+    """Returns the bytes that are in use: of the fullest device of this process; on CPU, of it."""
+    return _of_memory(layout, 'bytes_in_use', 'VmRSS')
+
+
+def memory_peak(layout: Layout) -> int:
+    """Returns the most bytes that were ever in use in this process; else as `memory_in_use`."""
+    return _of_memory(layout, 'peak_bytes_in_use', 'VmHWM')
+
+
+def _of_memory(layout, of_device, of_process):
+    """0 where neither the devices nor the system tell."""
+    stats = [layout.devices[i].memory_stats() or {} for i in layout.local_positions]
+    told = max((s.get(of_device, 0) for s in stats), default=0)
+    if told:
+        return told
+    try:
+        with open('/proc/self/status') as file:
+            fields = dict(line.split(':', 1) for line in file)
+        return 1024 * int(fields[of_process].split()[0])
+    except (OSError, KeyError):
+        return 0
+
+
 def free_host_memory() -> float:
     """Returns the free bytes of this machine; infinite where it does not tell."""
     try:

@@ -40,3 +40,8 @@ def permutation(seed: int, purpose: str, n: int, *ids) -> np.ndarray:
 def integers(seed: int, purpose: str, n: int, high: int, *ids) -> np.ndarray:
     """Returns n uniform int32 in [0, high), made on the host for (seed, purpose, *ids)."""
     return (_bits(seed, purpose, n, *ids) % np.uint64(high)).astype(np.int32)
+
+
+def uniform(seed: int, purpose: str, n: int, *ids) -> np.ndarray:
+    """Returns n uniform float64 in (0, 1), made on the host for (seed, purpose, *ids)."""
+    return ((_bits(seed, purpose, n, *ids) >> np.uint64(11)) + 0.5) * 2.0**-53

@@ -111,14 +111,11 @@ class TensorBoard:
         if self._writer:
             self._writer.write_scalars(step, scalars)
 
-    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         """images: {name: float array (N, H, W, C) in [0, 1]}."""
         if self._writer:
-            self._writer.write_images(step, images)
-
-    def hparams(self, hparams: dict[str, int | float | str]) -> None:
-        if self._writer:
             self._writer.write_hparams(hparams)
+            self._writer.write_images(0, images)
 
     def close(self) -> None:
         if self._writer:
@@ -126,26 +123,30 @@ class TensorBoard:
 
 
 class RunWriter:
-    """Everything above for one run; on the main process only (elsewhere it writes nothing)."""
+    """metrics.jsonl and trackers of one run; on the main process only, elsewhere it writes nothing.
 
-    def __init__(self, workdir, active, resume_step=0):
-        self._tensorboard = None
+    `trackers` are those of `sam_jax.trackers`; by default TensorBoard.
+    """
+
+    def __init__(self, workdir, active, resume_step=0, trackers=None):
+        self._metrics, self._trackers = None, []
         if active:
-            self._tensorboard = TensorBoard(workdir)
+            self._trackers = [TensorBoard(workdir)] if trackers is None else trackers
             self._metrics = MetricsFile(os.path.join(workdir, 'metrics.jsonl'), resume_step)
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        if self._tensorboard:
+        if self._metrics:
             self._metrics.write(step, scalars)
-            self._tensorboard.scalars(step, scalars)
+        for tracker in self._trackers:
+            tracker.scalars(step, scalars)
 
     def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         """At the start of a run: its settings, and training images {name: (N, H, W, C)}."""
-        if self._tensorboard:
-            self._tensorboard.hparams(hparams)
-            self._tensorboard.images(0, images)
+        for tracker in self._trackers:
+            tracker.start(hparams, images)
 
     def close(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._metrics:
             self._metrics.close()

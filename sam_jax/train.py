@@ -7,11 +7,22 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from sam_jax import distributed, memory, periodic, provenance, replicas, run_log, settings
+from sam_jax import (
+    distributed,
+    memory,
+    nans,
+    periodic,
+    profiling,
+    provenance,
+    replicas,
+    run_log,
+    settings,
+    trackers,
+)
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -20,7 +31,7 @@ from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
 from sam_jax.train_state import TrainState
 
-__all__ = ['Preempted', 'train_and_evaluate']
+__all__ = ['Preempted', 'Watch', 'train_and_evaluate']
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +61,25 @@ class _Signal:
             signal.signal(signal.SIGTERM, self._previous)
 
 
+class Watch(NamedTuple):
+    """How a run is watched; none of it changes its numbers.
+
+    Attributes:
+      trackers: of `trackers.NAMES`, where metrics go besides metrics.jsonl.
+      profile: steps that are traced, or None.
+      debug_nans: whether the first layer that is not finite is looked for.
+    """
+
+    trackers: Sequence[str] = ('tensorboard',)
+    profile: profiling.Steps | None = None
+    debug_nans: bool = False
+
+
 def train_and_evaluate(
-    config: Any, workdir: str, devices: Sequence[replicas.Device] | None = None
+    config: Any,
+    workdir: str,
+    devices: Sequence[replicas.Device] | None = None,
+    watch: Watch | None = None,
 ) -> TrainState:
     """Trains, evaluates, saves and reports one run, or resumes it where it was stopped.
 
@@ -63,6 +91,7 @@ def train_and_evaluate(
       workdir: folder of the run; made if it is not there. Gets checkpoints/, TensorBoard events,
         metrics.jsonl, config.json and, at the end, result.json.
       devices: default all devices.
+      watch: Watch; default with TensorBoard alone.
 
     Returns:
       The final TrainState.
@@ -71,8 +100,9 @@ def train_and_evaluate(
       UserError: something in config or workdir that the caller can mend; or the run diverged.
       Preempted: SIGTERM came; the state is saved.
     """
-    began = time.time()
+    began, watch = time.time(), watch or Watch()
     settings.check(config)
+    trackers.check(watch.trackers)
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
     memory.check(experiment)
@@ -89,7 +119,8 @@ def train_and_evaluate(
                 )
                 _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
             return state
-        writer = run_log.RunWriter(workdir, main, first_step)
+        opened = trackers.create(watch.trackers, workdir, first_step > 0) if main else []
+        writer = run_log.RunWriter(workdir, main, first_step, opened)
         progress = Progress(first_step, experiment.total_steps, config.batch_size, main)
         with contextlib.closing(writer), contextlib.closing(progress):
             log = StepLog(config, writer, progress, experiment.steps_per_epoch, first_step)
@@ -103,7 +134,7 @@ def train_and_evaluate(
                 lambda: wall_before + time.time() - began,
             )
             _announce(run, state, first_step)
-            state, result = _loop(run, state, first_step, stop)
+            state, result = _loop(run, state, first_step, stop, watch)
             if main:
                 run_log.write_json(result_path, result)
                 progress.say(provenance.summary(result, workdir))
@@ -134,10 +165,16 @@ def _announce(run, state, first_step):
         )
 
 
-def _loop(run, state, first_step, stop):
+def _loop(run, state, first_step, stop, watch):
     """Trains from a step on; returns (final state, content of result.json)."""
     experiment = run.experiment
     step_fn, constants = experiment.train_step, experiment.constants
+    if watch.debug_nans:
+        step_fn = nans.Finder(experiment).step
+    profiler = profiling.Profiler(
+        watch.profile or profiling.NO_STEPS, run.workdir, run.progress.say
+    )
+    at_start = replicas.memory_in_use(experiment.layout)
     actions: list[periodic.Action] = [periodic.Evaluation(run)]
     if experiment.config.analysis.every_epochs:
         actions.append(periodic.Flatness(run, state))
@@ -145,7 +182,10 @@ def _loop(run, state, first_step, stop):
     feeds = experiment.feeds(first_step, run.progress.waiting)
     try:
         for done in range(first_step + 1, experiment.total_steps + 1):
-            state, metrics = step_fn(state, next(feeds), *constants)
+            feed = next(feeds)
+            profiler.before(done, state)
+            state, metrics = step_fn(state, feed, *constants)
+            profiler.after(done, state)
             run.log.add(done, metrics)
             for action in actions:
                 action(done, state)
@@ -158,6 +198,8 @@ def _loop(run, state, first_step, stop):
             else ('no checkpoint was written yet')
         )
         raise UserError(f'{e} In {run.workdir} {kept}.') from e
+    finally:
+        profiler.close()
     run.checkpoints.wait()
     total = experiment.total_steps
     result = {
@@ -172,6 +214,8 @@ def _loop(run, state, first_step, stop):
         **result,
         'wall_time': run.wall_time(),
         'perf/images_per_second': run.progress.overall_speed(),
+        'perf/memory_at_start': at_start,
+        'perf/memory_peak': replicas.memory_peak(experiment.layout),
     }
 
 

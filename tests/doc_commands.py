@@ -168,7 +168,7 @@ def _try(module, argv):
 
     def parse(main, argv=None, flags_parser=None):
         rest = flags_parser(sys.argv) if flags_parser else flags.FLAGS(sys.argv)
-        if rest[1:] and not module.endswith(('.report', '.figure', '.export')):
+        if rest[1:] and not module.endswith(('.report', '.figure', '.export', '.evaluate')):
             raise ValueError(f'{rest[1]!r} is no flag')
         if module.endswith('.sweep'):
             main(rest)  # as far as `execute`

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import GOLDEN, assert_trees_equal, golden, relative_distance, small_config
 from reference import images, recipe_variables, shapes, to_reference
+from safetensors import numpy as safetensors
 
 from sam_jax import models, train
 from sam_jax.errors import UserError
@@ -258,6 +259,31 @@ def test_damaged_files_are_named(suffix, tmp_path):
     path.write_bytes(b'broken')
     with pytest.raises(UserError, match=re.escape(f'{path} cannot be read')):
         pretrained.load_reference_checkpoint(path, 'wrn16_1', 10)
+
+
+# Our own
+
+
+@pytest.mark.parametrize('name', ['wrn10_1', 'vit-tiny4', 'efficientnet-tiny'])
+def test_what_we_export_leads_back(name, tmp_path):
+    """As a file and as its folder; with another head, all but the head."""
+    model, draw = models.create_model(name, 10), np.random.RandomState(0)
+    variables = jax.tree.map(lambda x: draw.randn(*x.shape).astype(np.float32), shapes(model))
+    flat = flax.traverse_util.flatten_dict(variables, sep='/')
+    safetensors.save_file(flat, tmp_path / 'weights.safetensors')
+    zeros = jax.tree.map(np.zeros_like, variables)
+    for source in (tmp_path, tmp_path / 'weights.safetensors'):
+        assert_trees_equal(pretrained.load(source, model, zeros), variables)
+    other = shapes(models.create_model(name, 3))
+    other = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), other)
+    found = pretrained.load(tmp_path, models.create_model(name, 3), other)
+    assert_trees_equal(found['params'].pop('head'), other['params'].pop('head'))
+    variables['params'].pop('head')
+    assert_trees_equal(found['params'], variables['params'])
+    flat.pop('params/head/bias')
+    safetensors.save_file(flat, tmp_path / 'weights.safetensors')
+    with pytest.raises(UserError, match='lack head/bias'):
+        pretrained.load(tmp_path, model, zeros)
 
 
 # In a run

@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from sam_jax.data import decode, sources
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
-from sam_jax.trained import card, folders, programs
+from sam_jax.trained import card, elsewhere, folders, programs
 
 PUBLISHED = sorted(path.parent for path in (ROOT / 'published').glob('*/config.json'))
 PER_EPOCH = 20  # steps
@@ -489,7 +490,9 @@ def _of_family(name, size=0):
 )
 def test_every_family_is_exported_and_published(family, tmp_path):
     model, pixels = _of_family(models.FAMILIES[family].tiny, size=40 * (family == 'efficientnet'))
-    program = export.deserialize(bytearray(programs.exported(model).serialize()))
+    content = bytearray(programs.exported(model).serialize())
+    assert str(ROOT).encode() not in content
+    program = export.deserialize(content)
     assert {*program.platforms} == {'cpu', 'cuda', 'rocm', 'tpu'}
     wanted = model.predict(pixels)
     np.testing.assert_allclose(program.call(pixels), wanted, rtol=1e-4, atol=1e-6)
@@ -497,6 +500,45 @@ def test_every_family_is_exported_and_published(family, tmp_path):
     again = sam_jax.load(tmp_path, devices=model.devices)
     np.testing.assert_array_equal(again.predict(pixels), wanted)
     assert again.test_error is None and again.facts['test error'] == 'not known'
+
+
+# Other libraries.
+
+
+def test_an_orbax_checkpoint_is_the_weights(model, tmp_path):
+    import orbax.checkpoint as ocp
+
+    for _ in range(2):  # a second one takes the place of the first
+        path = elsewhere.write_orbax(model, str(tmp_path))
+    with ocp.StandardCheckpointer() as checkpointer:
+        assert_trees_equal(checkpointer.restore(path), model.variables)
+    described = json.loads((tmp_path / 'network.json').read_text())
+    assert described['classes'] == list(model.classes) and described['ema'] is True
+    assert described['preprocessing'] == model.preprocessing.described()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', models.FAMILIES)
+def test_a_saved_model_predicts_the_same_and_tflite_does(family, tmp_path):
+    """Every family, for one image and for several; no file of this machine is named."""
+    tf = pytest.importorskip('tensorflow')
+    model, pixels = _of_family(models.FAMILIES[family].tiny, size=40 * (family == 'efficientnet'))
+    wanted = model.predict(pixels)
+    path = elsewhere.write_saved_model(model, str(tmp_path))
+    signatures = tf.saved_model.load(str(tmp_path)).signatures
+    for name, n in (('serving_default', 1), ('serving_default', len(pixels)), ('one', 1)):
+        found = signatures[name](images=tf.constant(pixels[:n]))['probabilities']
+        np.testing.assert_allclose(found, wanted[:n], rtol=1e-4, atol=1e-6)
+    with open(path, 'rb') as file:
+        assert str(ROOT).encode() not in file.read()
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path), signature_keys=['one'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of the interpreter's own end
+        light = tf.lite.Interpreter(model_content=converter.convert())
+    light.allocate_tensors()
+    for image, probabilities in zip(pixels, wanted):
+        found = light.get_signature_runner('one')(images=image[None])['probabilities']
+        np.testing.assert_allclose(found[0], probabilities, rtol=1e-3, atol=1e-5)
 
 
 # The Hub.
@@ -562,6 +604,7 @@ def test_the_command(run, tmp_path):
         (folder, f'--out={folder}'): 'error: ',
         (folder, '--out=a/config.json/d'): 'cannot be written',
         (folder, '--out=d', '--to=stablehlo', '--dtype=float16'): 'error: --dtype',
+        (folder, '--out=e', '--to=orbax'): 'e/weights: ',
         (folder, '--out=d', '--license=mit'): 'error: --license',
         ('absent', '--out=d'): 'error: ',
     }

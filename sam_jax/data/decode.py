@@ -72,9 +72,9 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
 def center_crop(encoded: bytes, size: int) -> np.ndarray:
     """The central square of size / (size + 32) of the shorter side, resized: (size, size, 3).
 
-    Arguments and errors as of `random_crop`.
+    Arguments and errors as of `random_crop`. A WebP file is always decoded by Pillow.
     """
-    if has_tensorflow():
+    if encoded[8:12] != b'WEBP' and has_tensorflow():
         return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape

@@ -24,7 +24,7 @@ def decode(encoded: bytes, keep_grey: bool = False) -> np.ndarray:
     Raises:
       ValueError: the bytes are no image.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -33,6 +33,8 @@ def decode(encoded: bytes, keep_grey: bool = False) -> np.ndarray:
             if keep_grey and image.mode in ('1', 'L'):
                 return np.asarray(image.convert('L'))[..., None]
             return np.asarray(image.convert('RGB'))
+    except UnidentifiedImageError as e:
+        raise ValueError('it is no image of a known format') from e
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(str(e)) from e
 

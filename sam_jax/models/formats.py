@@ -387,6 +387,22 @@ BIG_VISION = Format(
     arrange=vit_files.of_big_vision,
 )
 
+
+def _without_collection(model, ours, arrays):
+    """{'module/leaf': array} of {'params/module/leaf': array}."""
+    del model, ours
+    return {re.sub('^(params|batch_stats)/', '', name): x for name, x in arrays.items()}
+
+
+# What sam-jax-export writes: our own names and layout.
+OWN = Format(
+    modules={Network: {'.*': r'\g<0>'}},
+    leaf=lambda leaf, module: leaf,
+    separator='/',
+    layout=lambda path, array, ndim: array,
+    arrange=_without_collection,
+)
+
 FORMATS = (
     REFERENCE,
     KERAS,
@@ -396,4 +412,5 @@ FORMATS = (
     TRANSFORMERS_VIT,
     BIG_VISION,
     TRANSFORMERS_CLIP,
+    OWN,
 )

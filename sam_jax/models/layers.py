@@ -1,7 +1,9 @@
 """What the architectures share: initialisers, BatchNorm, convolutions, blocks, the head."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -51,9 +53,30 @@ def add_shortcut(x: jax.Array, shortcut: jax.Array) -> jax.Array:
     if stride > 1:
         shortcut = nn.avg_pool(shortcut, (stride, stride), strides=(stride, stride))
     if x.shape[-1] != shortcut.shape[-1]:
+        if _no_scatter.get():
+            channels = (0, x.shape[-1] - shortcut.shape[-1], 0)
+            zero = jnp.zeros((), shortcut.dtype)
+            return x + lax.pad(shortcut, zero, [(0, 0, 0)] * 3 + [channels])
         # Not jnp.pad and +: XLA of jax 0.12 fuses that into NaN on CPU in bfloat16.
         return channels_in_lanes(jnp.asarray(x).at[..., : shortcut.shape[-1]].add(shortcut))
     return channels_in_lanes(x + shortcut)
+
+
+# Whether networks are traced for a runtime that cannot add to a part of an array.
+_no_scatter = contextvars.ContextVar('no_scatter', default=False)
+
+
+@contextlib.contextmanager
+def no_scatter() -> Iterator[None]:
+    """Has networks that are traced here add to parts of arrays without `scatter`: TFLite has none.
+
+    Nothing else changes, and no number does.
+    """
+    token = _no_scatter.set(True)
+    try:
+        yield
+    finally:
+        _no_scatter.reset(token)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Any = 'VALID') -> jax.Array:

@@ -1,4 +1,4 @@
-"""Weights from files of other codebases: the SAM paper's, Keras, timm, transformers, big_vision.
+"""Weights from files: the SAM paper's, Keras, timm, transformers, big_vision, and our own.
 
 Files are read whole, compared with the model name by name and shape by shape, and only then used.
 What the parameters are called there stands in `formats`.
@@ -19,6 +19,9 @@ import numpy as np
 from sam_jax import models
 from sam_jax.errors import UserError
 from sam_jax.models.formats import FORMATS
+
+# The names of files of weights in the folders of sam-jax-export.
+EXPORTED = ('weights.safetensors', 'model.safetensors')
 
 
 def load_reference_checkpoint(
@@ -119,12 +122,16 @@ def load(
     return {**dict.fromkeys(variables, {}), **found}  # a network may have no statistics
 
 
+def _number(path):
+    return int(path.name.rpartition('_')[2])
+
+
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns the arrays of a file as {name: array}.
 
     Args:
-      path: .npz, .safetensors, .h5, or msgpack of flax 0.2; of a folder the `checkpoint_N` with the
-        highest N is read.
+      path: .npz, .safetensors, .h5, or msgpack of flax 0.2; of a folder the file of weights is read
+        that sam-jax-export wrote there, else the `checkpoint_N` with the highest N.
 
     Raises:
       UserError: it cannot be read.
@@ -132,9 +139,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = pathlib.Path(path)
     if path.is_dir():
         found = [p for p in path.iterdir() if re.fullmatch(r'checkpoint_\d+', p.name)]
-        if not found:
-            raise UserError(f'The folder {path} holds no checkpoint_N.')
-        path = max(found, key=lambda p: int(p.name.rpartition('_')[2]))
+        exported = [path / name for name in EXPORTED if (path / name).is_file()]
+        if not found and not exported:
+            raise UserError(f'The folder {path} holds no checkpoint_N and no {EXPORTED[0]}.')
+        path = exported[0] if exported else max(found, key=_number)
     if not path.is_file():
         raise UserError(f'{path}: no such file or folder of weights.')
     reader = {

@@ -25,12 +25,12 @@ from sam_jax import models, run_log, settings
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError, first_line
 from sam_jax.experiment import Experiment
+from sam_jax.models import pretrained
 from sam_jax.replicas import Device
 from sam_jax.trained.model import Trained
 
-WEIGHTS = 'weights.safetensors'
-# As the tools of Hugging Face want it.
-HUGGING_FACE = 'model.safetensors'
+# The latter as the tools of Hugging Face want it.
+WEIGHTS, HUGGING_FACE = pretrained.EXPORTED
 
 DTYPES = ('float32', 'float16')
 
@@ -43,6 +43,7 @@ def load(
     epoch: int | None = None,
     ema: bool | None = None,
     devices: Sequence[Device] | None = None,
+    data_dir: str = '',
 ) -> Trained:
     """Opens a trained network, to use it.
 
@@ -54,6 +55,7 @@ def load(
       epoch: of a run: after which epoch; default that of the newest checkpoint.
       ema: whether to take the run's moving average; default if it keeps one.
       devices: that compute; default all of this process.
+      data_dir: where the dataset of a run lies; '' for the run's own place.
 
     Raises:
       UserError: it is no such folder, something in it is damaged or does not fit, or there are no
@@ -66,7 +68,10 @@ def load(
             raise UserError(f'epoch is {epoch}; {folder!r} holds weights of one epoch alone.')
         return _published(folder, described, ema, devices)
     here = devices or jax.local_devices()
-    experiment = Experiment.of_any_size(settings.of_run(folder), here[:1], to_train=False)
+    config = settings.of_run(folder)
+    if data_dir:
+        config.data.dir = data_dir
+    experiment = Experiment.of_any_size(config, here[:1], to_train=False)
     return of_experiment(experiment, folder, epoch, ema, devices)
 
 
