@@ -29,6 +29,7 @@ from sam_jax.experiments.results import mean_and_interval
 from sam_jax.language import texts, training
 
 FINE_RATE = 1e-3
+ADAM = 'Adam'
 
 
 class Outcome(NamedTuple):
@@ -67,8 +68,8 @@ def main() -> None:
     parser.add_argument('--first-seed', type=int, default=0, help='Begin with another seed.')
     parser.add_argument('--rho', default='0.05,0.2', help="SAM's radii.")
     parser.add_argument('--start', type=float, default=0.8, help='Share of steps before SAM.')
-    parser.add_argument('--steps', type=int, default=800, help='Steps of pretraining.')
-    parser.add_argument('--fine-steps', type=int, default=200, help='Steps of fine-tuning.')
+    parser.add_argument('--steps', type=int, default=500, help='Steps of pretraining.')
+    parser.add_argument('--fine-steps', type=int, default=150, help='Steps of fine-tuning.')
     args = parser.parse_args()
     begin = time.perf_counter()
 
@@ -84,13 +85,18 @@ def main() -> None:
     )
     fine = small.descent(sharpness.erm(), FINE_RATE, args.fine_steps)
     methods = {
-        'Adam': sharpness.erm(),
+        ADAM: sharpness.erm(),
         **{
             f'late SAM, rho {rho}': sharpness.late_phase_sam(
                 float(rho), start=args.start, total_steps=args.steps
             )
             for rho in args.rho.split(',')
         },
+    }
+    # Each made once, so that each program is compiled once for all seeds.
+    methods = {
+        name: small.descent(method, small.TEACHER_RATE, args.steps)
+        for name, method in methods.items()
     }
     sizes = dict(model=model, batch=small.TEACHER_BATCH, length=small.LENGTH)
 
@@ -110,20 +116,18 @@ def main() -> None:
             bits(tuned, second_test),
         )
 
-    table, adam = [], None
-    for name, method in methods.items():
-        tx = small.descent(method, small.TEACHER_RATE, args.steps)
-        outcomes = []
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
-            outcomes.append(outcome(seed, tx))
-            shown = ' '.join(f'{value:.3f}' for value in outcomes[-1])
-            print(
-                f'{time.perf_counter() - begin:.0f} s, {name}, seed {seed}: {shown}',
-                file=sys.stderr,
-                flush=True,
-            )
-        table += rows(name, outcomes, adam)
-        adam = adam or outcomes
+    found: dict[str, list[Outcome]] = {name: [] for name in methods}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name, tx in methods.items():
+            found[name].append(outcome(seed, tx))
+            shown = ' '.join(f'{value:.4f}' for value in found[name][-1])
+            elapsed = time.perf_counter() - begin
+            print(f'{elapsed:.0f} s, seed {seed}, {name}: {shown}', file=sys.stderr, flush=True)
+    table = [
+        row
+        for name, outcomes in found.items()
+        for row in rows(name, outcomes, None if name == ADAM else found[ADAM])
+    ]
     print(tables.markdown(('pretraining', 'first', 'W4', 'W2', 'forgotten', 'second'), table))
 
 

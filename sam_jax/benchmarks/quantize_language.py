@@ -46,6 +46,10 @@ REWRITTEN = 0.25
 ACTIVATION_BITS = 8
 TEST_WINDOWS = 256
 
+# Rows of the table: (setting, student), and students of each setting.
+FULL = ('W32A32', 'full precision')
+ROUNDED, FIXED, PLAIN = 'rounded, not trained', 'fixed generator', 'plain min-max'
+
 
 class Measured(NamedTuple):
     """On the test text: bits per character, and KL(teacher || student) in nats per character."""
@@ -159,6 +163,13 @@ def train_teacher(
     return training.run(params, tx.init(params), tokens, seed, tx=tx, steps=steps, **sizes)[0]
 
 
+def written_by(model: Any, teacher: Any, seed: int) -> jax.Array:
+    """Returns texts (POOL, LENGTH) that a teacher wrote, each begun with any character."""
+    start = jax.random.choice(rngs.key(seed, 'starts'), texts.VOCABULARY, (POOL, 1))
+    tokens = jnp.zeros((POOL, LENGTH), int).at[:, :1].set(start)
+    return training.continued(teacher, tokens, rngs.key(seed, 'pool'), model=model)
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'bits', 'activation_bits'))
 def _on_windows(teacher, x, windows, *, model, bits, activation_bits):
     wanted = model.apply({'params': teacher}, windows[:, :-1])
@@ -221,8 +232,8 @@ def main() -> None:
     parser.add_argument('--first-seed', type=int, default=0, help='Begin with another seed.')
     parser.add_argument('--bits', default='8,4,2', help='Bits of the kernels.')
     parser.add_argument('--rho', default='0.05', help="SAM's radii.")
-    parser.add_argument('--steps', type=int, default=100, help='Steps of student and generator.')
-    parser.add_argument('--teacher-steps', type=int, default=800, help='Steps of a teacher.')
+    parser.add_argument('--steps', type=int, default=60, help='Steps of student and generator.')
+    parser.add_argument('--teacher-steps', type=int, default=500, help='Steps of a teacher.')
     parser.add_argument(
         '--fixed', action='store_true', help='Also a generator that is not trained.'
     )
@@ -234,35 +245,31 @@ def main() -> None:
     learned, held_out = texts.split(texts.encode(text.text))
     windows = texts.windows(held_out, LENGTH)[:TEST_WINDOWS]
     model = small_decoder()
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    # Each made once, so that each program is compiled once for all seeds.
     tx = descent(sharpness.erm(), TEACHER_RATE, args.teacher_steps)
-    teachers, pools = [], []
-    for seed in seeds:
-        teachers.append(train_teacher(model, learned, seed, args.teacher_steps, tx))
-        start = jax.random.choice(rngs.key(seed, 'starts'), texts.VOCABULARY, (POOL, 1))
-        tokens = jnp.zeros((POOL, LENGTH), int).at[:, :1].set(start)
-        key = rngs.key(seed, 'pool')
-        pools.append(training.continued(teachers[-1], tokens, key, model=model))
-    full = [measure(model, t, t, windows, None) for t in teachers]
-    _tell(begin, 'teachers', full)
-
     adam = descent(sharpness.erm(), RATE_Y, args.steps)
+    plain, fixed = descent(sharpness.erm(), RATE_X, args.steps), optax.set_to_zero()
     methods = {
-        **({'fixed generator': (sharpness.erm(), optax.set_to_zero())} if args.fixed else {}),
-        'plain min-max': (sharpness.erm(), adam),
+        **({FIXED: (plain, fixed)} if args.fixed else {}),
+        PLAIN: (plain, adam),
         **{
-            f'SAM min-max, rho {rho}': (sharpness.sam(float(rho)), adam)
+            f'SAM min-max, rho {rho}': (
+                descent(sharpness.sam(float(rho)), RATE_X, args.steps),
+                adam,
+            )
             for rho in args.rho.split(',')
         },
     }
-    rows = [row('W32A32', 'full precision', full, full)]
-    for bits in map(int, args.bits.split(',')):
-        setting = f'W{bits}A{ACTIVATION_BITS}'
-        found = {'rounded, not trained': [measure(model, t, t, windows, bits) for t in teachers]}
-        for name, (method, up) in methods.items():
-            down = descent(method, RATE_X, args.steps)
-            found[name] = []
-            for seed, teacher, pool in zip(seeds, teachers, pools):
+
+    found: dict[tuple[str, str], list[Measured]] = {}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        teacher = train_teacher(model, learned, seed, args.teacher_steps, tx)
+        pool = written_by(model, teacher, seed)
+        results = {FULL: measure(model, teacher, teacher, windows, None)}
+        for bits in map(int, args.bits.split(',')):
+            setting = f'W{bits}A{ACTIVATION_BITS}'
+            results[setting, ROUNDED] = measure(model, teacher, teacher, windows, bits)
+            for name, (down, up) in methods.items():
                 x, _, _ = train_student(
                     teacher,
                     pool,
@@ -275,19 +282,21 @@ def main() -> None:
                     down=down,
                     up=up,
                 )
-                found[name].append(measure(model, teacher, x, windows, bits))
-            _tell(begin, f'{setting}, {name}', found[name])
-        plain = found['plain min-max']
-        for name, results in found.items():
-            compared = plain if name.startswith(('SAM', 'fixed')) else None
-            rows.append(row(setting, name, results, full, compared))
+                results[setting, name] = measure(model, teacher, x, windows, bits)
+        for key, result in results.items():
+            found.setdefault(key, []).append(result)
+            shown = f'{result.bits:.4f} bits, KL {result.kl:.4f}'
+            elapsed = time.perf_counter() - begin
+            print(f'{elapsed:.0f} s, seed {seed}, {": ".join(key)}: {shown}', file=sys.stderr)
+        sys.stderr.flush()
+
+    rows = []
+    for (setting, name), results in found.items():
+        compared = name not in (FULL[1], ROUNDED, PLAIN)
+        plain_results = found[setting, PLAIN] if compared else None
+        rows.append(row(setting, name, results, found[FULL], plain_results))
     head = ('setting', 'student', 'bits per character', 'more than full', 'more than plain', 'KL')
     print(tables.markdown(head, rows))
-
-
-def _tell(begin, name, results):
-    bits = ' '.join(f'{r.bits:.3f}' for r in results)
-    print(f'{time.perf_counter() - begin:.0f} s, {name}: {bits}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':
