@@ -1,4 +1,4 @@
-"""Fake-quantised weights, and the min-max step that trains them without data.
+"""Fake-quantised weights and activations, and the min-max step that trains them without data.
 
 The kernel of ZSAQ (SAM-SGA, EMNLP 2023, arXiv 2310.13315), zero-shot sharpness-aware quantisation:
 a full-precision teacher, a quantised student x that comes close to it on what a generator y makes,
@@ -6,14 +6,16 @@ and the generator, which looks for where they differ:
 
     min over x, max over y of f(x, y) = D(teacher(G_y(z)), student_Q(x)(G_y(z)))
 
-The student descends sharpness-awarely. The paper has it for language models; D, rho and the rates
-are the caller's. A worked example is `sam_jax/benchmarks/quantize_digits.py`; what it gains stands
-in `docs/quantization.md`.
+The student descends sharpness-awarely. D, rho and the rates are the caller's. Worked examples are
+`sam_jax/benchmarks/quantize_language.py`, a language model as in the paper, and
+`quantize_digits.py`; what they gain stands in `docs/quantization.md`.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -36,28 +38,72 @@ def fake_quantize(w: jax.Array, bits: int, per_channel: bool = False) -> jax.Arr
     Raises:
       ValueError: bits < 2, where 0 would be the only level.
     """
+    return _on_grid(w, bits, tuple(range(w.ndim - 1)) if per_channel else None)
+
+
+def fake_quantize_activations(x: jax.Array, bits: int, per_token: bool = True) -> jax.Array:
+    """Rounds activations as `fake_quantize` rounds weights, at scales of the numbers at hand.
+
+    Args:
+      x: (..., C), such as tokens (N, L, C).
+      bits: a Python int >= 2.
+      per_token: one scale for each vector of C numbers. Otherwise there is one for the whole array;
+        what comes of a text then depends on the others of its batch and, in a decoder, on the
+        tokens to come.
+
+    Raises:
+      ValueError: bits < 2.
+    """
+    return _on_grid(x, bits, -1 if per_token else None)
+
+
+def _on_grid(x, bits, axes):
+    """x on the grid of the largest |x| over `axes`, with the identity's derivative."""
     if bits < 2:
         raise ValueError(f'bits is {bits}; it must be at least 2, for the levels -1, 0 and 1.')
     levels = 2 ** (bits - 1) - 1
-    axes = tuple(range(w.ndim - 1)) if per_channel else None
-    scale = jnp.max(jnp.abs(w), axis=axes, keepdims=True) / levels
-    rounded = scale * jnp.round(w / jnp.where(scale > 0, scale, 1.0))
-    # w - w is 0 and not nearly so: the values stay on the grid.
-    return lax.stop_gradient(rounded) + (w - lax.stop_gradient(w))
+    scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / levels
+    rounded = scale * jnp.round(x / jnp.where(scale > 0, scale, 1.0))
+    # x - x is 0 and not nearly so: the values stay on the grid.
+    return lax.stop_gradient(rounded) + (x - lax.stop_gradient(x))
+
+
+def quantized_inputs(bits: int | None, per_token: bool = True) -> contextlib.AbstractContextManager:
+    """Returns a context within which each Dense layer of flax rounds what it is given.
+
+    With `quantize_kernels` this is WxAy: `with quantized_inputs(y): model.apply(...)`. Products of
+    attention, norms, embeddings and an output that is tied to them are computed as they are.
+
+    Args:
+      bits, per_token: as of `fake_quantize_activations`; None leaves them as they are.
+    """
+    if bits is None:
+        return contextlib.nullcontext()
+
+    def intercept(call, args, kwargs, context):
+        if isinstance(context.module, nn.Dense) and context.method_name == '__call__':
+            args = (fake_quantize_activations(args[0], bits, per_token), *args[1:])
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(intercept)
 
 
 def quantize_kernels(params: optax.Params, bits: int, per_channel: bool = False) -> optax.Params:
     """Fake-quantises the kernels of a model, each with a scale (or scales) of its own.
 
-    Kernels are the leaves with more than one axis; biases and what BatchNorm learns stay.
+    Kernels are the leaves of that name: of dense layers and of convolutions. Embeddings, positions,
+    biases and what norms learn stay.
 
     Args:
       params: pytree of parameters.
       bits, per_channel: as of `fake_quantize`.
     """
-    return jax.tree.map(
-        lambda w: fake_quantize(w, bits, per_channel) if jnp.ndim(w) > 1 else w, params
-    )
+
+    def quantize(path, w):
+        is_kernel = getattr(path[-1], 'key', None) == 'kernel'
+        return fake_quantize(w, bits, per_channel) if is_kernel else w
+
+    return jax.tree_util.tree_map_with_path(quantize, params)
 
 
 def min_max_step(

@@ -587,8 +587,8 @@ MUTANTS = {
     ),
     'quantization: no gradient through the rounding': (
         'sam_jax/quantization.py',
-        '(w - lax.stop_gradient(w))',
-        '0.0 * w',
+        '(x - lax.stop_gradient(x))',
+        '0.0 * x',
         'tests/quantization_test.py -x',
     ),
     'esam: those that fall most': (

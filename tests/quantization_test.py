@@ -1,5 +1,6 @@
 """Fake quantisation and the min-max step against closed forms; the worked example in small."""
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,13 @@ from quadratics import RHO, ball_step, quadratic
 
 from sam_jax import sharpness
 from sam_jax.benchmarks import quantize_digits
-from sam_jax.quantization import fake_quantize, min_max_step, quantize_kernels
+from sam_jax.quantization import (
+    fake_quantize,
+    fake_quantize_activations,
+    min_max_step,
+    quantize_kernels,
+    quantized_inputs,
+)
 
 LR_X, LR_Y = 0.1, 0.2
 ASCENT = optax.sgd(LR_Y)
@@ -217,3 +224,35 @@ def test_example_brings_the_student_to_its_teacher():
     before, after = measure(teacher['params'], last)[0], measure(x, last)[0]
     assert all(a < 0.6 * b for a, b in zip(after, before))
     assert measure(x, last)[1] < 0.3 * measure(x, first)[1]
+
+
+# Activations.
+
+
+def test_activations_by_hand():
+    """Each token has its own scale; with one for all, the large tokens coarsen the small."""
+    x = jnp.array([[3.0, -0.4, 1.6], [0.3, 0.2, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(
+        fake_quantize_activations(x, 3), [[3, 0, 2], [0.3, 0.2, 0], [0, 0, 0]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        fake_quantize_activations(x, 3, per_token=False), [[3, 0, 2], [0, 0, 0], [0, 0, 0]]
+    )
+    grads = jax.grad(lambda x: jnp.sum(x * 0 + 2 * fake_quantize_activations(x, 3)))(x)
+    assert (grads == 2).all()
+    on_grid = jnp.array([[127.0, -3.0, 0.0, 64.0]]) / 16
+    helpers.assert_trees_equal(fake_quantize_activations(on_grid, 8), on_grid)
+    with pytest.raises(ValueError, match='bits is 1; it must be at least 2'):
+        fake_quantize_activations(x, 1)
+
+
+def test_dense_layers_are_given_rounded_numbers():
+    layer, x = nn.Dense(2), jnp.array([[1.0, 0.3]])
+    variables = {'params': {'kernel': jnp.eye(2), 'bias': jnp.array([0.1, 0.1])}}
+    with quantized_inputs(2):
+        rounded = layer.apply(variables, x)
+    with quantized_inputs(None):
+        as_it_is = layer.apply(variables, x)
+    np.testing.assert_allclose(rounded, [[1.1, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(as_it_is, [[1.1, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(layer.apply(variables, x), [[1.1, 0.4]], rtol=1e-6)

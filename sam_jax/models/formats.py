@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from sam_jax.models import vit_files
+from sam_jax.models import language_files, vit_files
 from sam_jax.models.clip import CLIP
 from sam_jax.models.efficientnet import EfficientNet
+from sam_jax.models.language import Decoder, Encoder
+from sam_jax.models.layers import Network
 from sam_jax.models.pyramidnet import PyramidNet
 from sam_jax.models.resnet import ResNet
 from sam_jax.models.shake_shake import ShakeShake
@@ -234,6 +236,7 @@ _TIMM_LEAVES = {
     'var': 'running_var',
     'token': '',
     'position': '',
+    'embedding': '',
 }
 
 
@@ -387,6 +390,48 @@ BIG_VISION = Format(
     arrange=vit_files.of_big_vision,
 )
 
+_OPT, _BERT = 'model.decoder', 'bert.encoder.layer'
+
+TRANSFORMERS_OPT = TIMM._replace(
+    modules={
+        Decoder: {
+            'embedding': f'{_OPT}.embed_tokens.weight',
+            'positions': f'{_OPT}.embed_positions.weight',
+            '(project_in|project_out)': rf'{_OPT}.\1',
+            r'block(\d+)_ln1': rf'{_OPT}.layers.\1.self_attn_layer_norm',
+            r'block(\d+)_ln2': rf'{_OPT}.layers.\1.final_layer_norm',
+            r'block(\d+)_([qkv])(uery|ey|alue)': rf'{_OPT}.layers.\1.self_attn.\2_proj',
+            r'block(\d+)_out': rf'{_OPT}.layers.\1.self_attn.out_proj',
+            r'block(\d+)_mlp(\d)': rf'{_OPT}.layers.\1.fc\2',
+            'ln_final': f'{_OPT}.final_layer_norm',
+        }
+    },
+    arrange=language_files.of_opt,
+)
+
+TRANSFORMERS_BERT = TIMM._replace(
+    modules={
+        Encoder: {
+            'embedding': 'bert.embeddings.word_embeddings.weight',
+            'positions': 'bert.embeddings.position_embeddings.weight',
+            'types': 'bert.embeddings.token_type_embeddings.weight',
+            'ln_embedding': 'bert.embeddings.LayerNorm',
+            r'block(\d+)_(query|key|value)': rf'{_BERT}.\1.attention.self.\2',
+            r'block(\d+)_out': rf'{_BERT}.\1.attention.output.dense',
+            r'block(\d+)_ln1': rf'{_BERT}.\1.attention.output.LayerNorm',
+            r'block(\d+)_mlp1': rf'{_BERT}.\1.intermediate.dense',
+            r'block(\d+)_mlp2': rf'{_BERT}.\1.output.dense',
+            r'block(\d+)_ln2': rf'{_BERT}.\1.output.LayerNorm',
+            'pooler': 'bert.pooler.dense',
+            'head': 'classifier',
+            'mlm': 'cls.predictions.transform.dense',
+            'mlm_ln': 'cls.predictions.transform.LayerNorm',
+            'mlm_out': 'cls.predictions',
+        }
+    },
+    arrange=language_files.of_bert,
+)
+
 
 def _without_collection(model, ours, arrays):
     """{'module/leaf': array} of {'params/module/leaf': array}."""
@@ -411,6 +456,8 @@ FORMATS = (
     TIMM_VIT,
     TRANSFORMERS_VIT,
     BIG_VISION,
+    TRANSFORMERS_OPT,
+    TRANSFORMERS_BERT,
     TRANSFORMERS_CLIP,
     OWN,
 )
