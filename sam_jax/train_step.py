@@ -109,13 +109,7 @@ def train_step(
         'learning_rate': learning_rate,
         'rho': rho,
     }
-    memory, to_keep = state.memory, None
-    if memory is not None:
-        memory = trajectory.memorise(memory, feed['index'], kept['logits'], epoch)
-    elif 'past' in feed:
-        to_keep = trajectory.to_keep(
-            feed['index'], kept['logits'], epoch, feed['past']['logits'].dtype
-        )
+    memory, to_keep = _remembered(state.memory, feed, kept, epoch)
     ema = _averaged(state, {'params': params, 'batch_stats': batch_stats}, config.ema)
     # What goes past the optimizer is seen in the params only. (Their 2-norm may overflow before.)
     finite = (
@@ -128,6 +122,16 @@ def train_step(
         state.step + 1, params, batch_stats, opt_state, sharpness_state, memory, ema, sums, bad_step
     )
     return new_state, logged if to_keep is None else {**logged, KEPT: to_keep}
+
+
+def _remembered(memory, feed, kept, epoch):
+    """The memory after the step, if the devices have one; and what one on the host is to keep."""
+    if memory is not None:
+        return trajectory.memorise(memory, feed['index'], kept['logits'], epoch), None
+    if 'past' in feed:
+        dtype = feed['past']['logits'].dtype
+        return None, trajectory.to_keep(feed['index'], kept['logits'], epoch, dtype)
+    return None, None
 
 
 def _averaged(state, variables, settings):
