@@ -13,8 +13,6 @@ from jax import lax
 from sam_jax import losses, metrics, sharpness
 from sam_jax.replicas import AXIS, Layout
 
-LOGGED = 'logged_steps_only'  # the scope of what sam_jax.targets does not count
-
 
 def mean_over(function: Callable[[Any], tuple[Any, Any]], xs: Any, unroll: bool) -> tuple[Any, Any]:
     """Returns the mean of a function over the leading axis of the pytree xs, and what it keeps.
@@ -280,7 +278,7 @@ def _cosine(compares, layout, shared, a, b):
         whole = mean_over_devices((a, b), layout.axis_index_groups) if shared else (a, b)
         return sharpness.trees.cosine(*whole).astype(float)
 
-    with jax.named_scope(LOGGED):
+    with jax.named_scope(metrics.LOGGED):
         return lax.cond(compares, cosine, lambda: jnp.zeros((), float))
 
 

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The scope of what only logged steps compute; sam_jax.targets does not count it.
+LOGGED = 'logged_steps_only'
+
 
 def _true_class(labels):
     return labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=-1)

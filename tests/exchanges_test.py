@@ -8,7 +8,7 @@ import pytest
 from helpers import relative_distance
 from methods_in_training_test import _session
 
-from sam_jax import gradients, replicas, sharpness
+from sam_jax import gradients, metrics, replicas, sharpness
 from sam_jax.sharpness import builder, combine
 from sam_jax.targets import hlo
 
@@ -24,7 +24,7 @@ def _exchanged(method, logged=False, **overrides):
     state = session.start()
     size = 4 * sum(x.size for x in jax.tree.leaves(state.params))
     text = session.step_fn.lower(state, *session.arguments(0)).compile().as_text()
-    text = text.replace(gradients.LOGGED, 'as_any_other') if logged else text
+    text = text.replace(metrics.LOGGED, 'as_any_other') if logged else text
     total = {}
     for exchange in hlo.collectives(hlo.instructions(text)):
         assert exchange.opcode.startswith('all-reduce')

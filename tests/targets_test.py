@@ -17,7 +17,7 @@ from helpers import ROOT, small_config
 
 from sam_jax import data, memory, replicas, train
 from sam_jax.errors import UserError
-from sam_jax.gradients import LOGGED
+from sam_jax.metrics import LOGGED
 from sam_jax.targets import absent, facts, hardware, hlo, measured, operations, programs
 
 PROGRAM = """HloModule step, is_scheduled=true

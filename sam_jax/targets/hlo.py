@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sam_jax.gradients import LOGGED
+from sam_jax.metrics import LOGGED
 
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5}
 COLLECTIVES = ('all-reduce', 'all-gather', 'all-to-all', 'reduce-scatter', 'collective-permute')
