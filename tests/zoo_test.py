@@ -641,7 +641,7 @@ def gradient(model, variables, x):
 def plain():
     """Variables in which no scale is one and some are negative; images; what comes of them."""
     with jax.enable_x64():
-        model, x = bottleneck(Plain), jax.random.normal(jax.random.key(2), (4, 16, 16, 3), float)
+        model, x = bottleneck(Plain), jax.random.normal(jax.random.key(2), (6, 16, 16, 3), float)
         variables = model.init(jax.random.key(0), x, train=False)
         leaves, tree = jax.tree.flatten(variables['params'])
         several = jax.random.split(jax.random.key(1), len(leaves))
@@ -678,7 +678,7 @@ def test_folded_batch_norm_over_devices_is_that_of_the_whole_batch(x64, plain):
     model = bottleneck(resnet.ResNet, batch_norm_axis='batch')
     (of_params, of_x), (found, found_stats) = jax.jit(
         jax.vmap(gradient(model, variables, x), (None, 0), axis_name='batch')
-    )(variables['params'], x.reshape(2, 2, *x.shape[1:]))
+    )(variables['params'], x.reshape(2, 3, *x.shape[1:]))
     of_params = jax.tree.map(lambda p: p.sum(0), of_params)
     found_stats = jax.tree.map(lambda s: s[1], found_stats)
     together = of_params, of_x.reshape(x.shape), found.reshape(logits.shape), found_stats
