@@ -83,7 +83,7 @@ def try_steps(seconds: float = SECONDS) -> dict[str, float]:
     state = experiment.initial_state()
     feed = layout.shard(experiment.dataset.train_feed(config.seed, 0, layout))
     began = time.perf_counter()
-    step = experiment.train_step.lower(state, feed, *experiment.constants).compile()
+    step = experiment.train_program.lower(state, feed, *experiment.constants).compile()
     compiled = time.perf_counter()
     steps, metrics = 0, {}
     while time.perf_counter() - compiled < seconds:
