@@ -46,7 +46,7 @@ class Wandb:
     """Weights & Biases; the project is WANDB_PROJECT or sam_jax."""
 
     def __init__(self, workdir: str, name: str, identity: str) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._wandb = wandb
         self._run = wandb.init(
@@ -78,7 +78,7 @@ class Mlflow:
     """MLflow; the experiment is MLFLOW_EXPERIMENT_NAME or sam_jax."""
 
     def __init__(self, workdir: str, name: str, identity: str) -> None:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         self._mlflow, self._client = mlflow, mlflow.MlflowClient()
         experiment = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
@@ -111,7 +111,7 @@ class Trackio:
     """Trackio of Hugging Face; on this machine, unless TRACKIO_SPACE_ID names a space."""
 
     def __init__(self, workdir: str, name: str, identity: str) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         del workdir
         self._trackio = trackio

@@ -258,6 +258,7 @@ def test_a_run_is_the_same_whether_it_is_watched_or_not(tiny, tmp_path, caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize('changes,words', [
     ({'sam__rho': 1e38}, 'at the perturbed params'),
+    ({'sam__rho': 1e38, 'replica_backend': 'shard_map'}, 'at the perturbed params'),
     ({'optimizer__learning_rate': 1e25}, 'layer|penalty'),
 ])  # fmt: skip
 def test_a_run_says_what_is_not_finite(tiny, tmp_path, changes, words):

@@ -186,9 +186,10 @@ def measure(
     wrong = np.zeros(len(variants))
     done, total = 0, len(split.numbers)
     for batch in split.batches(batch_size):
-        if len(batch.labels):
-            logits.append(model.logits(batch.images, batch_size))
-            labels.append(batch.labels)
+        if not len(batch.labels):
+            continue
+        logits.append(model.logits(batch.images, batch_size))
+        labels.append(batch.labels)
         for i, (name, severity) in enumerate(variants):
             images = corruptions.corrupt(batch.images, name, severity, seed, batch.numbers)
             found = model.logits(images, batch_size).argmax(1)
