@@ -3,11 +3,14 @@
 transformers writes its own folders, which are read as any user's.
 """
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from peers_test import BOUND, _random
 
+from sam_jax.language import tokenizers
 from sam_jax.models import language_files
 
 pytestmark = [
@@ -99,3 +102,27 @@ def test_bert_with_no_head(tmp_path):
         one['pooler']['kernel'], theirs.pooler.dense.weight.detach().numpy().T
     )
     assert np.abs(one['head']['kernel'] - other['head']['kernel']).max() > 0
+
+
+def test_word_pieces(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    pieces = "[PAD] [UNK] [CLS] [SEP] [MASK] the un ##able ##s able cafe ! , . 1 ##9 中 don ' t"
+    path = tmp_path / 'vocab.txt'
+    path.write_text('\n'.join(pieces.split()))
+    theirs = transformers.BertTokenizer(str(path))
+    text = "The Unable cafés, don't 19! 中中 naïve\tthe\u00a0un."
+    expected = theirs(text, add_special_tokens=False)['input_ids']
+    assert tokenizers.WordPiece(path).encode(text) == expected
+
+
+def test_pairs_of_bytes(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    merges = ['t h', 'th e', 'Ġ the', 'Ġ t', 'e r', 'Ã ©', 'Ġ Ġ']
+    pieces = [*tokenizers._of_bytes().values(), *(m.replace(' ', '') for m in merges)]
+    (tmp_path / 'vocab.json').write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(merges))
+    files = str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt')
+    theirs = transformers.GPT2Tokenizer(*files, unk_token=pieces[0])
+    text = "the  other\n\n  thé they're 12 _a_ the-\u00e9\u00e9 中 there   "
+    expected = theirs(text)['input_ids']
+    assert tokenizers.BytePairs(*files).encode(text) == expected

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sam_jax import sharpness
-from sam_jax.benchmarks import quantize_language
+from sam_jax.benchmarks import evaluate_language, forgetting, quantize_language
 from sam_jax.errors import UserError
 from sam_jax.language import measures, sentences, texts, tokenizers, training
 from sam_jax.models import formats, language_files, pretrained
@@ -396,3 +396,88 @@ def test_rounded_students(variables):
             assert same == (leaf != 'kernel'), (name, leaf)
     kernel = np.asarray(rounded['block0_query']['kernel'])
     assert all(len(np.unique(np.abs(column))) <= 2 for column in kernel.T)
+
+
+# The commands.
+
+
+def _printed(main, capsys, monkeypatch, *arguments):
+    monkeypatch.setattr('sys.argv', ['command', *map(str, arguments)])
+    main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_commands_of_the_tables(tmp_path, capsys, monkeypatch):
+    """Each with two seeds and hardly a step: every row is there, and pairs are of one seed."""
+    text = tmp_path / 'text'
+    text.write_text('\n\n'.join(f'{i} times {j} is {i * j}.' for i in range(9) for j in range(99)))
+    few = ('--seeds=2', '--rho=0.05')
+    printed = _printed(
+        quantize_language.main,
+        capsys,
+        monkeypatch,
+        f'--text={text}',
+        '--bits=2',
+        '--steps=1',
+        '--teacher-steps=2',
+        '--fixed',
+        *few,
+    )
+    rows = [line.split(' | ') for line in printed.splitlines()[3:]]
+    assert [row[1] for row in rows] == [
+        'full precision',
+        'rounded, not trained',
+        'fixed generator',
+        'plain min-max',
+        'SAM min-max, rho 0.05',
+    ]
+    assert [bool(row[4].strip()) for row in rows] == [False, False, True, False, True]
+    printed = _printed(
+        forgetting.main,
+        capsys,
+        monkeypatch,
+        f'--first={text}',
+        '--second=python',
+        '--steps=4',
+        '--start=0',
+        '--fine-steps=2',
+        *few,
+    )
+    rows = [line.split(' | ') for line in printed.splitlines()[4:]]
+    assert [row[0] for row in rows] == ['| Adam', '| late SAM, rho 0.05', '| less Adam']
+    mean = [float(row[1].split(' ± ')[0]) for row in rows]
+    assert mean[1] - mean[0] == pytest.approx(mean[2], abs=2e-3)
+
+
+@pytest.mark.slow
+def test_command_for_folders(tmp_path, capsys, monkeypatch, variables):
+    """A folder of an OPT and one of a BERT, both with weights that were drawn."""
+    from safetensors.numpy import save_file
+
+    arrays = _theirs(DECODER, formats.TRANSFORMERS_OPT, variables)
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / 'm.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(OPT))
+    (tmp_path / 'vocab.json').write_text(json.dumps({c: i for i, c in enumerate('abcdefghijk')}))
+    (tmp_path / 'merges.txt').write_text('')
+    (tmp_path / 'text').write_text('abcdefghijk' * 9)
+    command = tmp_path, f'--text={tmp_path / "text"}', '--length=8', '--bits=2'
+    printed = _printed(evaluate_language.main, capsys, monkeypatch, *command).splitlines()
+    assert [row.split(' | ')[0] for row in printed[3:]] == ['| W32A32', '| W2A8']
+    assert all(row.endswith(' | 96 |') for row in printed[3:])
+
+    arrays = _theirs(ENCODER, formats.TRANSFORMERS_BERT, _drawn(_shapes(ENCODER)))
+    save_file({k: np.ascontiguousarray(x) for k, x in arrays.items()}, tmp_path / 'm.safetensors')
+    bert = {**OPT, 'model_type': 'bert', 'intermediate_size': 32}
+    (tmp_path / 'config.json').write_text(json.dumps(bert))
+    (tmp_path / 'vocab.txt').write_text('[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\nc\nd\ne\nf\ng')
+    table = tmp_path / 'table.tsv'
+    table.write_text(
+        'sentence\tlabel\n' + ''.join(f'a {c}\t{i % 3}\n' for i, c in enumerate('abcd'))
+    )
+    command = tmp_path, f'--table={table}', '--classes=3', '--length=8', '--bits=2'
+    printed = _printed(evaluate_language.main, capsys, monkeypatch, *command).splitlines()
+    accuracies = [float(row.split(' | ')[1].strip(' |')) for row in printed[2:]]
+    assert len(accuracies) == 2 and all(a in (0, 25, 50, 75, 100) for a in accuracies)
+    with pytest.raises(UserError, match='there is a class 2; --classes is 2'):
+        _printed(evaluate_language.main, capsys, monkeypatch, *command[:2], '--classes=2')
