@@ -59,7 +59,7 @@ class Wandb:
             settings=wandb.Settings(console='off'),
         )
 
-    def start(self, hparams, images):
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         self._run.config.update(hparams, allow_val_change=True)
         pictures = {
             key: [self._wandb.Image((255 * x).astype(np.uint8).squeeze()) for x in batch]
@@ -67,10 +67,10 @@ class Wandb:
         }
         self._run.log(pictures, step=0)
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
 
-    def close(self):
+    def close(self) -> None:
         self._run.finish()
 
 
@@ -92,18 +92,18 @@ class Mlflow:
         self._client.set_tag(self._id, 'workdir', workdir)
         self._client.update_run(self._id, status='RUNNING')
 
-    def start(self, hparams, images):
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         del images  # would need matplotlib or Pillow on its side
         params = [self._mlflow.entities.Param(key, str(x)) for key, x in hparams.items()]
         for i in range(0, len(params), 100):  # what it takes at once
             self._client.log_batch(self._id, params=params[i : i + 100])
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         now, metric = int(1000 * time.time()), self._mlflow.entities.Metric
         metrics = [metric(key, float(x), now, step) for key, x in scalars.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
-    def close(self):
+    def close(self) -> None:
         self._client.set_terminated(self._id, 'FINISHED')
 
 
@@ -128,15 +128,15 @@ class Trackio:
             embed=False,
         )
 
-    def start(self, hparams, images):
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         del images
         self._run.finish()
         self._open(hparams)
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
 
-    def close(self):
+    def close(self) -> None:
         self._run.finish()
 
 
@@ -150,13 +150,13 @@ class Guarded:
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker = name, tracker
 
-    def start(self, hparams, images):
+    def start(self, hparams: dict[str, int | float | str], images: dict[str, np.ndarray]) -> None:
         self._call('start', hparams, images)
 
-    def scalars(self, step, scalars):
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         self._call('scalars', step, scalars)
 
-    def close(self):
+    def close(self) -> None:
         self._call('close')
 
     def _call(self, method, *arguments):

@@ -55,7 +55,7 @@ def train_step(
     layout: Layout,
     batch_fn: Callable[..., dict[str, jax.Array]],
     steps_per_epoch: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """One step on one device of the axis; pure.
 
     Args:

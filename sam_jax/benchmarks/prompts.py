@@ -58,7 +58,14 @@ def captions(classes: tuple[str, ...], template: str, length: int, size: int) ->
 
 @functools.partial(jax.jit, static_argnames=('model', 'tx'))
 def pretraining_step(
-    params: Any, state: Any, images: jax.Array, labels: jax.Array, ids: jax.Array, *, model, tx
+    params: Any,
+    state: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    ids: jax.Array,
+    *,
+    model: Any,
+    tx: Any,
 ) -> tuple[Any, Any, jax.Array]:
     """One step on images (N, H, W, C) and a caption of each class (classes, T)."""
 

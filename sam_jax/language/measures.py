@@ -80,7 +80,9 @@ def of_text(
         rows = batch - len(part)
         part = np.pad(part, ((0, rows), (0, 0)))
         counts = np.pad(counts, ((0, rows), (0, 0)))
-        values = losses.cross_entropy(logits_of(jnp.asarray(part[:, :-1])), part[:, 1:])
+        values = losses.cross_entropy(
+            logits_of(jnp.asarray(part[:, :-1])), jnp.asarray(part[:, 1:])
+        )
         nats += float(np.sum(np.asarray(values, np.float64), where=counts))
     return Total(nats, int(mask.sum()))
 

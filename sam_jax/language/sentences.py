@@ -53,7 +53,7 @@ def read(
             raise UserError(
                 f'{os.fspath(path)} has no column {column!r}; its columns are {", ".join(head)}.'
             )
-    numbers = [head.index(c) if named else int(c) for c in columns]
+    numbers = [head.index(str(c)) if named else int(c) for c in columns]
     texts, labels = [], []
     for number, line in enumerate(lines[named:], 1 + named):
         cells = line.split('\t')

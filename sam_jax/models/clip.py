@@ -192,7 +192,7 @@ class CLIP(nn.Module, kw_only=True):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         shared = {
             name: getattr(self, name) for name in ('exact_gelu', 'remat', 'dtype', 'param_dtype')
         }

@@ -147,7 +147,7 @@ class FoldedBatchNorm(nn.Module):
     param_dtype: Any
     scale_init: Callable[..., jax.Array] = nn.initializers.ones
 
-    def setup(self):
+    def setup(self) -> None:
         shape = (self.channels,)
         self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape, jnp.float32)
         self.var = self.variable('batch_stats', 'var', jnp.ones, shape, jnp.float32)
