@@ -30,7 +30,8 @@ there in that of each dataset. A batch must not exceed the shots of all base cla
 run with weights of OpenAI was made, since none can be had here.
 
 small: Fashion-MNIST and a CLIP of 77,000 parameters, which
-`python -m sam_jax.benchmarks.prompts` trains first; its results stand in docs/howto/prompts.md.
+`python -m sam_jax.benchmarks.prompts` trains first; what runs have given so far stands in
+docs/howto/prompts.md.
 Left open: rho and learning rate were not searched for this size.
 
 Arguments: model (clip-b16, clip-b32, clip-l14), method (gradient_constrained, sam, sgd, any of
