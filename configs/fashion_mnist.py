@@ -3,6 +3,7 @@
     apt-get install dataset-fashion-mnist    # or --config.data.dir=DIR, see docs/howto/data.md
     ./scripts/train.sh configs/fashion_mnist.py
     ./scripts/train.sh configs/fashion_mnist.py:small
+    ./scripts/train.sh configs/fashion_mnist.py:tiny,noise=0.4
 
 Settings: paper, Table 7 and appendix C.1. Test error (%), mean and 95 % confidence interval of 5
 runs, SAM (baseline):
@@ -20,11 +21,16 @@ SGD had 8.55 % (seed 0, on a GPU), and 7.31, 7.64, 7.43 and 7.34 % (seeds 0, 2, 
 with twice the epochs. Left open: rho, learning rate and weight decay are those of Table 7 and were
 not searched for this size.
 
-Arguments: model (wrn28_10, shake_shake_26_2x96d; small: wrn10_1), augment (a recipe), method (sam,
-sgd, any of sam_jax.sharpness.METHODS), rho (default that of Table 7), epochs (default 200; small:
-10), doubled (twice the epochs, as for the paper's baseline), noise (fraction of training labels
-drawn anew), mixup (alpha; 0 for none), fraction (of the training set, of each class alike), small,
-seed, smoke. A campaign of small runs: docs/howto/fashion_mnist.md.
+tiny: not of the paper. LeNet-5 on a tenth of the images without augmentation, which it can fit;
+batch 128 with m = 32, 30 epochs, a minute of one core. SAM (rho 0.1 by the validation split) 12.92
++- 0.42 (SGD 13.71 +- 0.40); of 40 % wrong labels 15.90 +- 0.93 (28.49 +- 2.25), with the validation
+split taken out. All of it: docs/howto/fashion_mnist.md.
+
+Arguments: model (wrn28_10, shake_shake_26_2x96d; small: wrn10_1; tiny: lenet5), augment (a recipe),
+method (sam, sgd, any of sam_jax.sharpness.METHODS), rho (default that of Table 7), epochs (default
+200; small: 10; tiny: 30), doubled (twice the epochs, as for the paper's baseline), noise (fraction
+of training labels drawn anew), mixup (alpha; 0 for none), fraction (of the training set, of each
+class alike; tiny: 0.1), small, tiny, seed, smoke.
 """
 
 from configs import common
