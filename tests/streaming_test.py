@@ -345,7 +345,7 @@ class _Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
+        return nn.Dense(self.num_classes, param_dtype=x.dtype)(x.mean(axis=(1, 2)))
 
 
 def test_saf_remembers_streamed_images(folder, monkeypatch):
@@ -389,6 +389,7 @@ def test_saf_remembers_streamed_images(folder, monkeypatch):
 # By default the tests above look at the parts.
 @pytest.mark.slow
 def test_saf_on_a_stream_resumes_bit_for_bit_on_any_devices(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, 'from_config', lambda settings, num_classes: _Linear(num_classes))
     config = _config(
         folder, **SAF, replica_batch_size=2, checkpoint__every_minutes=0.0, model__dtype='float64'
     )
