@@ -14,10 +14,10 @@ from sam_jax import data, metrics, models, settings, train
 from sam_jax.data.load import few_shots
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
-from sam_jax.models import bpe, clip, clip_files, formats, prompts, vit
+from sam_jax.models import bpe, clip, clip_files, formats, prompts, transformer
 from sam_jax.settings import schema
 
-TOWER = vit.Size(16, 1, 2)
+TOWER = transformer.Size(16, 1, 2)
 SIZE = clip.Size(TOWER, TOWER, 8, vocabulary=514, length=20)
 SHAPE = (8, 8, 1)
 CLASSES = ('0', 'one_two', '3')

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.errors import UserError
-from sam_jax.models import vit
+from sam_jax.models import transformer
+from sam_jax.models.transformer import Size as TowerSize
 
 
 class Size(NamedTuple):
     """The two towers, the space they share, the number of tokens, and the longest text."""
 
-    image: vit.Size
-    text: vit.Size
+    image: TowerSize
+    text: TowerSize
     projection: int
     vocabulary: int = 49_408
     length: int = 77
@@ -28,15 +29,15 @@ class Size(NamedTuple):
 
 SIZES = {
     # For tests, and for what a CPU trains in minutes. Its tokens are bytes, see `bpe`.
-    'tiny': Size(vit.Size(32, 2, 2), vit.Size(32, 2, 2), 32, vocabulary=514, length=40),
-    'b': Size(vit.Size(768, 12, 12), vit.Size(512, 12, 8), 512),
-    'l': Size(vit.Size(1024, 24, 16), vit.Size(768, 12, 12), 768),
+    'tiny': Size(TowerSize(32, 2, 2), TowerSize(32, 2, 2), 32, vocabulary=514, length=40),
+    'b': Size(TowerSize(768, 12, 12), TowerSize(512, 12, 8), 512),
+    'l': Size(TowerSize(1024, 24, 16), TowerSize(768, 12, 12), 768),
 }
 
 LOGIT_SCALE = math.log(1 / 0.07)  # where training from scratch begins
 
 
-class Tower(nn.Module, kw_only=True):
+class Tower(transformer.Transformer, nn.Module, kw_only=True):
     """Blocks of attention and perceptron; the sum that runs through them stays float32 at least.
 
     Attributes:
@@ -47,32 +48,16 @@ class Tower(nn.Module, kw_only=True):
       dtype, param_dtype: of the computation, of the params.
     """
 
-    size: vit.Size
+    size: TowerSize
     exact_gelu: bool = False
     causal: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    layer_norm_epsilon = 1e-5
-
-    @property
-    def wide(self) -> Any:
-        """Dtype of the sum that runs through the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    def norm(self, x: jax.Array, name: str, dtype: Any = None) -> jax.Array:
-        """LayerNorm, its mean and variance in float32 at least."""
-        return nn.LayerNorm(
-            epsilon=self.layer_norm_epsilon,
-            dtype=dtype or self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )(x)
-
     def learned(self, leaf: str, shape: tuple[int, ...], deviation: float, name: str) -> jax.Array:
         """A param by itself, normal at the start."""
-        return vit.Learned(
+        return transformer.Learned(
             leaf=leaf,
             shape=shape,
             initializer=nn.initializers.normal(deviation),
@@ -80,39 +65,17 @@ class Tower(nn.Module, kw_only=True):
             name=name,
         )().astype(self.wide)
 
-    def _dense(self, x, width, name):
-        return nn.Dense(
-            width,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name=name,
-        )(x)
-
-    def _attention(self, x, name):
-        """softmax(q k^T / sqrt(d)) v in each head, of tokens (N, T, C)."""
-        width, heads = self.size.width, self.size.heads
-        shape = (*x.shape[:-1], heads, width // heads)
-        q, k, v = (
-            self._dense(x, width, f'{name}_{part}').reshape(shape)
-            for part in ('query', 'key', 'value')
-        )
-        scores = jnp.einsum('nqhd,nkhd->nhqk', q / math.sqrt(shape[-1]), k).astype(self.wide)
-        if self.causal:
-            seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-            scores = jnp.where(seen[None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores).astype(v.dtype)
-        mixed = jnp.einsum('nhqk,nkhd->nqhd', weights, v)
-        return self._dense(mixed.reshape(x.shape), width, f'{name}_out')
-
     def _perceptron(self, x, name):
-        x = self._dense(x, 4 * self.size.width, f'{name}_mlp1')
+        x = self.dense(x, 4 * self.size.width, f'{name}_mlp1')
         x = nn.gelu(x, approximate=False) if self.exact_gelu else x * nn.sigmoid(1.702 * x)
-        return self._dense(x, self.size.width, f'{name}_mlp2')
+        return self.dense(x, self.size.width, f'{name}_mlp2')
 
     def _block(self, x, name):
-        x = x + self._attention(self.norm(x, f'{name}_ln1'), name).astype(x.dtype)
-        return x + self._perceptron(self.norm(x, f'{name}_ln2'), name).astype(x.dtype)
+        order = jnp.arange(x.shape[1])
+        seen = (order[:, None] >= order[None])[None, None] if self.causal else None
+        branch = self.attention(self.layer_norm(x, f'{name}_ln1'), self.size.heads, name, seen)
+        x = x + branch.astype(x.dtype)
+        return x + self._perceptron(self.layer_norm(x, f'{name}_ln2'), name).astype(x.dtype)
 
     def blocks(self, x: jax.Array) -> jax.Array:
         """All blocks, of tokens (N, T, C)."""
@@ -156,8 +119,8 @@ class ImageTower(Tower, kw_only=True):
         token = self.learned('token', (channels,), channels**-0.5, 'class_token')
         x = jnp.concatenate([jnp.broadcast_to(token, (n, 1, channels)), x], axis=1)
         x = x + self.learned('position', x.shape[1:], 0.02, 'positions')[None]
-        x = self.blocks(self.norm(x, 'ln_pre', self.wide))
-        return self.norm(x[:, 0], 'ln_final', self.wide)
+        x = self.blocks(self.layer_norm(x, 'ln_pre', self.wide))
+        return self.layer_norm(x[:, 0], 'ln_final', self.wide)
 
 
 class TextTower(Tower, kw_only=True):
@@ -174,7 +137,7 @@ class TextTower(Tower, kw_only=True):
         n, tokens, channels = embedded.shape
         positions = self.learned('position', (self.length, channels), 0.01, 'positions')
         x = self.blocks(embedded.astype(self.wide) + positions[None, :tokens])
-        return self.norm(x[jnp.arange(n), last], 'ln_final', self.wide)
+        return self.layer_norm(x[jnp.arange(n), last], 'ln_final', self.wide)
 
 
 class CLIP(nn.Module, kw_only=True):
@@ -214,7 +177,7 @@ class CLIP(nn.Module, kw_only=True):
             )
             for width in (size.image.width, size.text.width)
         )
-        self.logit_scale = vit.Learned(
+        self.logit_scale = transformer.Learned(
             leaf='scale',
             shape=(),
             initializer=nn.initializers.constant(LOGIT_SCALE),

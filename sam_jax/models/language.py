@@ -5,7 +5,6 @@ what a generator that is differentiated gives; an integer is the distribution of
 """
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +13,12 @@ import jax.numpy as jnp
 
 from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.models.vit import Learned
+from sam_jax.models.transformer import Learned, Transformer
 
 _init = nn.initializers.normal(0.02)
 
 
-class LanguageModel(layers.Network, kw_only=True):
+class LanguageModel(Transformer, layers.Network, kw_only=True):
     """What both have in common.
 
     The sum that runs through the blocks stays in float32 at least; attention and perceptrons give
@@ -45,7 +44,7 @@ class LanguageModel(layers.Network, kw_only=True):
     hidden: int = 0
     dropout_rate: float = 0.0
 
-    layer_norm_epsilon = 1e-5
+    dense_init = staticmethod(_init)
 
     def __post_init__(self):
         layers.require_rate('dropout_rate', self.dropout_rate)
@@ -55,23 +54,6 @@ class LanguageModel(layers.Network, kw_only=True):
                 'multiple of them.'
             )
         super().__post_init__()
-
-    @property
-    def _wide(self):
-        """Dtype of the sum that runs through the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    def _dense(self, x, width, name, **options):
-        options = {'kernel_init': _init, 'dtype': self.dtype, **options}
-        return nn.Dense(width, param_dtype=self.param_dtype, name=name, **options)(x)
-
-    def _layer_norm(self, x, name, dtype=None):
-        return nn.LayerNorm(
-            epsilon=self.layer_norm_epsilon,
-            dtype=dtype or self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )(x)
 
     def _dropout(self, x, train):
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
@@ -89,36 +71,23 @@ class LanguageModel(layers.Network, kw_only=True):
                 f'{self.length} positions.'
             )
 
-    def _attention(self, x, seen, name):
-        """softmax(q k^T / sqrt(d)) v in each head; `seen` (N or 1, 1, L, L): what sees what."""
-        shape = (*x.shape[:-1], self.heads, self.width // self.heads)
-        q, k, v = (
-            self._dense(x, self.width, f'{name}_{part}').reshape(shape)
-            for part in ('query', 'key', 'value')
-        )
-        scores = jnp.einsum('nqhd,nkhd->nhqk', q / math.sqrt(shape[-1]), k).astype(self._wide)
-        # The lowest number and not -inf: a token that sees none has finite numbers all the same.
-        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-        mixed = jnp.einsum('nhqk,nkhd->nqhd', jax.nn.softmax(scores).astype(v.dtype), v)
-        return self._dense(mixed.reshape(x.shape), self.width, f'{name}_out')
-
     def _perceptron(self, x, activation, name):
-        x = activation(self._dense(x, self.hidden or 4 * self.width, f'{name}_mlp1'))
-        return self._dense(x, self.width, f'{name}_mlp2')
+        x = activation(self.dense(x, self.hidden or 4 * self.width, f'{name}_mlp1'))
+        return self.dense(x, self.width, f'{name}_mlp2')
 
     def _pre_norm(self, x, branch, train, name):
         """x + branch(norm(x))."""
-        added = self._dropout(branch(self._layer_norm(x, name)), train)
+        added = self._dropout(branch(self.layer_norm(x, name)), train)
         return x + added.astype(x.dtype)
 
     def _post_norm(self, x, branch, train, name):
         """norm(x + branch(x))."""
         added = self._dropout(branch(x), train)
-        return self._layer_norm(x + added.astype(x.dtype), name, self._wide)
+        return self.layer_norm(x + added.astype(x.dtype), name, self.wide)
 
     def _block(self, x, seen, activation, pre_norm, train, name):
         add = self._pre_norm if pre_norm else self._post_norm
-        x = add(x, lambda x: self._attention(x, seen, name), train, f'{name}_ln1')
+        x = add(x, lambda x: self.attention(x, self.heads, name, seen), train, f'{name}_ln1')
         return add(x, lambda x: self._perceptron(x, activation, name), train, f'{name}_ln2')
 
     def _blocks(self, x, seen, activation, pre_norm, train):
@@ -193,17 +162,17 @@ class Decoder(LanguageModel, kw_only=True):
         )
         x = embed(table, tokens).astype(self.dtype)
         if embedding_width != self.width:
-            x = self._dense(x, self.width, 'project_in', use_bias=False)
+            x = self.dense(x, self.width, 'project_in', use_bias=False)
         number = jnp.cumsum(there, axis=1) * there - 1
-        x = x.astype(self._wide) + positions[number + self.first_position].astype(self._wide)
+        x = x.astype(self.wide) + positions[number + self.first_position].astype(self.wide)
         x = self._dropout(x, train)
         order = jnp.arange(tokens.shape[1])
         seen = (order[:, None] >= order[None])[None, None] & there[:, None, None]
         x = self._blocks(x, seen, nn.relu, self.pre_norm, train)
         if self.pre_norm:
-            x = self._layer_norm(x, 'ln_final', self._wide)
+            x = self.layer_norm(x, 'ln_final', self.wide)
         if embedding_width != self.width:
-            x = self._dense(x, embedding_width, 'project_out', use_bias=False, dtype=self._wide)
+            x = self.dense(x, embedding_width, 'project_out', use_bias=False, dtype=self.wide)
         return x @ table.T.astype(x.dtype)
 
 
@@ -246,14 +215,14 @@ class Encoder(LanguageModel, kw_only=True):
         of_type = self._table('embedding', (self.types, self.width), 'types')
         kinds = jnp.zeros(tokens.shape[:2], int) if types is None else types
         x = embed(table, tokens) + of_type[kinds] + positions[: tokens.shape[1]][None]
-        x = self._layer_norm(x.astype(self._wide), 'ln_embedding', self._wide)
+        x = self.layer_norm(x.astype(self.wide), 'ln_embedding', self.wide)
         x = self._dropout(x, train)
         gelu = functools.partial(nn.gelu, approximate=False)
         x = self._blocks(x, there[:, None, None], gelu, False, train)
         if self.num_classes:
-            x = jnp.tanh(self._dense(x[:, 0], self.width, 'pooler', dtype=self._wide))
+            x = jnp.tanh(self.dense(x[:, 0], self.width, 'pooler', dtype=self.wide))
             return self.head(self._dropout(x, train))
-        x = gelu(self._dense(x, self.width, 'mlm', dtype=self._wide))
-        x = self._layer_norm(x, 'mlm_ln', self._wide)
+        x = gelu(self.dense(x, self.width, 'mlm', dtype=self.wide))
+        x = self.layer_norm(x, 'mlm_ln', self.wide)
         bias: Any = self._table('bias', (self.vocabulary,), 'mlm_out')
         return x @ table.T.astype(x.dtype) + bias[None, None]

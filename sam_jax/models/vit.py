@@ -5,8 +5,7 @@ class token joins them; a position of its own would be the same as another class
 """
 
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,15 +13,7 @@ import jax.numpy as jnp
 
 from sam_jax.errors import UserError
 from sam_jax.models import layers, shake
-
-
-class Size(NamedTuple):
-    """Numbers of each token, of blocks, and of heads of each attention."""
-
-    width: int
-    depth: int
-    heads: int
-
+from sam_jax.models.transformer import Learned, Size, Transformer
 
 SIZES = {
     'tiny': Size(32, 2, 2),  # for tests; not Ti
@@ -55,25 +46,7 @@ def sincos2d(rows: int, columns: int, width: int, dtype: Any = jnp.float32) -> j
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
 
 
-class Learned(nn.Module, kw_only=True):
-    """A param by itself: the class token, or the positions.
-
-    Attributes:
-      leaf: its name.
-      shape, initializer, param_dtype: of the param.
-    """
-
-    leaf: str
-    shape: tuple[int, ...]
-    initializer: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self):
-        return self.param(self.leaf, self.initializer, self.shape, self.param_dtype)
-
-
-class ViT(layers.Network, kw_only=True):
+class ViT(Transformer, layers.Network, kw_only=True):
     """Vision Transformer.
 
     The sum that runs through the blocks stays in float32 at least; norms, attention and perceptrons
@@ -118,45 +91,13 @@ class ViT(layers.Network, kw_only=True):
         layers.require_rate('stochastic_depth_rate', self.stochastic_depth_rate)
         super().__post_init__()
 
-    @property
-    def _wide(self):
-        """Dtype of the sum that runs through the blocks."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    def _dense(self, x, width, name, **options):
-        options = {'kernel_init': nn.initializers.xavier_uniform(), **options}
-        return nn.Dense(
-            width, dtype=self.dtype, param_dtype=self.param_dtype, name=name, **options
-        )(x)
-
-    def _layer_norm(self, x, name, dtype=None):
-        """LayerNorm, its mean and variance in float32 at least."""
-        return nn.LayerNorm(
-            epsilon=self.layer_norm_epsilon,
-            dtype=dtype or self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )(x)
-
     def _dropout(self, x, train):
         return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
 
-    def _attention(self, x, name):
-        """softmax(q k^T / sqrt(d)) v in each head, of tokens (N, T, C)."""
-        shape = (*x.shape[:-1], self.heads, self.width // self.heads)
-        q, k, v = (
-            self._dense(x, self.width, f'{name}_{part}').reshape(shape)
-            for part in ('query', 'key', 'value')
-        )
-        scores = jnp.einsum('nqhd,nkhd->nhqk', q / math.sqrt(shape[-1]), k)
-        weights = jax.nn.softmax(scores.astype(self._wide)).astype(v.dtype)
-        mixed = jnp.einsum('nhqk,nkhd->nqhd', weights, v)
-        return self._dense(mixed.reshape(x.shape), self.width, f'{name}_out')
-
     def _perceptron(self, x, train, name):
-        x = self._dense(x, 4 * self.width, f'{name}_mlp1', bias_init=_nearly_zero)
+        x = self.dense(x, 4 * self.width, f'{name}_mlp1', bias_init=_nearly_zero)
         x = self._dropout(nn.gelu(x, approximate=not self.exact_gelu), train)
-        return self._dense(x, self.width, f'{name}_mlp2', bias_init=_nearly_zero)
+        return self.dense(x, self.width, f'{name}_mlp2', bias_init=_nearly_zero)
 
     def _add(self, x, branch, drop_rate, train):
         branch = self._dropout(branch, train)
@@ -165,9 +106,9 @@ class ViT(layers.Network, kw_only=True):
         return x + branch.astype(x.dtype)
 
     def _block(self, x, drop_rate, train, name):
-        branch = self._attention(self._layer_norm(x, f'{name}_ln1'), name)
+        branch = self.attention(self.layer_norm(x, f'{name}_ln1'), self.heads, name)
         x = self._add(x, branch, drop_rate, train)
-        branch = self._perceptron(self._layer_norm(x, f'{name}_ln2'), train, name)
+        branch = self._perceptron(self.layer_norm(x, f'{name}_ln2'), train, name)
         return self._add(x, branch, drop_rate, train)
 
     def _embed(self, images):
@@ -187,7 +128,7 @@ class ViT(layers.Network, kw_only=True):
             'embedding',
             padding='VALID',
             use_bias=True,
-        ).astype(self._wide)
+        ).astype(self.wide)
         n, rows, columns, channels = x.shape
         if self.positions == 'learned':
             positions = Learned(
@@ -223,5 +164,5 @@ class ViT(layers.Network, kw_only=True):
                 ),
                 x,
             )
-        x = self._layer_norm(x, 'ln_final', self._wide)
+        x = self.layer_norm(x, 'ln_final', self.wide)
         return self.head(x[:, 0] if self.class_token else jnp.mean(x, axis=1))
