@@ -249,7 +249,6 @@ FAMILIES = [
     ('wrn10_1', 8),
     ('shake_shake_8_2x2d', 8),
     ('resnet8', 8),
-    ('efficientnet-tiny', 37),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
@@ -259,6 +258,7 @@ FAMILIES = [
             ('vgg6_bn', 17),
             ('resnet18', 32),
             ('resnet18', 37),
+            ('efficientnet-tiny', 37),
             ('efficientnet-tiny', 32),
             ('resnet50', 32),
         )

@@ -437,7 +437,11 @@ def test_feeds_come_with_the_one_before():
     """And do after a restart, so that SAMPa goes on exactly."""
     session = _session('sampa')
     experiment = types.SimpleNamespace(
-        config=session.config, dataset=session.dataset, layout=session.layout, total_steps=6
+        config=session.config,
+        dataset=session.dataset,
+        layout=session.layout,
+        total_steps=6,
+        host_memory=None,
     )
     whole, resumed = (
         list(jax.device_get(list(Experiment.feeds(experiment, first)))) for first in (0, 3)

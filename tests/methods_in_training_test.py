@@ -92,18 +92,7 @@ def _continue(session, state, first, last, **hparams):
 
 
 # One of each kind by default, all of them with `-m slow`: the others go through the same lines.
-KINDS = {
-    'random_sam',
-    'sparse_sam',
-    'wsam',
-    'rst',
-    'ae_looksam',
-    'sampa',
-    'saf',
-    'mesa',
-    'esam',
-    'functional_sam',
-}
+KINDS = {'sparse_sam', 'rst', 'ae_looksam', 'saf', 'mesa', 'esam', 'functional_sam'}
 
 
 @pytest.mark.bitwise

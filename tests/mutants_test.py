@@ -569,7 +569,7 @@ MUTANTS = {
     ),
     'mesa: its own teacher': (
         TRAJECTORY,
-        'model.apply(state.ema,',
+        'model.apply(average,',
         "model.apply({'params': state.params, 'batch_stats': state.batch_stats},",
         f'{BY_HAND} -k mesa',
     ),

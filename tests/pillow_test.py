@@ -144,6 +144,7 @@ main.run()
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_without_tensorflow(folder, tmp_path):
     flags = [
         '--config=imagenet:model=resnet10',

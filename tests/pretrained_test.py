@@ -135,6 +135,7 @@ def test_b0_is_keras_s(b0, keras_b0):
     assert relative_distance(jax.jit(MODEL.apply)(b0, x), np.asarray(theirs)) < 1e-4
 
 
+@pytest.mark.slow
 def test_b4_is_keras_s():
     model = models.create_model('efficientnet-b4', 1000)
     variables = jax.tree.map(np.asarray, recipe_variables(model))

@@ -20,10 +20,10 @@ ROWS = [
     ('fashion_mnist', 'small,noise=0.4'),
     ('ablations', 'figure=landscape,method=sgd'),
     ('ablations', 'figure=m,m=1'),
-    ('imagenet', 'model=vit-s16,method=gsam'),
 ]
 # Longer to compile, of parts that other tests have as well.
 SLOW_ROWS = [
+    ('imagenet', 'model=vit-s16,method=gsam'),
     ('label_noise', 'noise=0.4,mixup=8,validation'),
     ('ablations', 'figure=order'),
     ('cifar', 'model=shake_shake_26_2x96d,augment=autoaugment,dataset=cifar100'),

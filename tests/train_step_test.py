@@ -127,7 +127,7 @@ def _hand_step(session, state, rho, method='sam'):
     return jax.tree.map(lambda *x: sum(x) / len(x), *parts)
 
 
-@pytest.mark.parametrize('num_devices', [1, 2])
+@pytest.mark.parametrize('num_devices', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, x64):
     """The second pass sees the first one's mask; its statistics are thrown away."""
     config = step_config(
@@ -307,7 +307,7 @@ def test_cosines_are_those_of_the_logged_step():
     [
         *(('sam', group, devices, 'unroll') for group in (1, 2, 8) for devices in (4, 8)),
         ('sam', 2, 1, 'scan'),
-        ('second_order_sam', 2, 8, 'unroll'),
+        pytest.param('second_order_sam', 2, 8, 'unroll', marks=pytest.mark.slow),
         ('second_order_sam', 2, 4, 'scan'),
     ],
 )

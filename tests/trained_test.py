@@ -483,7 +483,7 @@ def _of_family(name, size=0):
     'family',
     [
         pytest.param(name, marks=pytest.mark.slow)
-        if name in ('small_resnet', 'vgg', 'clip')
+        if name in ('small_resnet', 'vgg', 'clip', 'imagenet_resnet')
         else name
         for name in models.FAMILIES
     ],

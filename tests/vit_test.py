@@ -496,6 +496,7 @@ def test_run_goes_on_bit_for_bit(tmp_path):
     assert_trees_equal(again, whole)
 
 
+@pytest.mark.slow
 def test_run_starts_from_a_file(tmp_path):
     """With learning rate 0 it ends with the file's params, resized to the digits of 8x8."""
     model = tiny()

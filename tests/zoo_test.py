@@ -117,7 +117,7 @@ def loss_and_gradient(model, variables, x, seed=0, **options):
     'name, classes',
     [
         # 272 layers are traced for longer than all others together.
-        pytest.param(*row, marks=pytest.mark.slow) if row[0] == 'pyramidnet272_shakedrop' else row
+        pytest.param(*row, marks=pytest.mark.slow) if row[0].startswith('pyramidnet272') else row
         for row in COUNTS
     ],
 )
@@ -498,12 +498,7 @@ def _activations(model, variables, x):
 
 @pytest.mark.parametrize(
     'name',
-    [
-        name
-        if name in ('resnet8', 'pyramidnet11_shakedrop')
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in TINY
-    ],
+    [name if name == 'resnet8' else pytest.param(name, marks=pytest.mark.slow) for name in TINY],
 )
 def test_remat_keeps_less_and_changes_no_number(name):
     # Of 8x8 pixels the last groups of these see one, and BatchNorm four numbers.
@@ -740,12 +735,7 @@ def test_folded_batch_norm_in_bfloat16_is_as_near_as_batch_norm():
 # Those that another one has all the parts of, or that other tests train.
 @pytest.mark.parametrize(
     'name',
-    [
-        name
-        if name in ('resnet8', 'pyramidnet11_shakedrop')
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in TINY
-    ],
+    [name if name == 'resnet8' else pytest.param(name, marks=pytest.mark.slow) for name in TINY],
 )
 def test_sam_lowers_the_loss_on_two_devices(name):
     assert_sam_lowers_the_loss(tiny(name), steps=10)

@@ -23,7 +23,7 @@ class LeNet(layers.Network, kw_only=True):
             )
         x = self._conv_pool(images.astype(self.dtype), 6, 'conv1', 'SAME')
         x = self._conv_pool(x, 16, 'conv2', 'VALID')
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for i, width in enumerate((120, 84), 1):
             dense = nn.Dense(
                 width,
