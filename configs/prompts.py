@@ -16,8 +16,8 @@ Settings: those of the authors' code (llcllc1997/GCSCoOp, its vit_b16_ctxv1.yaml
 base2new_train.sh): ViT-B/16, 16 shots, SGD at 0.002, cosine after one epoch of warm-up, 200 epochs,
 batch 128, rho 0.1, bounds 0.5 and 0.8, random resized crop and flip, CLIP's normalisation, seeds 1
 to 3; context=4,words=a photo of a. CoOp's own are a batch of 32 and context=16 of random vectors,
-the default here. Momentum 0.9 and weight decay 5e-4 are the defaults of their library (from
-memory).
+the default here. Momentum 0.9 and weight decay 5e-4 are not in those files; they are taken for the
+defaults of the library below them, which was not read.
 
 Published: of the numbers of GCSCoOp none was found in a source that can be read here. SAMPLe's
 abstract has, over 11 datasets, CoOp 63.22 % on new classes and a harmonic mean of 71.66, with SAM
