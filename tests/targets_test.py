@@ -434,6 +434,7 @@ def test_training_asks(tmp_path, monkeypatch):
 # The command.
 
 
+@pytest.mark.slow
 def test_the_command_on_this_machine(tmp_path):
     out = tmp_path / 'facts.md'
     flags = ('--steps=train', '--measure', f'--markdown={out}')

@@ -179,6 +179,7 @@ def test_which_weights(run, tmp_path):
             sam_jax.load(path, **options)
 
 
+@pytest.mark.slow
 def test_predictions_of_a_folder_of_images(tmp_path):
     """By sam-jax-predict, in the order of the training set; of a damaged image nothing is known."""
     draw = np.random.RandomState(0)
