@@ -12,8 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sam_jax.errors import UserError
-from sam_jax.models import transformer
+from sam_jax.models import layers, transformer
 from sam_jax.models.transformer import Size as TowerSize
 
 
@@ -57,7 +56,7 @@ class Tower(transformer.Transformer, nn.Module, kw_only=True):
 
     def learned(self, leaf: str, shape: tuple[int, ...], deviation: float, name: str) -> jax.Array:
         """A param by itself, normal at the start."""
-        return transformer.Learned(
+        return layers.Learned(
             leaf=leaf,
             shape=shape,
             initializer=nn.initializers.normal(deviation),
@@ -71,8 +70,7 @@ class Tower(transformer.Transformer, nn.Module, kw_only=True):
         return self.dense(x, self.size.width, f'{name}_mlp2')
 
     def _block(self, x, name):
-        order = jnp.arange(x.shape[1])
-        seen = (order[:, None] >= order[None])[None, None] if self.causal else None
+        seen = transformer.causal(x.shape[1]) if self.causal else None
         branch = self.attention(self.layer_norm(x, f'{name}_ln1'), self.size.heads, name, seen)
         x = x + branch.astype(x.dtype)
         return x + self._perceptron(self.layer_norm(x, f'{name}_ln2'), name).astype(x.dtype)
@@ -96,13 +94,7 @@ class ImageTower(Tower, kw_only=True):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        height, width = images.shape[1:3]
-        if height % self.patch or width % self.patch:
-            raise UserError(
-                f'The patches of model.name are {self.patch}x{self.patch}; images of '
-                f'{height}x{width} are no whole number of them: set data.image_size to a multiple '
-                f'of {self.patch}.'
-            )
+        transformer.require_whole_patches(images, self.patch)
         channels = self.size.width
         x = nn.Conv(
             channels,
@@ -177,7 +169,7 @@ class CLIP(nn.Module, kw_only=True):
             )
             for width in (size.image.width, size.text.width)
         )
-        self.logit_scale = transformer.Learned(
+        self.logit_scale = layers.Learned(
             leaf='scale',
             shape=(),
             initializer=nn.initializers.constant(LOGIT_SCALE),

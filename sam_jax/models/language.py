@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from sam_jax.errors import UserError
 from sam_jax.models import layers
-from sam_jax.models.transformer import Learned, Transformer
+from sam_jax.models.layers import Learned
+from sam_jax.models.transformer import Transformer, causal
 
 _init = nn.initializers.normal(0.02)
 
@@ -166,8 +167,7 @@ class Decoder(LanguageModel, kw_only=True):
         number = jnp.cumsum(there, axis=1) * there - 1
         x = x.astype(self.wide) + positions[number + self.first_position].astype(self.wide)
         x = self._dropout(x, train)
-        order = jnp.arange(tokens.shape[1])
-        seen = (order[:, None] >= order[None])[None, None] & there[:, None, None]
+        seen = causal(tokens.shape[1]) & there[:, None, None]
         x = self._blocks(x, seen, nn.relu, self.pre_norm, train)
         if self.pre_norm:
             x = self.layer_norm(x, 'ln_final', self.wide)

@@ -107,23 +107,23 @@ def _mean_product(x, y):
     return product / math.prod(x.shape[:-1])
 
 
-class Kernel(nn.Module):
-    """The param `kernel` of a convolution that its caller computes.
+class Learned(nn.Module, kw_only=True):
+    """A param by itself, such as a class token, positions, or a kernel that its caller uses.
 
     Attributes:
-      shape: (height, width, inputs, outputs).
-      initializer: of the param.
-      dtype: of the param.
+      leaf: its name.
+      shape, initializer, param_dtype: of the param.
     """
 
+    leaf: str
     shape: tuple[int, ...]
     initializer: Callable[..., jax.Array]
-    dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(self) -> jax.Array:
         """Returns it."""
-        return self.param('kernel', self.initializer, self.shape, self.dtype)
+        return self.param(self.leaf, self.initializer, self.shape, self.param_dtype)
 
 
 class FoldedBatchNorm(nn.Module):
@@ -279,7 +279,13 @@ class Network(nn.Module):
 
     def kernel(self, shape: tuple[int, ...], name: str) -> jax.Array:
         """The kernel of the convolution `name`, of this shape."""
-        return Kernel(shape, self.kernel_init, self.param_dtype, name=name)()
+        return Learned(
+            leaf='kernel',
+            shape=shape,
+            initializer=self.kernel_init,
+            param_dtype=self.param_dtype,
+            name=name,
+        )()
 
     def folded_norm(self, channels: int, name: str, **options) -> FoldedBatchNorm:
         """The FoldedBatchNorm of this network for `channels` channels."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.errors import UserError
-from sam_jax.models import clip, layers, transformer
+from sam_jax.models import clip, layers
 
 
 class Prompts(layers.Network, kw_only=True):
@@ -69,7 +69,7 @@ class Prompts(layers.Network, kw_only=True):
         del train  # nothing is dropped
         towers = self.variable('frozen', 'clip', self._random_towers, images).value
         names = self.variable('frozen', 'names', self._nameless).value
-        context: Any = transformer.Learned(
+        context: Any = layers.Learned(
             leaf='vectors',
             shape=(self.context, self.size.text.width),
             initializer=nn.initializers.normal(0.02),

@@ -1,4 +1,4 @@
-"""What transformers share: dense layers, norms, attention, and params by themselves."""
+"""What transformers share: dense layers, norms, attention, patches."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from sam_jax.errors import UserError
 
 
 class Size(NamedTuple):
@@ -17,22 +19,20 @@ class Size(NamedTuple):
     heads: int
 
 
-class Learned(nn.Module, kw_only=True):
-    """A param by itself, such as a class token, or positions.
+def causal(length: int) -> jax.Array:
+    """Returns which tokens each token sees if none that come after it: (1, 1, length, length)."""
+    order = jnp.arange(length)
+    return (order[:, None] >= order[None])[None, None]
 
-    Attributes:
-      leaf: its name.
-      shape, initializer, param_dtype: of the param.
-    """
 
-    leaf: str
-    shape: tuple[int, ...]
-    initializer: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self):
-        return self.param(self.leaf, self.initializer, self.shape, self.param_dtype)
+def require_whole_patches(images: jax.Array, patch: int) -> None:
+    """Raises UserError unless images (N, H, W, C) are a whole number of patches high and wide."""
+    height, width = images.shape[1:3]
+    if height % patch or width % patch:
+        raise UserError(
+            f'The patches of model.name are {patch}x{patch}; images of {height}x{width} are no '
+            f'whole number of them: set data.image_size to a multiple of {patch}.'
+        )
 
 
 class Transformer:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax.errors import UserError
-from sam_jax.models import layers, shake
-from sam_jax.models.transformer import Learned, Size, Transformer
+from sam_jax.models import layers, shake, transformer
+from sam_jax.models.layers import Learned
+from sam_jax.models.transformer import Size, Transformer
 
 SIZES = {
     'tiny': Size(32, 2, 2),  # for tests; not Ti
@@ -113,13 +114,7 @@ class ViT(Transformer, layers.Network, kw_only=True):
 
     def _embed(self, images):
         """Tokens (N, T, C) of images, with the positions of the patches."""
-        height, width = images.shape[1:3]
-        if height % self.patch or width % self.patch:
-            raise UserError(
-                f'The patches of model.name are {self.patch}x{self.patch}; images of '
-                f'{height}x{width} are no whole number of them: set data.image_size to a multiple '
-                f'of {self.patch}.'
-            )
+        transformer.require_whole_patches(images, self.patch)
         x = self.conv(
             images.astype(self.dtype),
             self.width,
