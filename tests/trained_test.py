@@ -228,10 +228,16 @@ def test_predictions_of_a_folder_of_images(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_read(tmp_path):
-    """JSON has them as text."""
+    """JSON has them as text; a sweep that resumes sees the same settings."""
     config = small_config(sam__p=float('inf'))
-    run_log.write_json(str(tmp_path / 'config.json'), {'config': settings.jsonable(config)})
+    path = str(tmp_path / 'config.json')
+    run_log.write_json(path, {'config': settings.jsonable(config)})
     assert settings.of_run(str(tmp_path)).sam.p == float('inf')
+    before = run_log.read_json(path)['config']
+    settings.check_same_mathematics(config, before)
+    config.sam.p = 2.0
+    with pytest.raises(UserError, match=r'sam.p \(was inf, now 2.0\)'):
+        settings.check_same_mathematics(config, before)
 
 
 def test_names_of_classes():

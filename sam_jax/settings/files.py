@@ -10,7 +10,7 @@ from types import ModuleType
 from sam_jax.errors import UserError
 from sam_jax.settings import shipped
 from sam_jax.settings.overrides import flatten, nearest, unflatten
-from sam_jax.settings.schema import KEYS, Config, completed
+from sam_jax.settings.schema import Config, completed
 
 
 def of_run(workdir: str) -> Config:
@@ -22,11 +22,7 @@ def of_run(workdir: str) -> Config:
     path = os.path.join(workdir, 'config.json')
     try:
         with open(path) as file:
-            flat = completed(json.load(file)['config'])
-        # A number that is not finite, such as p = inf, stands there as text.
-        texts = (k for k, v in flat.items() if isinstance(v, str) and k in KEYS)
-        flat.update({k: float(flat[k]) for k in texts if KEYS[k].kind is float})
-        return unflatten(flat)
+            return unflatten(completed(json.load(file)['config']))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
             f'{workdir!r} must be the folder of a run, but {path} cannot be read: {e}.'

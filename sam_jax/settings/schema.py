@@ -271,9 +271,17 @@ ADDED = (
 
 
 def completed(flat: dict[str, Any]) -> dict[str, Any]:
-    """Returns the flat settings of a run, as JSON has them, with keys that came after it."""
+    """Returns the flat settings of a run, as JSON has them, with keys that came after it.
+
+    A number that is not finite, such as p = inf, stands there as text and is a number here.
+    """
     added = {key: KEYS[key].default for key in ADDED}
-    return {**{k: list(v) if isinstance(v, tuple) else v for k, v in added.items()}, **flat}
+    texts = [k for k, v in flat.items() if v in ('inf', '-inf', 'nan') and k in KEYS]
+    return {
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in added.items()},
+        **flat,
+        **{k: float(flat[k]) for k in texts if KEYS[k].kind is float},
+    }
 
 
 def _options(family):
