@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sam_jax import gradients, optimizers, rngs, schedules, sharpness, trajectory
+from sam_jax import gradients, metrics, optimizers, rngs, schedules, sharpness, trajectory
 from sam_jax.replicas import AXIS, Layout
 from sam_jax.train_state import AVERAGED, HParams, TrainState, create_method
 
@@ -187,8 +187,17 @@ def _over_groups(state, groups, training, method, layout, shared, climbable, log
     else:
         result, kept = gradients.mean_over(step, groups, layout.unroll)
     if layout.devices_per_group < len(layout.devices):
-        result = gradients.mean_over_devices(result)
+        *result, report = result
+        cosines = {name: report.pop(name) for name in [*report] if name.endswith('_cosine')}
+        *result, report = gradients.mean_over_devices((*result, report))
+        result = *result, report | _mean_if_logged(cosines, is_logged)
     return result, kept
+
+
+def _mean_if_logged(cosines, is_logged):
+    """Means over the devices of what is 0 in other steps, which so have one exchange less."""
+    with jax.named_scope(metrics.LOGGED):
+        return lax.cond(is_logged, gradients.mean_over_devices, lambda same: same, cosines)
 
 
 def keyed_replicas(

@@ -643,7 +643,7 @@ def test_groups_are_blocks_of_the_torus(size, box, backend):
 
 @pytest.mark.targets
 def test_a_group_of_a_compiled_step_exchanges_one_gradient(tmp_path):
-    """SAM on a v4 slice, groups of 8 chips: one all-reduce of theirs, and one of all."""
+    """SAM on a v4 slice, groups of 8 chips: their gradient, in parts or whole, and that of all."""
     found = _compiled(
         tmp_path,
         'tpu:v4:4x4x4',
@@ -653,7 +653,10 @@ def test_a_group_of_a_compiled_step_exchanges_one_gradient(tmp_path):
         '--config.sam.replicas_per_group=8',
         '--steps=train',
     )
-    group, everyone = found['train']['collectives']
-    assert group['groups'] == np.arange(64).reshape(8, 8).tolist()
-    assert everyone['groups'] == [list(range(64))]
-    assert everyone['bytes'] == pytest.approx(group['bytes'], rel=1e-3)
+    exchanges = found['train']['collectives']
+    (everyone,) = [e for e in exchanges if e['groups'] == [list(range(64))]]
+    parts = [e for e in exchanges if e is not everyone]
+    assert len(parts) in (1, 2)  # as the compiler likes
+    for part in parts:
+        assert part['groups'] == np.arange(64).reshape(8, 8).tolist() and part['times'] == 1
+    assert everyone['bytes'] == pytest.approx(sum(part['bytes'] for part in parts), rel=1e-3)
