@@ -31,7 +31,8 @@ recipe=plain: GSAM's (2203.08065) as published in big_vision, its file
 big_vision/configs/proj/gsam/vit_i1k_gsam_no_aug.py. 300 epochs of batch 4096, Inception crop and
 flip, mean over the patches, learned positions. Adam at 0.003, to which 10,000 steps of warm-up
 lead, and then linearly to a hundredth of it; clipping at 1; a decay of kernels alone, decoupled, of
-0.001 a step at the top, i.e. weight_decay = 0.001 / 0.003. alpha 0.6; rho follows the learning rate
+0.001 a step at the top, i.e. weight_decay = 0.001 / 0.003. A sigmoid's loss for each class, and a
+head that starts with a bias of -10. alpha 0.6; rho follows the learning rate
 from 0.6 to 0.1 at its end (the same line is at 0.0949 where the rate is 0, in the warm-up, there as
 here). The paper's abstract claims, for ViT-B/32, 3.2 points of top-1 more than SAM and 5.4 more
 than AdamW.
@@ -43,10 +44,9 @@ positions by sine and cosine; 0.001, cosine after 10,000 steps of warm-up; weigh
 
 Not so here: images are normalised by ImageNet's mean and deviation, there to [-1, 1]; all of the
 training set is used, there 99 %; RandAugment has the quirks of the SAM paper's code
-(--config.data.corrected_ops=true removes them). With recipe=plain the loss there is a sigmoid's for
-each class, and the head starts with a bias of -10; here it is softmax's. With recipe=augmented the
-head there has one more layer, with tanh. Left open: m, which there is what a device holds (replicas
-of 64 here), and rho of other methods than GSAM (0.2, not searched). No run has been made.
+(--config.data.corrected_ops=true removes them). With recipe=augmented the head there has one more
+layer, with tanh. Left open: m, which there is what a device holds (replicas of 64 here), and rho of
+other methods than GSAM (0.2, not searched). No run has been made.
 
 Doubtful: how GSAM and Adam get on. GSAM climbs what of the clean gradient is orthogonal to the
 perturbed one, and Adam makes a long step of it where the perturbed gradient is short. On the digits
@@ -70,6 +70,7 @@ VIT = {
 }
 WARMUP_STEPS = 10_000
 END = 0.01  # of the learning rate, recipe plain
+HEAD_BIAS = -10.0  # recipe plain
 RHO, RHO_AT_END = 0.6, 0.1
 
 
@@ -121,6 +122,7 @@ def _vit(c, arg):
     c.optimizer.schedule_after_warmup = True
     if arg.recipe == 'plain':
         c.optimizer.schedule, c.optimizer.end = 'linear', END
+        c.loss, c.model.head_bias = 'sigmoid', HEAD_BIAS
     common.set_method(c, arg.method)
     c.sam.rho = arg.rho if arg.rho >= 0 else RHO if arg.method == 'gsam' else 0.2
     if arg.method == 'gsam':

@@ -20,6 +20,7 @@ def eval_step(
     apply_fn: Callable[..., jax.Array],
     batch_fn: Callable[..., dict[str, jax.Array]],
     top5: bool = False,
+    loss: str = 'softmax',
 ) -> dict[str, jax.Array]:
     """Sums over one batch, over all devices of the axis; pure.
 
@@ -30,16 +31,17 @@ def eval_step(
       apply_fn: the model's `apply`.
       batch_fn: (arrays, feed) -> {'image', 'label', 'mask'}.
       top5: whether to count top-5 errors too.
+      loss: of `losses.LOSSES`.
 
     Returns:
       {'loss', 'error_rate'[, 'top5_error_rate'], 'count'}: sums, the same on all devices. The loss
-      is the cross entropy without smoothing or penalty.
+      is that of the training without smoothing or penalty.
     """
     batch = batch_fn(arrays, feed)
     variables = {'params': params, 'batch_stats': batch_stats, 'frozen': arrays.get('frozen', {})}
     logits = apply_fn(variables, batch['image'], train=False)
     values = {
-        'loss': losses.cross_entropy(logits, batch['label']),
+        'loss': losses.LOSSES[loss](logits, batch['label']),
         'error_rate': metrics.top1_error(logits, batch['label']),
     }
     if top5:
@@ -48,11 +50,11 @@ def eval_step(
 
 
 def make_eval_step(
-    model: Any, layout: Layout, dataset: Any, top5: bool = False
+    model: Any, layout: Layout, dataset: Any, top5: bool = False, loss: str = 'softmax'
 ) -> jax.stages.Wrapped:
     """Returns the evaluation step on all devices: (params, batch_stats, arrays, feed) -> sums."""
     step = functools.partial(
-        eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5
+        eval_step, apply_fn=model.apply, batch_fn=dataset.eval_batch, top5=top5, loss=loss
     )
     return layout.map(step, in_axes=(None, None, None, 0))
 

@@ -332,7 +332,9 @@ class Experiment:
     @functools.cached_property
     def eval_step(self) -> jax.stages.Wrapped:
         """The step of evaluations: (params, batch_stats, arrays, feed) -> sums."""
-        return evaluate.make_eval_step(self.model, self.layout, self.dataset, self.config.eval.top5)
+        return evaluate.make_eval_step(
+            self.model, self.layout, self.dataset, self.config.eval.top5, self.config.loss
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Returns {'test/error_rate': ..., 'test/ema_error_rate': ..., ...} of a state."""

@@ -68,14 +68,15 @@ class Training(NamedTuple):
 
     Attributes:
       model: flax module of `models.create_model`.
-      label_smoothing, decay_norm_and_bias: of the config.
+      loss: (logits, labels) -> the loss of each example.
+      decay_norm_and_bias: of the config.
       weight_decay: factor of the L2 penalty, a scalar, perhaps traced.
       added: None, or (logits, replica) -> a further term.
       frozen: the model's variables that no step changes.
     """
 
     model: Any
-    label_smoothing: float
+    loss: Any
     decay_norm_and_bias: bool
     weight_decay: Any
     added: Any = None
@@ -85,7 +86,7 @@ class Training(NamedTuple):
     def from_config(
         cls, config: Any, model: Any, weight_decay: Any, added: Any = None, frozen: Any = None
     ) -> 'Training':
-        fixed = config.label_smoothing, config.optimizer.decay_norm_and_bias
+        fixed = losses.of_config(config), config.optimizer.decay_norm_and_bias
         return cls(model, *fixed, weight_decay, added, frozen)
 
     def forward(
@@ -102,8 +103,8 @@ class Training(NamedTuple):
         )
 
     def of_logits(self, logits: jax.Array, replica: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Returns (sum of all terms but the penalty, cross entropy of each example)."""
-        each = losses.cross_entropy(logits, replica['label'], self.label_smoothing)
+        """Returns (sum of all terms but the penalty, loss of each example)."""
+        each = self.loss(logits, replica['label'])
         total = jnp.mean(each)
         return (total if self.added is None else total + self.added(logits, replica)), each
 
@@ -170,7 +171,7 @@ def risen_most(
     ESAM's selection (arXiv 2110.03141): of R examples max(1, ceil(fraction R)).
     """
     logits, _ = training.forward(params, batch_stats, replica)
-    new = losses.cross_entropy(logits, replica['label'], training.label_smoothing)
+    new = training.loss(logits, replica['label'])
     _, index = lax.top_k(new - old_losses, max(1, math.ceil(fraction * new.size)))
     chosen = {name: replica[name][index] for name in ('image', 'label')}
     return {**replica, **chosen}, reported(new, logits, replica)

@@ -1,5 +1,7 @@
 """Losses and penalties: per-example values in at least float32."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,10 +43,38 @@ def cross_entropy(
       Losses in nats, (...,), float32 (float64 if the logits are).
     """
     logits = _float32(logits)
+    targets = _smoothed(logits, labels, label_smoothing)
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Array, '*batch classes'], labels: Labels, label_smoothing: float = 0.0
+) -> Float[Array, '*batch']:
+    """Sum over the classes of the cross entropies of a yes or no each, with label smoothing.
+
+    With y' the smoothed target distribution of `cross_entropy`, whose arguments and result these
+    are: loss = -sum_c (y'_c log sigmoid(z_c) + (1 - y'_c) log sigmoid(-z_c)). As big_vision trains
+    Vision Transformers (Beyer et al., arXiv 2006.07159, section 4).
+    """
+    logits = _float32(logits)
+    targets = _smoothed(logits, labels, label_smoothing)
+    yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -jnp.sum(targets * yes + (1.0 - targets) * no, axis=-1)
+
+
+def _smoothed(logits, labels, label_smoothing):
     num_classes = logits.shape[-1]
     targets = target_distribution(labels, num_classes, logits.dtype)
-    targets = (1.0 - label_smoothing) * targets + label_smoothing / num_classes
-    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+    return (1.0 - label_smoothing) * targets + label_smoothing / num_classes
+
+
+# config.loss -> (logits, labels, label_smoothing) -> loss of each example.
+LOSSES = {'softmax': cross_entropy, 'sigmoid': sigmoid_cross_entropy}
+
+
+def of_config(config: Any) -> Callable[[Any, Any], Any]:
+    """Returns (logits, labels) -> the training's loss of each example."""
+    return functools.partial(LOSSES[config.loss], label_smoothing=config.label_smoothing)
 
 
 def trajectory(

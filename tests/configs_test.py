@@ -403,6 +403,7 @@ def test_vision_transformers_by_gsam():
     assert (o.learning_rate, o.warmup_steps, o.schedule, o.end) == (0.003, 10_000, 'linear', 0.01)
     assert o.schedule_after_warmup and not o.nesterov and not o.decay_norm_and_bias
     assert o.clip_norm == 1 and o.learning_rate * o.weight_decay == pytest.approx(0.001)
+    assert (c.loss, c.model.head_bias, c.label_smoothing) == ('sigmoid', -10.0, 0.0)
     assert (c.sam.alpha, c.sam.rho, c.sam.schedule) == (0.6, 0.6, 'learning_rate')
     for share, rho in [(1.0, 0.6), (0.01, 0.1)]:
         assert c.sam.rho_min + (0.6 - c.sam.rho_min) * share == pytest.approx(rho)

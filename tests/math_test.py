@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from configs import common
-from sam_jax import losses, metrics, optimizers, rngs, schedules
+from sam_jax import losses, metrics, optimizers, rngs, schedules, settings
+from sam_jax.errors import UserError
 
 pytestmark = pytest.mark.accelerator
 
@@ -65,6 +66,30 @@ def test_cross_entropy_by_definition(smoothing, x64):
     helpers.assert_trees_equal(
         values, losses.cross_entropy(jnp.asarray(logits), onehot.argmax(axis=1), smoothing)
     )
+
+
+def test_sigmoid_cross_entropy_by_definition(x64):
+    """A yes or no for each class, of which labels are the probabilities."""
+    logits, onehot, soft = (x.astype(np.float64) for x in (LOGITS['logits'], *LABELS.values()))
+    p = 1 / (1 + np.exp(-logits))
+    for smoothing, y in itertools.product((0.0, 0.1), (soft, onehot)):
+        target = (1 - smoothing) * y + smoothing / 10
+        expected = -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum(axis=1)
+        values = losses.sigmoid_cross_entropy(jnp.asarray(logits), jnp.asarray(y), smoothing)
+        np.testing.assert_allclose(values, expected, rtol=1e-10)
+    wrong_by_far = losses.sigmoid_cross_entropy(jnp.full((1, 3), -500.0), jnp.array([1]))
+    np.testing.assert_allclose(wrong_by_far, [500.0])
+
+
+def test_the_loss_of_a_config():
+    logits, labels = jnp.asarray(LOGITS['logits']), LABELS['soft']
+    config = helpers.small_config(loss='sigmoid', label_smoothing=0.1)
+    np.testing.assert_array_equal(
+        losses.of_config(config)(logits, labels), losses.sigmoid_cross_entropy(logits, labels, 0.1)
+    )
+    config.loss = 'hinge'
+    with pytest.raises(UserError, match=r"loss is 'hinge'; .* softmax, sigmoid"):
+        settings.check(config)
 
 
 def test_cross_entropy_of_bfloat16_logits_is_float32():

@@ -104,7 +104,8 @@ def _hand_step(session, state, rho, method='sam'):
             )
             penalty = losses.l2_penalty(params, config.optimizer.weight_decay)
             wrong = jnp.mean(jnp.argmax(logits, axis=-1) != label)
-            return losses.cross_entropy(logits, label).mean() + penalty, (new['batch_stats'], wrong)
+            loss = losses.of_config(config)(logits, label).mean()
+            return loss + penalty, (new['batch_stats'], wrong)
 
         grads, (stats, wrong) = jax.grad(objective, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
@@ -127,10 +128,19 @@ def _hand_step(session, state, rho, method='sam'):
     return jax.tree.map(lambda *x: sum(x) / len(x), *parts)
 
 
-@pytest.mark.parametrize('num_devices', [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, x64):
+@pytest.mark.parametrize(
+    'num_devices, loss',
+    [
+        pytest.param(1, 'softmax', marks=pytest.mark.slow),
+        (2, 'softmax'),
+        pytest.param(2, 'sigmoid', marks=pytest.mark.slow),
+    ],
+)
+def test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask(num_devices, loss, x64):
     """The second pass sees the first one's mask; its statistics are thrown away."""
     config = step_config(
+        loss=loss,
+        model__head_bias={'softmax': 0.0, 'sigmoid': -2.0}[loss],
         model__dropout_rate=0.5,
         model__dtype='float64',
         optimizer__momentum=0.0,

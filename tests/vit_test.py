@@ -469,6 +469,7 @@ def _config(**overrides):
     common.set_adamw(c, 0.003, 0.3)
     c.optimizer.warmup_steps, c.optimizer.schedule_after_warmup = 8, True
     c.optimizer.schedule, c.optimizer.end = 'linear', 0.01
+    c.loss, c.model.head_bias = 'sigmoid', -10.0
     c.sam.alpha, c.sam.rho, c.sam.rho_min, c.sam.schedule = 0.6, 0.3, 0.05, 'learning_rate'
     for key, value in overrides.items():
         section, _, name = key.rpartition('__')

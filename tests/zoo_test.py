@@ -177,6 +177,13 @@ def test_initial_values_are_distributed_as_the_original_s(name):
             assert x.size < 1000 or kind == expected, n
 
 
+@pytest.mark.parametrize('name', ['lenet5', 'vit-tiny4'])
+def test_the_heads_bias_at_the_start(name):
+    model = models.create_model(name, 3, head_bias=-10.0)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    np.testing.assert_array_equal(variables['params']['head']['bias'], [-10.0] * 3)
+
+
 def test_stem_of_resnet_has_a_relu_when_asked_for():
     plain, with_relu = (models.create_model('resnet10', 10, width=8, stem_relu=r) for r in (0, 1))
     variables, x = recipe_variables(plain), images(1, (2, 32, 32, 3))

@@ -62,6 +62,7 @@ class Monitor:
             layout,
             batch_size,
             arrays=experiment.arrays(dataset.train),
+            loss=config.loss,
             label_smoothing=config.label_smoothing,
         )
         if not self._objective.count:  # placed now: what does not fit is said before the first step

@@ -38,7 +38,7 @@ class Objective:
       arrays: the split's arrays, on the devices.
       steps: {kind: step on all devices}, of `create`.
       placed: the batches, of `create`.
-      label_smoothing, weight_decay, decay_norm_and_bias: as in a run's config.
+      loss, label_smoothing, weight_decay, decay_norm_and_bias: as in a run's config.
     """
 
     model: Any
@@ -50,6 +50,7 @@ class Objective:
     arrays: Any
     steps: Any = None
     placed: Any = None
+    loss: str = 'softmax'
     label_smoothing: float = 0.0
     weight_decay: float = 0.0
     decay_norm_and_bias: bool = True
@@ -84,8 +85,8 @@ class Objective:
             )
 
     def of_logits(self, logits: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-        """Sum of the cross entropies of a batch, without those that only fill it up; pure."""
-        each = losses.cross_entropy(logits, batch['label'], self.label_smoothing)
+        """Sum of the losses of a batch, without those that only fill it up; pure."""
+        each = losses.LOSSES[self.loss](logits, batch['label'], self.label_smoothing)
         return jnp.sum(jnp.where(batch['mask'] > 0, each, 0.0))
 
     def penalty(self, params: Any) -> Any:

@@ -142,6 +142,7 @@ def open_run(
         chosen,
         layout,
         batch_size or config.eval.batch_size,
+        loss=config.loss,
         label_smoothing=config.label_smoothing,
         weight_decay=optimizers.penalty_factor(config.optimizer, config.optimizer.weight_decay)
         if penalty
@@ -406,6 +407,7 @@ def _identity(run):
         run.split,
         checksum,
         run.objective.weight_decay,
+        run.objective.loss,
         run.objective.label_smoothing,
     ]
 

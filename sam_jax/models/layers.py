@@ -187,6 +187,7 @@ class Network(nn.Module):
         are (SAM paper, appendix C.2: fine-tuning).
       remat: compute the activations within a block anew in the backward pass: less memory, one more
         forward pass, the same numbers.
+      head_bias: what the head's bias starts with.
     """
 
     num_classes: int
@@ -195,6 +196,7 @@ class Network(nn.Module):
     batch_norm_axis: str | None = None
     frozen_batch_norm: bool = False
     remat: bool = False
+    head_bias: float = 0.0
 
     # No annotations: constants of the architecture and no options.
     frozen = False  # whether it has variables that no step changes, the collection 'frozen'
@@ -329,6 +331,7 @@ class Network(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=self.head_init,
+            bias_init=nn.initializers.constant(self.head_bias),
             dtype=x.dtype,
             param_dtype=self.param_dtype,
             name='head',

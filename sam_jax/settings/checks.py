@@ -68,6 +68,11 @@ def _check_prompts(flat, model):
             'data.base_to_new is True; classes of which nothing was trained are told apart by '
             f'their names, which {flat["model.name"]} does not read: use a clip-<size><patch>.'
         )
+    if flat['model.head_bias'] and reads_names:
+        raise UserError(
+            f'model.head_bias is {flat["model.head_bias"]:g}; the logits of '
+            f'{flat["model.name"]} are similarities and have no bias: set it to 0.'
+        )
     if flat['analysis.every_epochs'] and reads_names:
         raise UserError(
             f'analysis.every_epochs is {flat["analysis.every_epochs"]}; learned prompts cannot be '

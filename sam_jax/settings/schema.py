@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
 
-from sam_jax import data, models, optimizers, replicas, schedules, sharpness
+from sam_jax import data, losses, models, optimizers, replicas, schedules, sharpness
 from sam_jax.errors import UserError
 
 # A locked ConfigDict. No checker of types knows its keys; `check` does.
@@ -116,6 +116,11 @@ KEYS = {
         'what runs a step on all devices: `pmap`, or `shard_map` under `jit`; same numbers',
         choices=replicas.BACKENDS,
     ),
+    'loss': Key(
+        'softmax',
+        'cross entropy of `softmax`, or of a `sigmoid` for each class',
+        choices=tuple(losses.LOSSES),
+    ),
     'label_smoothing': _share(0.0, 'share of the label that all classes have alike'),
     'log_every_steps': _positive(100, 'steps between two lines of the log'),
     'model.name': Key('', 'a name of `sam_jax.models.NAMES`'),
@@ -127,6 +132,7 @@ KEYS = {
         False, 'normalise by the running statistics and leave them alone'
     ),
     'model.sync_batch_norm': Key(False, 'statistics over all replicas, one a device'),
+    'model.head_bias': Key(0.0, "the head's bias at the start"),
     'model.remat': Key(False, 'compute activations anew in the backward pass: less memory, slower'),
     'data.name': Key('cifar10', 'the dataset', choices=data.NAMES),
     'data.dir': Key('', 'where the dataset lies; empty for the default of TensorFlow Datasets'),
@@ -252,6 +258,8 @@ KEYS = {
 # Keys that came later; without them the defaults were computed.
 ADDED = (
     'replica_backend',
+    'loss',
+    'model.head_bias',
     'analysis.every_epochs',
     'analysis.examples',
     'analysis.steps',
