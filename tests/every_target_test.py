@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from helpers import small_config
 
-from configs import imagenet
-from sam_jax import optimizers
+from configs import cifar, common, imagenet, prompts
+from sam_jax import models, optimizers
 from sam_jax.analysis import objective as objectives
 from sam_jax.sharpness import registry
 from sam_jax.targets import hardware, hlo, programs
@@ -21,8 +21,10 @@ pytestmark = pytest.mark.targets
 
 @pytest.fixture(autouse=True)
 def no_cache():
-    """A program for absent hardware cannot be read back."""
+    """A program for absent hardware cannot be read back, and some hundred take gigabytes."""
     jax.config.update('jax_enable_compilation_cache', False)
+    yield
+    jax.clear_caches()
 
 
 def _compiled(lowered):
@@ -51,6 +53,23 @@ def test_vision_transformer(remat, target):
     config.batch_size, config.replica_batch_size = 64, 16
     config.model.dtype, config.model.remat = 'bfloat16', remat
     config.model.dropout_rate = config.model.stochastic_depth_rate = 0.1
+    experiment = programs.experiment_for(config, hardware.target(target).devices)
+    program = _compiled(programs.train_step_of(experiment).lowered)
+    assert hlo.collectives(program) and not hlo.host_transfers(program)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@pytest.mark.parametrize('name', [f.tiny for f in models.FAMILIES.values()])
+def test_every_family(name, target):
+    """At its smallest; of CLIP its prompts are learned."""
+    if name.startswith('clip'):
+        config = prompts.get_config('small,smoke')
+        config.batch_size, config.replica_batch_size = 16, 4
+    else:
+        config = cifar.get_config('smoke')
+        common.set_model(config, name)
+        config.data.name = 'fake_cifar10'
+        config.batch_size, config.replica_batch_size = 32, 8
     experiment = programs.experiment_for(config, hardware.target(target).devices)
     program = _compiled(programs.train_step_of(experiment).lowered)
     assert hlo.collectives(program) and not hlo.host_transfers(program)

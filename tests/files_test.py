@@ -632,7 +632,7 @@ def _end_at(workdir, step):
     (workdir / 'result.json').unlink()
 
 
-@pytest.mark.parametrize('name', ['folder', 'idx'])
+@pytest.mark.parametrize('name', ['folder', pytest.param('idx', marks=pytest.mark.slow)])
 def test_resuming_on_the_same_data_elsewhere_and_on_other_data(name, tmp_path):
     places = [tmp_path / f'place{i}' for i in range(3)]
     for place in places:

@@ -180,7 +180,7 @@ SLOW = re.compile('tinyeffnet|(sync.*|wrnsmall_.*)_dev1|(sync_|rho0_)ls0.1|ls0.1
     # Those that are left out by default have all their parts in others, or in topology_test.
     [
         pytest.param(n, marks=pytest.mark.slow)
-        if re.search('dev1|_sync_|nowdbn', n) or SLOW.search(n)
+        if re.search('dev1|_sync_|nowdbn|recipe_rho0.05_ls0_', n) or SLOW.search(n)
         else n
         for n in FLOAT64
     ],

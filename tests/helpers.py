@@ -1,5 +1,6 @@
 """What several test files share: small configs, golden files, comparison of pytrees."""
 
+import json
 import os
 import pathlib
 import socket
@@ -138,6 +139,44 @@ def lean_environment(folder, **environment):
         **environment,
         'PYTHONPATH': str(stub.parent),
     }
+
+
+# Children of one process, which has imported the module that they run.
+_FORKED = """
+import importlib, json, os, subprocess, sys, tempfile
+module, *rows = json.loads(sys.stdin.read())
+command = importlib.import_module(module)
+ended = []
+for row in rows:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [command.__file__, *row]
+            command.run()
+            os._exit(99)  # run ends by sys.exit
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        ended.append([row, code, *texts])
+print(json.dumps(ended))
+"""
+
+
+def run_commands(module, *rows):
+    """A console command with each row of arguments: [CompletedProcess, ...]; imports take once."""
+    done = subprocess.run(
+        [sys.executable, '-c', _FORKED],
+        input=json.dumps([module, *([*map(str, row)] for row in rows)]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [subprocess.CompletedProcess(*ended) for ended in json.loads(done.stdout)]
 
 
 def training_process(*flags):

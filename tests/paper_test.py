@@ -1,15 +1,14 @@
 """Whole figures and tables of the paper, of made-up finished runs."""
 
+import functools
 import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_commands
 from report_runs import digits_config, write_run
 
 from configs import ablations, cifar, finetune, imagenet, label_noise, svhn
@@ -101,30 +100,27 @@ def test_what_lacks_gets_one_sentence_with_the_command(name, tmp_path):
     assert all(command in text for command in paper.WHOLE[name].commands) and '\n' not in text
 
 
-def run_figure(*arguments):
-    command = [sys.executable, '-m', 'sam_jax.cli.figure', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+run_figures = functools.partial(run_commands, 'sam_jax.cli.figure')
 
 
 def test_the_command(tmp_path):
-    listed = run_figure()
-    assert listed.returncode == 0
-    assert all(f'{name}: {whole.shows}\n' in listed.stdout for name, whole in paper.WHOLE.items())
     for method, error in (('sgd', 4), ('sam', 3)):
         write_run(tmp_path / 'runs' / method, digits_config(f'method={method}'), error=error)
-    done = run_figure('1-left', tmp_path / 'runs')
+    listed, done = run_figures([], ['1-left', tmp_path / 'runs'])
+    assert listed.returncode == 0
+    assert all(f'{name}: {whole.shows}\n' in listed.stdout for name, whole in paper.WHOLE.items())
     assert done.returncode == 0, done.stderr
     assert '25.0' in done.stdout and 'figure-1-left.svg' in done.stdout
     assert '<svg' in (tmp_path / 'runs' / 'figure-1-left.svg').read_text()
     assert '25.0' in (tmp_path / 'runs' / 'figure-1-left.md').read_text()
-    for arguments, words in (
+    cases = (
         (['8', tmp_path / 'runs'], "no figure '8'; there are 1-left"),
         (['1-left'], 'No folder is given'),
         (['1-left', tmp_path / 'runs', '--out=x.gif'], "--out is 'x.gif'"),
         (['table-1', tmp_path / 'runs', '--out=x.svg'], "--out is 'x.svg'"),
         (['3-right', tmp_path / 'runs'], 'sam-jax-analyze --runs'),
-    ):
-        done = run_figure(*arguments)
+    )
+    for done, (_, words) in zip(run_figures(*(row for row, _ in cases)), cases):
         assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
 
 

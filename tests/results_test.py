@@ -1,12 +1,12 @@
 """What is said of finished runs together: intervals, groups, the best rho, the paper's numbers."""
 
 import csv
+import functools
 import math
 import re
-import subprocess
-import sys
 
 import pytest
+from helpers import run_commands
 from report_runs import TRIED, digits_config, write_run, write_sweep, write_tried
 
 from configs import ablations, cifar, imagenet, label_noise, relatives, svhn
@@ -249,15 +249,13 @@ def test_numbers_of_the_paper():
     assert [round(r, 1) for r in reductions] == [30.0, 34.0, 41.4, 25.8]
 
 
-def run_report(*arguments):
-    command = [sys.executable, '-m', 'sam_jax.cli.report', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+run_reports = functools.partial(run_commands, 'sam_jax.cli.report')
 
 
 def test_the_report(tmp_path):
     write_sweep(tmp_path / 'runs')
     write_run(tmp_path / 'more', cifar.get_config('rho=0.05'), error=3, device_kind='gpu')
-    done = run_report(tmp_path / 'runs', tmp_path / 'more')
+    (done,) = run_reports([tmp_path / 'runs', tmp_path / 'more'])
     assert done.returncode == 0, done.stderr
     out = tmp_path / 'runs' / 'report'
     text = (out / 'report.md').read_text()
@@ -281,14 +279,15 @@ def test_the_report(tmp_path):
     assert page.count('<tr>') == text.count('\n| ') and 'http' not in page
     assert {p.name for p in out.glob('*.png')} == {'rho.png', 'switches.png', 'training.png'}
     # A report in the folder of its runs is none of them, and is made anew.
-    assert run_report(tmp_path / 'runs', tmp_path / 'more').stdout == done.stdout
+    (again,) = run_reports([tmp_path / 'runs', tmp_path / 'more'])
+    assert again.stdout == done.stdout
 
 
 def test_the_report_of_two_methods_says_their_rho(tmp_path):
     for method in ('sgd', 'sam'):
         write_run(tmp_path / method, digits_config(f'method={method},rho=0.3'), error=1)
     assert results.varying(_groups(tmp_path)[0]) == ['sam.method']
-    done = run_report(tmp_path)
+    (done,) = run_reports([tmp_path])
     assert (done.returncode, done.stderr) == (0, '')
     assert '`sam.rho = 0.3`' in (tmp_path / 'report' / 'report.md').read_text()
 
@@ -308,13 +307,13 @@ def test_bad_input_of_the_report(tmp_path):
     write_run(tmp_path / 'unfinished' / 'run', digits_config())
     write_run(tmp_path / 'damaged' / 'run', digits_config(), error=1)
     (tmp_path / 'damaged' / 'run' / 'result.json').write_text('{"step": ')
-    for arguments, words in (
+    cases = (
         ([], 'No folder is given'),
         ([tmp_path / 'none'], 'is no folder'),
         ([tmp_path / 'empty'], 'holds no run'),
         ([tmp_path / 'unfinished'], 'is finished'),
         ([tmp_path / 'damaged'], 'result.json is damaged'),
-    ):
-        done = run_report(*arguments)
+    )
+    for done, (_, words) in zip(run_reports(*(row for row, _ in cases)), cases):
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count('\n') == 1
