@@ -278,6 +278,7 @@ class _Cluster:
                         cwd=ROOT,
                         stdout=log,
                         stderr=log,
+                        start_new_session=True,
                     )
                 )
 
@@ -350,10 +351,14 @@ def _campaign(tmp_path, processes, seconds, epochs, seed=0):
     clusters = {}
     for name in ('undisturbed', 'disturbed'):
         arguments = [
-            *('--config=digits', f'--workdir={tmp_path / name}', f'--config.total_epochs={epochs}'),
+            *(
+                '--config=digits:model=lenet5',
+                f'--workdir={tmp_path / name}',
+                f'--config.total_epochs={epochs}',
+            ),
             *('--config.batch_size=64', f'--config.replica_batch_size={64 // processes}'),
             *('--config.log_every_steps=2', '--config.checkpoint.every_epochs=1'),
-            '--config.eval.every_epochs=0',
+            *('--config.eval.every_epochs=0', '--config.data.image_size=28'),
         ]
         made = _manifest(
             f'gpu:h100:{processes}x1', arguments=arguments, grace_seconds=20, retries=1000

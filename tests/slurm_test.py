@@ -74,8 +74,8 @@ def test_what_slurm_does_not_know(flag, words, tmp_path):
     assert 'Traceback' not in output
 
 
-def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
-    """launch_slurm.sh, with two tasks on the one node in place of two nodes."""
+def _launch(workdir, *flags):
+    """launch_slurm.sh, with two tasks on the one node in place of two nodes; the job's number."""
     done = subprocess.run(
         [
             str(ROOT / 'scripts' / 'launch_slurm.sh'),
@@ -85,9 +85,9 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
             '--time=30',
             '--sbatch=--ntasks-per-node=2',
             f'{ROOT}/configs/digits.py',
-            f'--workdir={tmp_path}',
+            f'--workdir={workdir}',
             '--config.replica_batch_size=32',
-            '--config.total_epochs=30',
+            *flags,
         ],
         env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
@@ -95,7 +95,11 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    job = done.stdout.split()[-1]
+    return done.stdout.split()[-1]
+
+
+def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
+    job = _launch(tmp_path, '--config.total_epochs=30')
     log = tmp_path / 'log.txt'
     wait_until(lambda: 'step 40/600' in _read(log))
     subprocess.run(['scancel', '--batch', '--signal=TERM', job], check=True)
@@ -104,3 +108,20 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
     assert 'Resuming at step' in _read(log)
     written = json.loads(_read(tmp_path / 'config.json'))
     assert (written['process_count'], written['device_count']) == (2, 2)
+
+
+def test_two_processes_are_preempted_with_a_grace_period_requeued_and_finish(tmp_path):
+    """An urgent job takes the node; the run saves within GraceTime and goes on behind it."""
+    job = _launch(tmp_path, '--partition=main', '--config.total_epochs=30')
+    log = tmp_path / 'log.txt'
+    wait_until(lambda: 'step 40/600' in _read(log), 400)
+    urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
+    subprocess.run(urgent, check=True, capture_output=True)
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 60)
+    wait_until(lambda: 'Finished.' in _read(log), 600)
+    step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
+    assert f'Resuming at step {step} of 600' in _read(log), 'nothing was lost'
+    shown = subprocess.run(
+        ['scontrol', 'show', 'job', job], check=True, capture_output=True, text=True
+    ).stdout
+    assert 'Restarts=1' in shown, shown
