@@ -74,7 +74,7 @@ def test_what_slurm_does_not_know(flag, words, tmp_path):
     assert 'Traceback' not in output
 
 
-def _launch(workdir, *flags):
+def _launch(workdir, *flags, config='digits.py'):
     """launch_slurm.sh, with two tasks on the one node in place of two nodes; the job's number."""
     done = subprocess.run(
         [
@@ -84,7 +84,7 @@ def _launch(workdir, *flags):
             '--cpus_per_task=1',
             '--time=30',
             '--sbatch=--ntasks-per-node=2',
-            f'{ROOT}/configs/digits.py',
+            f'{ROOT}/configs/{config}',
             f'--workdir={workdir}',
             '--config.replica_batch_size=32',
             *flags,
@@ -112,15 +112,16 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
 
 def test_two_processes_are_preempted_with_a_grace_period_requeued_and_finish(tmp_path):
     """An urgent job takes the node; the run saves within GraceTime and goes on behind it."""
-    job = _launch(tmp_path, '--partition=main', '--config.total_epochs=30')
+    flags = ['--config.data.image_size=28', '--config.total_epochs=100']
+    job = _launch(tmp_path, '--partition=main', *flags, config='digits.py:model=lenet5')
     log = tmp_path / 'log.txt'
-    wait_until(lambda: 'step 40/600' in _read(log), 400)
+    wait_until(lambda: 'step 40/2000' in _read(log), 400)
     urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
     subprocess.run(urgent, check=True, capture_output=True)
     wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 60)
     wait_until(lambda: 'Finished.' in _read(log), 600)
     step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
-    assert f'Resuming at step {step} of 600' in _read(log), 'nothing was lost'
+    assert f'Resuming at step {step} of 2000' in _read(log), 'nothing was lost'
     shown = subprocess.run(
         ['scontrol', 'show', 'job', job], check=True, capture_output=True, text=True
     ).stdout
