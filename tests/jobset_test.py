@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import kubelet
 import orbax.checkpoint as ocp
 import pytest
 from helpers import GOLDEN, ROOT, assert_trees_equal, free_port, lean_environment
@@ -251,9 +253,10 @@ def test_preemptions_are_no_failures(code, disrupted, action):
 class _Cluster:
     """Plays JobSet and kubelet on this machine, as far as the manifest says."""
 
-    def __init__(self, made, folder, environment):
+    def __init__(self, made, folder):
         self.made, self.log = made, folder.parent / f'{folder.name}.log'
-        self.environment = environment
+        self.processes = multiprocessing.get_context('forkserver')
+        self.processes.set_forkserver_preload(kubelet.PRELOADED)
         job = made['spec']['replicatedJobs'][0]['template']['spec']
         self.number = job['completions']
         self.grace = job['template']['spec']['terminationGracePeriodSeconds']
@@ -263,38 +266,28 @@ class _Cluster:
     def start(self):
         address = f'localhost:{free_port()}'
         self.lost, self.pods = None, []
-        with open(self.log, 'a') as log:
-            for index in range(self.number):
-                words = [
-                    re.sub(r'[\w-]+-0-0\.[\w-]+:\d+', address, a).replace(
-                        '$(PROCESS_ID)', str(index)
-                    )
-                    for a in _container(self.made)['args']
-                ]
-                self.pods.append(
-                    subprocess.Popen(
-                        [sys.executable, '-m', 'sam_jax.main', *words],
-                        env=self.environment,
-                        cwd=ROOT,
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
+        for index in range(self.number):
+            words = [
+                re.sub(r'[\w-]+-0-0\.[\w-]+:\d+', address, a).replace('$(PROCESS_ID)', str(index))
+                for a in _container(self.made)['args']
+            ]
+            self.pods.append(self.processes.Process(target=kubelet.pod, args=(words, self.log)))
+            self.pods[-1].start()
 
     def take(self, index, how):
         """A pod is 'preempted' (SIGTERM), its 'node' is taken away, or it is 'killed'."""
         self.lost = how
-        self.pods[index].send_signal(signal.SIGTERM if how == 'preempted' else signal.SIGKILL)
+        signals = {'preempted': signal.SIGTERM}
+        os.kill(self.pods[index].pid, signals.get(how, signal.SIGKILL))
 
     def ended(self):
         """Whether the Job is over: a pod has failed, or all have ended."""
-        codes = [pod.poll() for pod in self.pods]
+        codes = [pod.exitcode for pod in self.pods]
         return any(codes) or all(code == 0 for code in codes)
 
     def finish(self):
         """Ends the pods that are left. Returns whether the run is done; else it starts again."""
-        codes = [pod.poll() for pod in self.pods]
+        codes = [pod.exitcode for pod in self.pods]
         if codes == [0] * self.number:
             return True
         first = next(code for code in codes if code)
@@ -308,15 +301,12 @@ class _Cluster:
 
     def end(self):
         for pod in self.pods:
-            if pod.poll() is None:
-                pod.terminate()
+            pod.terminate()
         deadline = time.time() + self.grace
         for pod in self.pods:
-            try:
-                pod.wait(max(0.1, deadline - time.time()))
-            except subprocess.TimeoutExpired:
-                pod.kill()
-                pod.wait()
+            pod.join(max(0.1, deadline - time.time()))
+            pod.kill()
+            pod.join()
 
     def said(self):
         return self.log.read_text()[-8000:]
@@ -342,12 +332,6 @@ def _arrays(workdir):
 
 def _campaign(tmp_path, processes, seconds, epochs, seed=0):
     """An undisturbed run and one that loses pods at random for so long; their ends are equal."""
-    environment = lean_environment(
-        tmp_path,
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'cache'),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-        OMP_NUM_THREADS='1',
-    )
     clusters = {}
     for name in ('undisturbed', 'disturbed'):
         arguments = [
@@ -363,7 +347,7 @@ def _campaign(tmp_path, processes, seconds, epochs, seed=0):
         made = _manifest(
             f'gpu:h100:{processes}x1', arguments=arguments, grace_seconds=20, retries=1000
         )
-        clusters[name] = _Cluster(made, tmp_path / name, environment)
+        clusters[name] = _Cluster(made, tmp_path / name)
     rng, taken = random.Random(seed), []
     for name, cluster in clusters.items():
         began = time.time()
@@ -407,7 +391,15 @@ def _campaign(tmp_path, processes, seconds, epochs, seed=0):
 
 
 @pytest.mark.slow
-def test_sixteen_processes_that_come_and_go_end_bit_identical(tmp_path):
+def test_sixteen_processes_that_come_and_go_end_bit_identical(tmp_path, monkeypatch):
     """MINUTES=10 ./scripts/test.sh -m slow tests/jobset_test.py; by default two minutes."""
     minutes = float(os.environ.get('MINUTES', '2'))
+    for name, value in lean_environment(
+        tmp_path,
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'cache'),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+    ).items():
+        monkeypatch.setenv(name, value)
+    paths = [os.environ['PYTHONPATH'], str(ROOT), str(ROOT / 'tests')]
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(paths))
     _campaign(tmp_path, 16, 60 * minutes, epochs=max(8, round(3 * minutes)))

@@ -110,19 +110,31 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
     assert (written['process_count'], written['device_count']) == (2, 2)
 
 
-def test_two_processes_are_preempted_with_a_grace_period_requeued_and_finish(tmp_path):
+def test_two_processes_are_preempted_with_a_grace_period_and_go_on_until_cancelled(tmp_path):
     """An urgent job takes the node; the run saves within GraceTime and goes on behind it."""
-    flags = ['--config.data.image_size=28', '--config.total_epochs=100']
+    flags = ['--config.data.image_size=28', '--config.total_epochs=1000']
     job = _launch(tmp_path, '--partition=main', *flags, config='digits.py:model=lenet5')
     log = tmp_path / 'log.txt'
-    wait_until(lambda: 'step 40/2000' in _read(log), 400)
+    wait_until(lambda: 'step 40/20000' in _read(log), 400)
     urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
     subprocess.run(urgent, check=True, capture_output=True)
-    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 60)
-    wait_until(lambda: 'Finished.' in _read(log), 600)
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 100)
     step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
-    assert f'Resuming at step {step} of 2000' in _read(log), 'nothing was lost'
-    shown = subprocess.run(
-        ['scontrol', 'show', 'job', job], check=True, capture_output=True, text=True
-    ).stdout
-    assert 'Restarts=1' in shown, shown
+    resumed = f'Resuming at step {step} of 20000'
+    wait_until(lambda: f'step {step + 80 - step % 20}/' in _read(log).partition(resumed)[2], 600)
+    assert 'Restarts=1' in _shown(job)
+    subprocess.run(['scancel', job], check=True)
+    wait_until(lambda: 'JobState=CANCELLED' in _shown(job) and not _queued(job), 100)
+    assert 'Restarts=1' in _shown(job), 'what is cancelled does not come back'
+
+
+def _shown(job):
+    return _answer('scontrol', 'show', 'job', job)
+
+
+def _queued(job):
+    return _answer('squeue', '--noheader', f'--jobs={job}')
+
+
+def _answer(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
