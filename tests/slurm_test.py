@@ -116,8 +116,7 @@ def test_two_processes_are_preempted_with_a_grace_period_and_go_on_until_cancell
     job = _launch(tmp_path, '--partition=main', *flags, config='digits.py:model=lenet5')
     log = tmp_path / 'log.txt'
     wait_until(lambda: 'step 40/20000' in _read(log), 400)
-    urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
-    subprocess.run(urgent, check=True, capture_output=True)
+    _take_the_node()
     wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 100)
     step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
     resumed = f'Resuming at step {step} of 20000'
@@ -126,6 +125,32 @@ def test_two_processes_are_preempted_with_a_grace_period_and_go_on_until_cancell
     subprocess.run(['scancel', job], check=True)
     wait_until(lambda: 'JobState=CANCELLED' in _shown(job) and not _queued(job), 100)
     assert 'Restarts=1' in _shown(job), 'what is cancelled does not come back'
+
+
+def test_a_run_of_a_sweep_is_preempted_with_a_grace_period_and_goes_on_until_cancelled(tmp_path):
+    run = tmp_path / NAMES[0]
+    log = run / 'log.txt'
+    sweep = _start(
+        tmp_path,
+        '--slurm=slurm_partition=main',
+        '--slurm=cpus_per_task=2',
+        '--slurm=slurm_array_parallelism=1',
+        '--config.total_epochs=1000',
+    )
+    wait_until(lambda: 'step 40/20000' in _read(log), 400)
+    job = _read(run / 'slurm_job')
+    _take_the_node()
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 100)
+    step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
+    wait_until(lambda: f'Resuming at step {step} of 20000' in _read(log), 600)
+    subprocess.run(['scancel', job.partition('_')[0]], check=True)
+    wait_until(lambda: not _queued(job.partition('_')[0]), 100)
+    assert sweep.wait(100) == 1 and 'CANCELLED' in sweep.stderr.read()
+
+
+def _take_the_node():
+    urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
+    subprocess.run(urgent, check=True, capture_output=True)
 
 
 def _shown(job):

@@ -215,13 +215,25 @@ class SlurmRun:
         self.process = start(command, log, {**os.environ, **environment}, ignored=[signal.SIGUSR2])
         while self.process.poll() is None:
             time.sleep(0.2)
+        if self.process.returncode == 143 and self._goes_on():
+            # A preemption with a GraceTime tells the run alone. It has saved; submitit requeues.
+            os.kill(os.getpid(), signal.SIGUSR2)
         if self.process.returncode:
             raise RuntimeError(failure(self.process.returncode, log))
+
+    def _goes_on(self):
+        """Whether the job was not cancelled."""
+        shown = subprocess.run(
+            ['scontrol', 'show', 'job', os.environ['SLURM_JOB_ID']],
+            capture_output=True,
+            check=False,
+        )
+        return b'JobState=RUNNING' in shown.stdout
 
     def __submitit_checkpoint__(self):
         import submitit
 
-        if self.process:
+        if self.process and self.process.returncode is None:
             os.kill(self.process.pid, signal.SIGTERM)
             # It is not reaped here: that is for the poll() above, which this has interrupted.
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
