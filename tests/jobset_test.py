@@ -276,12 +276,14 @@ class _Cluster:
 
     def take(self, index, how):
         """A pod is 'preempted' (SIGTERM), its 'node' is taken away, or it is 'killed'."""
-        self.lost = how
+        self.lost, self.gone_at = how, (time.time() + self.grace, index)
         signals = {'preempted': signal.SIGTERM}
         os.kill(self.pods[index].pid, signals.get(how, signal.SIGKILL))
 
     def ended(self):
         """Whether the Job is over: a pod has failed, or all have ended."""
+        if self.lost and time.time() > self.gone_at[0]:
+            self.pods[self.gone_at[1]].kill()  # it did not go, as one that starts may not
         codes = [pod.exitcode for pod in self.pods]
         return any(codes) or all(code == 0 for code in codes)
 
