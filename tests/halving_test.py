@@ -252,7 +252,7 @@ def test_a_killed_search_goes_on_to_the_same_winner_and_the_winner_is_the_run_of
     environment = lean_environment(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'cache'))
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     done = subprocess.run(
-        _command(whole), env=environment, capture_output=True, text=True, timeout=600
+        _command(whole), env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     assert '4 settings, 2 diverged' in done.stdout and done.stdout.count('test error') == 1
@@ -261,14 +261,14 @@ def test_a_killed_search_goes_on_to_the_same_winner_and_the_winner_is_the_run_of
         return len(list(killed.glob(f'*/result_at_{epoch}.json')))
 
     process = subprocess.Popen(_command(killed), env=environment, stderr=subprocess.PIPE)
-    wait_until(lambda: there(2) == 1, 300)
+    wait_until(lambda: there(2) == 1, 900)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
     assert process.returncode == 143
     process = subprocess.Popen(_command(killed), env=environment, stdout=subprocess.PIPE)
-    wait_until(lambda: there(2) == 2 and training_process('--until_epoch=4'), 300)
+    wait_until(lambda: there(2) == 2 and training_process('--until_epoch=4'), 900)
     os.kill(training_process('--until_epoch=4'), signal.SIGKILL)
-    told = process.communicate(timeout=600)[0].decode()
+    told = process.communicate(timeout=1200)[0].decode()
     assert process.returncode == 0 and told == done.stdout
     found, expected = (
         json.loads((folder / 'search.json').read_text()) for folder in (killed, whole)
@@ -282,7 +282,7 @@ def test_a_killed_search_goes_on_to_the_same_winner_and_the_winner_is_the_run_of
         [sys.executable, '-m', 'sam_jax.main', *COMMON, f'--workdir={tmp_path / "plain"}', *flags],
         env=environment,
         check=True,
-        timeout=600,
+        timeout=1200,
     )
     plain = _final(tmp_path / 'plain')
     for folder in (killed, whole):
