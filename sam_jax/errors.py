@@ -2,6 +2,9 @@
 
 EXIT_USER_ERROR = 2
 
+# What every run that diverges says; by it a search tells it from one that merely broke.
+NOT_FINITE = 'is not finite at step'
+
 
 class UserError(ValueError):
     """A bad setting, a missing dataset, a damaged file or a diverged run.

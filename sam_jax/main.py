@@ -35,6 +35,11 @@ _DEBUG_NANS = flags.DEFINE_bool(
 )
 
 
+_UNTIL = flags.DEFINE_integer(
+    'until_epoch', 0, 'Stop after this epoch, saved; without it the run goes on. 0: the end.', 0
+)
+
+
 def main() -> None:
     """Trains what the flags say."""
     distributed.initialize(
@@ -46,7 +51,9 @@ def main() -> None:
         _DEBUG_NANS.value,
     )
     try:
-        train.train_and_evaluate(_CONFIG.value, _WORKDIR.value, watch=watch)
+        train.train_and_evaluate(
+            _CONFIG.value, _WORKDIR.value, watch=watch, until_epoch=_UNTIL.value
+        )
     except train.Preempted as e:
         commands.leave(str(e), commands.EXIT_PREEMPTED)
 

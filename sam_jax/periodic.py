@@ -31,6 +31,7 @@ class Run(NamedTuple):
       writer: of metrics.
       progress: what a person sees.
       wall_time: returns the seconds that it took so far, before restarts too.
+      last_step: after which this call ends: that of the run, or of `until_epoch`.
     """
 
     experiment: Experiment
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     writer: run_log.RunWriter
     progress: Progress
     wall_time: Callable[[], float]
+    last_step: int
 
     def epoch_ends(self, done: int, period: int) -> bool:
         """Whether these steps make whole epochs, and a multiple of the period; 0 is never."""
@@ -75,7 +77,8 @@ class Evaluation:
         self._run, self._latest = run, {}
 
     def __call__(self, done: int, state: TrainState) -> None:
-        if self._run.due(done, self._run.experiment.config.eval.every_epochs):
+        period = self._run.experiment.config.eval.every_epochs
+        if done == self._run.last_step or self._run.epoch_ends(done, period):
             self._run.log.flush()
             self._latest = self._run.experiment.evaluate(state)
             self._run.report(done, self._latest, '.4f')
@@ -113,7 +116,7 @@ class Saving:
     def __call__(self, done: int, state: TrainState) -> None:
         run, total = self._run, self._run.experiment.total_steps
         stopping = self._stop.received(done)
-        if done == total or stopping or self._due(done):
+        if done == run.last_step or stopping or self._due(done):
             run.log.flush(refuse_bad=True)
             run.checkpoints.save(
                 done,

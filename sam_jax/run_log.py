@@ -21,6 +21,12 @@ def write_json(path: str, content: Any) -> None:
     os.replace(path + '.part', path)
 
 
+def result_path(workdir: str, until_epoch: int = 0) -> str:
+    """Returns the file of a run's result: at its end, or where `--until_epoch` stopped it."""
+    name = f'result_at_{until_epoch}.json' if until_epoch else 'result.json'
+    return os.path.join(workdir, name)
+
+
 def read_json(path: str) -> Any:
     """Returns the content of a JSON file, or None if there is none."""
     if not os.path.exists(path):

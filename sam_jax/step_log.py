@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from sam_jax import sharpness
-from sam_jax.errors import UserError
+from sam_jax.errors import NOT_FINITE, UserError
 
 # Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
 _IN_FLIGHT = 2
@@ -67,7 +67,7 @@ def refuse_bad_step(bad_step: int | jax.Array) -> None:
     """Raises UserError if a step (its number, or 0) was not finite."""
     if bad_step:
         raise UserError(
-            f'The loss or the gradient is not finite at step {int(bad_step)}; the run stops. '
+            f'The loss or the gradient {NOT_FINITE} {int(bad_step)}; the run stops. '
             'Lower optimizer.learning_rate or sam.rho, or set optimizer.clip_norm.'
         )
 

@@ -80,6 +80,7 @@ def train_and_evaluate(
     workdir: str,
     devices: Sequence[replicas.Device] | None = None,
     watch: Watch | None = None,
+    until_epoch: int = 0,
 ) -> TrainState:
     """Trains, evaluates, saves and reports one run, or resumes it where it was stopped.
 
@@ -92,6 +93,9 @@ def train_and_evaluate(
         metrics.jsonl, config.json and, at the end, result.json.
       devices: default all devices.
       watch: Watch; default with TensorBoard alone.
+      until_epoch: after which epoch it stops, saved and evaluated, with result_at_<epoch>.json in
+        place of result.json. Schedules are those of the whole run, so that a later call goes on as
+        if there had been no stop. 0 for the end.
 
     Returns:
       The final TrainState.
@@ -107,18 +111,20 @@ def train_and_evaluate(
     experiment = Experiment.from_config(config, devices)
     memory.check(experiment)
     with contextlib.closing(experiment.checkpoints(workdir)) as checkpoints, _Signal() as stop:
+        until_epoch = _checked_until(until_epoch, config.total_epochs)
+        last_step = (until_epoch or config.total_epochs) * experiment.steps_per_epoch
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()
-        result_path = os.path.join(workdir, 'result.json')
-        if first_step == experiment.total_steps and os.path.exists(result_path):
+        result_path = run_log.result_path(workdir, until_epoch)
+        if first_step >= last_step and os.path.exists(result_path):
             if main:
-                _log.info(
-                    'The run in %s is finished; nothing to do. For another one choose '
-                    'another workdir.',
-                    workdir,
-                )
-                _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
+                _say_done(workdir, result_path, until_epoch)
             return state
+        if first_step > last_step:
+            raise UserError(
+                f'--until_epoch is {until_epoch}; the run in {workdir} is beyond that, at step '
+                f'{first_step}.'
+            )
         opened = trackers.create(watch.trackers, workdir, first_step > 0) if main else []
         writer = run_log.RunWriter(workdir, main, first_step, opened)
         progress = Progress(first_step, experiment.total_steps, config.batch_size, main)
@@ -132,13 +138,37 @@ def train_and_evaluate(
                 writer,
                 progress,
                 lambda: wall_before + time.time() - began,
+                last_step,
             )
             _announce(run, state, first_step)
             state, result = _loop(run, state, first_step, stop, watch)
             if main:
                 run_log.write_json(result_path, result)
-                progress.say(provenance.summary(result, workdir))
+                progress.say(
+                    f'Stopped after epoch {until_epoch} of {config.total_epochs}, as asked; the '
+                    'same command without --until_epoch goes on from here.'
+                    if until_epoch
+                    else provenance.summary(result, workdir)
+                )
             return state
+
+
+def _checked_until(until_epoch, total_epochs):
+    if not 0 <= until_epoch <= total_epochs:
+        raise UserError(
+            f'--until_epoch is {until_epoch}; it must be at most total_epochs, {total_epochs}.'
+        )
+    return until_epoch % total_epochs
+
+
+def _say_done(workdir, result_path, until_epoch):
+    if until_epoch:
+        _log.info('The run in %s has reached epoch %d; nothing to do.', workdir, until_epoch)
+        return
+    _log.info(
+        'The run in %s is finished; nothing to do. For another one choose another workdir.', workdir
+    )
+    _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
 
 
 def _announce(run, state, first_step):
@@ -181,7 +211,7 @@ def _loop(run, state, first_step, stop, watch):
     actions.append(periodic.Saving(run, stop))
     feeds = experiment.feeds(first_step, run.progress.waiting)
     try:
-        for done in range(first_step + 1, experiment.total_steps + 1):
+        for done in range(first_step + 1, run.last_step + 1):
             feed = next(feeds)
             profiler.before(done, state)
             state, metrics = step_fn(state, feed, *constants)
@@ -201,12 +231,11 @@ def _loop(run, state, first_step, stop, watch):
     finally:
         profiler.close()
     run.checkpoints.wait()
-    total = experiment.total_steps
     result = {
-        'step': total,
-        'epochs': experiment.config.total_epochs,
+        'step': run.last_step,
+        'epochs': run.last_step // experiment.steps_per_epoch,
         'seed': experiment.config.seed,
-        'gradient_evaluations': total + int(state.sharpness_state.evaluations),
+        'gradient_evaluations': run.last_step + int(state.sharpness_state.evaluations),
     }
     for action in actions:
         result |= action.results(state)

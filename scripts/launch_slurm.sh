@@ -4,8 +4,8 @@
 #       [--partition=NAME] [--account=NAME] [--sbatch=OPTION ...] CONFIG[:ARGUMENTS] --workdir=DIR [--config.KEY=VALUE ...]
 # --dry_run only prints the batch script. The workdir must be on a file system that all nodes see; what the run
 # says is added to DIR/log.txt. Before its time is over, and when it is preempted, the run saves and the job is
-# requeued; it goes on from there. A run that fails is not requeued. (Preemption is PreemptMode=REQUEUE, by which
-# Slurm requeues by itself; the run hears of it if there is a GraceTime, else its last checkpoint counts.)
+# requeued; it goes on from there. A run that fails is not requeued. (Preemption is PreemptMode=REQUEUE. The run
+# hears of it if there is a GraceTime, else Slurm requeues by itself and the last checkpoint counts.)
 set -euo pipefail
 
 nodes=2 gpus=8 options=() dry_run="" run=() workdir=""
@@ -63,9 +63,11 @@ $devices
 srun --wait=60 $(printf '%q ' "$root/scripts/train.sh" "${run[@]}")--distributed &
 srun_pid=\$!
 wait \$srun_pid; status=\$?
-if [ -n \"\${stopped:-}\" ]; then
-  wait \$srun_pid; status=\$?
-  if [ \$status -eq 143 ]; then exec scontrol requeue \"\$SLURM_JOB_ID\"; fi
+if [ -n \"\${stopped:-}\" ]; then wait \$srun_pid; status=\$?; fi
+# The run was asked to go and has saved. A preemption with a GraceTime tells it alone, and does not
+# requeue a job that ends in time. Of one that was cancelled the state is another.
+if [ \$status -eq 143 ] && scontrol show job \"\$SLURM_JOB_ID\" | grep -q JobState=RUNNING; then
+  exec scontrol requeue \"\$SLURM_JOB_ID\"
 fi
 exit \$status"
 

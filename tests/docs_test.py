@@ -177,6 +177,18 @@ WRONG = {
     'sam-jax-sweep --config=digits --sweep=sam.rho=-1 --workdir=x': 'sam.rho is',
     'sam-jax-sweep --config=digits --sweep=1 --workdir=x': "'1'",
     'sam-jax-sweep --config=digits --seeds=5': '--workdir',
+    'sam-jax-sweep --config=digits --sweep=sam.rho=1,2,3 --search=halving --workdir=x': (
+        'data.validation False'
+    ),
+    'sam-jax-sweep --config=digits --sweep=sam.rho=1,2,3 --search=halving --engine=print '
+    '--workdir=x': '--engine is print',
+    'sam-jax-jobset --name=x --image=i --target=tpu:v5e:4x4 --hosts=2 --claim=c '
+    '--config=digits --workdir=/data/x': '--hosts is 2; tpu:v5e:4x4 has 4',
+    'sam-jax-jobset --name=x --image=i --target=tpu:v5e:4x4 --claim=c --config=digits '
+    '--workdir=/home/x': 'must lie on the volume, under /data',
+    'sam-jax-jobset --name=x --target=tpu:v5e:4x4 --claim=c --config=digits --workdir=/data/x': (
+        '--image is missing'
+    ),
     'sam-jax-analyze --workdir=RUN --what=spectra': "'spectra'",
     'sam-jax-preview --config=digits --what=op': 'op',
     'sam-jax-report runs/rho --ouf=x': 'ouf',

@@ -92,7 +92,7 @@ LIBRARIES = {
     'matfree': {'benchmarks'},
     'h5py': {'models'},
     'safetensors': {'models', 'trained'},
-    'yaml': {'trained'},
+    'yaml': {'cli', 'trained'},
     'wandb': {'trackers'},
     'mlflow': {'trackers'},
     'trackio': {'trackers'},

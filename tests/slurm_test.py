@@ -74,8 +74,8 @@ def test_what_slurm_does_not_know(flag, words, tmp_path):
     assert 'Traceback' not in output
 
 
-def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
-    """launch_slurm.sh, with two tasks on the one node in place of two nodes."""
+def _launch(workdir, *flags, config='digits.py'):
+    """launch_slurm.sh, with two tasks on the one node in place of two nodes; the job's number."""
     done = subprocess.run(
         [
             str(ROOT / 'scripts' / 'launch_slurm.sh'),
@@ -84,10 +84,10 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
             '--cpus_per_task=1',
             '--time=30',
             '--sbatch=--ntasks-per-node=2',
-            f'{ROOT}/configs/digits.py',
-            f'--workdir={tmp_path}',
+            f'{ROOT}/configs/{config}',
+            f'--workdir={workdir}',
             '--config.replica_batch_size=32',
-            '--config.total_epochs=30',
+            *flags,
         ],
         env={**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
@@ -95,7 +95,11 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    job = done.stdout.split()[-1]
+    return done.stdout.split()[-1]
+
+
+def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
+    job = _launch(tmp_path, '--config.total_epochs=30')
     log = tmp_path / 'log.txt'
     wait_until(lambda: 'step 40/600' in _read(log))
     subprocess.run(['scancel', '--batch', '--signal=TERM', job], check=True)
@@ -104,3 +108,58 @@ def test_two_processes_are_told_that_time_is_over_requeued_and_finish(tmp_path):
     assert 'Resuming at step' in _read(log)
     written = json.loads(_read(tmp_path / 'config.json'))
     assert (written['process_count'], written['device_count']) == (2, 2)
+
+
+def test_two_processes_are_preempted_with_a_grace_period_and_go_on_until_cancelled(tmp_path):
+    """An urgent job takes the node; the run saves within GraceTime and goes on behind it."""
+    flags = ['--config.data.image_size=28', '--config.total_epochs=1000']
+    job = _launch(tmp_path, '--partition=main', *flags, config='digits.py:model=lenet5')
+    log = tmp_path / 'log.txt'
+    wait_until(lambda: 'step 40/20000' in _read(log), 400)
+    _take_the_node()
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 100)
+    step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
+    resumed = f'Resuming at step {step} of 20000'
+    wait_until(lambda: f'step {step + 80 - step % 20}/' in _read(log).partition(resumed)[2], 600)
+    assert 'Restarts=1' in _shown(job)
+    subprocess.run(['scancel', job], check=True)
+    wait_until(lambda: 'JobState=CANCELLED' in _shown(job) and not _queued(job), 100)
+    assert 'Restarts=1' in _shown(job), 'what is cancelled does not come back'
+
+
+def test_a_run_of_a_sweep_is_preempted_with_a_grace_period_and_goes_on_until_cancelled(tmp_path):
+    run = tmp_path / NAMES[0]
+    log = run / 'log.txt'
+    sweep = _start(
+        tmp_path,
+        '--slurm=slurm_partition=main',
+        '--slurm=cpus_per_task=2',
+        '--slurm=slurm_array_parallelism=1',
+        '--config.total_epochs=1000',
+    )
+    wait_until(lambda: 'step 40/20000' in _read(log), 400)
+    job = _read(run / 'slurm_job')
+    _take_the_node()
+    wait_until(lambda: 'Stopped by SIGTERM at step' in _read(log), 100)
+    step = int(re.search(r'Stopped by SIGTERM at step (\d+)', _read(log))[1])
+    wait_until(lambda: f'Resuming at step {step} of 20000' in _read(log), 600)
+    subprocess.run(['scancel', job.partition('_')[0]], check=True)
+    wait_until(lambda: not _queued(job.partition('_')[0]), 100)
+    assert sweep.wait(100) == 1 and 'CANCELLED' in sweep.stderr.read()
+
+
+def _take_the_node():
+    urgent = ['sbatch', '--partition=urgent', '--exclusive', '--output=/dev/null', '--wrap=sleep 5']
+    subprocess.run(urgent, check=True, capture_output=True)
+
+
+def _shown(job):
+    return _answer('scontrol', 'show', 'job', job)
+
+
+def _queued(job):
+    return _answer('squeue', '--noheader', f'--jobs={job}')
+
+
+def _answer(*command):
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

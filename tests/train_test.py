@@ -52,8 +52,8 @@ def _metrics(workdir):
     ]
 
 
-def _run(config, workdir, devices=1):
-    return train.train_and_evaluate(config, str(workdir), jax.devices()[:devices])
+def _run(config, workdir, devices=1, **how):
+    return train.train_and_evaluate(config, str(workdir), jax.devices()[:devices], **how)
 
 
 def test_what_a_run_leaves_behind(tmp_path):
@@ -182,6 +182,32 @@ def test_resume_is_exact(name, tmp_path):
     resumed = _run(config, tmp_path / 'b')
     assert_trees_equal(resumed, undisturbed)
     assert _metrics(tmp_path / 'a') == _metrics(tmp_path / 'b')
+
+
+def test_a_run_stops_after_an_epoch_and_goes_on_as_if_it_had_not(tmp_path):
+    config = small_config(eval__every_epochs=2)
+    undisturbed = _run(config, tmp_path / 'a')
+    state = _run(config, tmp_path / 'b', until_epoch=1)
+    at_one = json.loads((tmp_path / 'b' / 'result_at_1.json').read_text())
+    assert int(state.step) == at_one['step'] == 20 and at_one['epochs'] == 1
+    assert at_one['gradient_evaluations'] == 40 and at_one['test/error_rate'] >= 0
+    assert not (tmp_path / 'b' / 'result.json').exists()
+    assert_trees_equal(_run(config, tmp_path / 'b'), undisturbed)
+    there = [line for line in _metrics(tmp_path / 'b') if (line['step'], len(line)) != (20, 3)]
+    assert there == _metrics(tmp_path / 'a'), 'but for the evaluation at step 20'
+
+
+@pytest.mark.slow
+def test_epochs_that_a_run_has_reached_and_those_it_cannot_stop_after(tmp_path, caplog):
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, 'sam_jax'):
+            _run(small_config(), tmp_path, until_epoch=1)
+    assert 'has reached epoch 1; nothing to do' in caplog.text
+    _run(small_config(), tmp_path)
+    (tmp_path / 'result_at_1.json').unlink()
+    for epoch, words in ((1, 'is beyond that, at step 40'), (3, 'at most total_epochs, 2')):
+        with pytest.raises(UserError, match=f'--until_epoch is {epoch}; .*{words}'):
+            _run(small_config(), tmp_path, until_epoch=epoch)
 
 
 def test_resume_on_other_devices(tmp_path):

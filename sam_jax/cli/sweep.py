@@ -13,6 +13,9 @@ Engines: `local` runs --parallel runs at once, each with a GPU, a share of one, 
 `slurm` submits them as a job array, requeued when preempted, and waits; `print` only prints the
 commands. Ends with status 1 if a run failed, and names it.
 
+With --search=halving most runs end early, and one setting is chosen by the validation split: see
+sam_jax/experiments/halving.py. Where it was stopped, the same command goes on to the same choice.
+
 Meanwhile WORKDIR/index.html, one file that loads itself anew, shows how far the runs are.
 `tensorboard --logdir=WORKDIR` compares them in its HParams tab.
 """
@@ -27,7 +30,7 @@ from ml_collections import config_flags
 from sam_jax import settings
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
-from sam_jax.experiments import engines, grid
+from sam_jax.experiments import engines, grid, halving
 
 _CONFIG = commands.define_config('Config file of the runs.')
 _SWEEP = flags.DEFINE_multi_string('sweep', [], 'KEY=VALUE,VALUE; several of them are multiplied.')
@@ -38,6 +41,10 @@ _PARALLEL = flags.DEFINE_integer(
     'parallel', 0, 'Runs at once; 0: local as many as GPUs, or one; Slurm as many as it lets.', 0
 )
 _RETRIES = flags.DEFINE_integer('retries', 1, 'How often a run that broke is started again.', 0)
+_SEARCH = flags.DEFINE_enum(
+    'search', 'grid', ['grid', 'halving'], 'All runs to their end, or most of them stopped early.'
+)
+_FACTOR = flags.DEFINE_integer('factor', 3, 'Halving: one setting in so many goes on.')
 _SLURM = flags.DEFINE_multi_string(
     'slurm',
     [],
@@ -75,11 +82,38 @@ def main() -> None:
         )
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
     runs = grid.make_runs(config_flag, grid.product(hyper), overrides, _WORKDIR.value)
+    if _ENGINE.value == 'print' and _SEARCH.value == 'halving':
+        raise UserError(
+            '--engine is print, but what --search=halving runs next is known only when runs have '
+            'ended; it must be local or slurm.'
+        )
     if _ENGINE.value == 'print':
         for run in runs:
             print(shlex.join(engines.command(run)))
         return
-    statuses = engines.execute(_engine(), runs)
+    if _SEARCH.value == 'halving':
+        _halve(runs)
+        return
+    _end(engines.execute(_engine(), runs))
+
+
+def _halve(runs):
+    engine = _engine()
+
+    def execute(rung, behind):
+        aside = [(run, engines.Status('stopped', why)) for run, why in behind]
+        return engines.execute(engine, rung, aside)
+
+    try:
+        found = halving.search(runs, _FACTOR.value, execute)
+    except halving.Interrupted as e:
+        _end(e.statuses)
+        return
+    halving.save(_WORKDIR.value, found)
+    print(halving.summary(found))
+
+
+def _end(statuses):
     counts = collections.Counter(status.state for status in statuses.values())
     print(', '.join(f'{n} {state}' for state, n in counts.items()) + '.', file=sys.stderr)
     for name, status in statuses.items():

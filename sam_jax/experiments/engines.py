@@ -1,5 +1,6 @@
 """What runs the runs of a sweep: this machine, or a Slurm cluster; and the table meanwhile."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import fcntl
@@ -36,7 +37,8 @@ class Status:
 
 def command(run: grid.Run) -> list[str]:
     """Returns what starts a run."""
-    return [sys.executable, '-m', 'sam_jax.main', *run.flags]
+    until = [f'--until_epoch={run.until_epoch}'] if run.until_epoch else []
+    return [sys.executable, '-m', 'sam_jax.main', *run.flags, *until]
 
 
 def log_path(run: grid.Run) -> str:
@@ -213,13 +215,25 @@ class SlurmRun:
         self.process = start(command, log, {**os.environ, **environment}, ignored=[signal.SIGUSR2])
         while self.process.poll() is None:
             time.sleep(0.2)
+        if self.process.returncode == 143 and self._goes_on():
+            # A preemption with a GraceTime tells the run alone. It has saved; submitit requeues.
+            os.kill(os.getpid(), signal.SIGUSR2)
         if self.process.returncode:
             raise RuntimeError(failure(self.process.returncode, log))
+
+    def _goes_on(self):
+        """Whether the job was not cancelled."""
+        shown = subprocess.run(
+            ['scontrol', 'show', 'job', os.environ['SLURM_JOB_ID']],
+            capture_output=True,
+            check=False,
+        )
+        return b'JobState=RUNNING' in shown.stdout
 
     def __submitit_checkpoint__(self):
         import submitit
 
-        if self.process:
+        if self.process and self.process.returncode is None:
             os.kill(self.process.pid, signal.SIGTERM)
             # It is not reaped here: that is for the poll() above, which this has interrupted.
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
@@ -348,7 +362,9 @@ class Display:
         line = status.line
         if status.state == 'finished':
             result = run.result()
-            line = f'test error {100 * result["test/error_rate"]:.2f} %'
+            # Of runs among which one is chosen, that by which it is.
+            split = 'validation' if 'validation/error_rate' in result else 'test'
+            line = f'{split} error {100 * result[f"{split}/error_rate"]:.2f} %'
         elif status.state == 'running':
             line = last_line(log_path(run))
         return status.state, line
@@ -358,8 +374,15 @@ class Display:
             self._live.stop()
 
 
-def execute(engine: Any, runs: list[grid.Run]) -> dict[str, Status]:
+def execute(
+    engine: Any, runs: list[grid.Run], aside: Sequence[tuple[grid.Run, Status]] = ()
+) -> dict[str, Status]:
     """Runs the runs that are not finished, and keeps the page of the sweep meanwhile.
+
+    Args:
+      engine: Local or Slurm.
+      runs: the runs.
+      aside: others of the sweep, which are only shown on the page, after these.
 
     Returns:
       {name: Status} at the end.
@@ -371,7 +394,9 @@ def execute(engine: Any, runs: list[grid.Run]) -> dict[str, Status]:
     previous = {
         s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)
     }
-    display, live = Display(runs, statuses), page.Live(runs, statuses)
+    shown = collections.ChainMap(statuses, {run.name: status for run, status in aside})
+    live = page.Live([*runs, *(run for run, _ in aside)], shown)
+    display = Display(runs, statuses)
     try:
         engine.submit([run for run in runs if statuses[run.name].state != 'finished'], statuses)
         while engine.working():

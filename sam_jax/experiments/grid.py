@@ -99,15 +99,19 @@ class Run:
       workdir: its folder.
       config: its settings, checked.
       flags: what sam_jax.main is started with.
+      until_epoch: after which epoch it is to stop; 0 for its end.
     """
 
     name: str
     workdir: str
     config: ml_collections.ConfigDict
     flags: tuple
+    until_epoch: int = 0
 
     def result(self) -> dict[str, Any] | None:
         """Returns the content of result.json, or None while the run is not finished.
+
+        Where it stops before, the content of result_at_<epoch>.json.
 
         Raises:
           UserError: the folder holds a run with other settings.
@@ -118,7 +122,7 @@ class Run:
                 check_same_mathematics(self.config, made['config'])
             except UserError as e:
                 raise UserError(f'{self.workdir}: {e}') from e
-        return run_log.read_json(os.path.join(self.workdir, 'result.json'))
+        return run_log.read_json(run_log.result_path(self.workdir, self.until_epoch))
 
 
 def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir: str) -> list[Run]:
