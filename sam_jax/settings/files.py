@@ -10,7 +10,7 @@ from types import ModuleType
 from sam_jax.errors import UserError
 from sam_jax.settings import shipped
 from sam_jax.settings.overrides import flatten, nearest, unflatten
-from sam_jax.settings.schema import KEYS, Config, completed
+from sam_jax.settings.schema import Config, completed, keys_of
 
 
 def of_run(workdir: str) -> Config:
@@ -24,8 +24,9 @@ def of_run(workdir: str) -> Config:
         with open(path) as file:
             flat = completed(json.load(file)['config'])
         # A number that is not finite, such as p = inf, stands there as text.
-        texts = (k for k, v in flat.items() if isinstance(v, str) and k in KEYS)
-        flat.update({k: float(flat[k]) for k in texts if KEYS[k].kind is float})
+        keys = keys_of(flat.get('model.name'), flat.get('sam.method'))
+        texts = (k for k, v in flat.items() if isinstance(v, str) and k in keys)
+        flat.update({k: float(flat[k]) for k in texts if keys[k].kind is float})
         return unflatten(flat)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
