@@ -9,6 +9,7 @@ from sam_jax.models import layers, shake
 
 MOST_CHANNELS = 10_000
 
+
 class PyramidNet(layers.Network, kw_only=True):
     """PyramidNet of depth 9n + 2: n bottlenecks a group, their width growing by alpha in all.
 

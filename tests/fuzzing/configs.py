@@ -40,8 +40,11 @@ ODD_VALUES = (
 )
 
 
-def values(key: schema.Key) -> st.SearchStrategy:
-    """Values that a key may have by itself, mostly small ones."""
+def values(key: schema.Key, usual: bool = False) -> st.SearchStrategy:
+    """Values that a key may have by itself, mostly small ones; or only those that a run may use."""
+    if usual and key.high is None and key.kind in (int, float):
+        near = [key.default, key.low or 0, *((1, 2, 3) if key.kind is int else (0.01, 0.05, 0.5))]
+        return st.sampled_from([key.kind(x) for x in near if x >= (key.low or 0)])
     if key.choices:
         return st.sampled_from(sorted(key.choices))
     if key.kind is bool:
@@ -85,11 +88,12 @@ SIZES = st.fixed_dictionaries(
 
 
 @st.composite
-def cases(draw, wild: int = 4) -> dict:
+def cases(draw, wild: int = 4, usual: bool = False) -> dict:
     """A case: {'model', 'method', 'devices', 'changes': {key: value}, 'without': keys}.
 
     Args:
       wild: how many keys at most have values of any kind; 0 for configs of which most are valid.
+      usual: whether numbers are of a usual size.
     """
     tiny = st.sampled_from(TINY)
     model = draw(tiny if not wild else tiny | tiny | st.sampled_from(ODD_MODELS))
@@ -110,9 +114,12 @@ def cases(draw, wild: int = 4) -> dict:
         changes['data.dir'] = places()[changes['data.name']]
     if changes['data.name'] == 'folder' or draw(st.integers(0, 3)) == 0:
         changes['data.image_size'] = draw(st.sampled_from([8, 16, 32]))
+    if method in ('saf', 'mesa'):  # which learn from epochs before
+        changes |= {'total_epochs': sizes['total_epochs'] + 1, 'sam.start_epoch': 0}
+        changes |= {'sam.epochs_ago': 1} if method == 'saf' else {}
     keys = all_keys(model, method)
     for key in draw(st.lists(st.sampled_from(sorted(keys)), max_size=6, unique=True)):
-        changes[key] = draw(values(keys[key]))
+        changes[key] = draw(values(keys[key], usual))
     without = []
     for _ in range(draw(st.integers(0, wild))):
         what = draw(st.integers(0, 9))
@@ -197,7 +204,9 @@ def check(case: dict, trace: bool = False) -> None:
         return
     for step in (0, experiment.total_steps - 1):
         learning_rate, rho = experiment.scheduled(step)
-        if not (math.isfinite(learning_rate) and math.isfinite(rho) and min(learning_rate, rho) >= 0):
+        if not (
+            math.isfinite(learning_rate) and math.isfinite(rho) and min(learning_rate, rho) >= 0
+        ):
             raise Fault(f'step {step}: learning rate {learning_rate}, rho {rho}')
     if not experiment.total_steps:
         raise Fault('a run of no steps')

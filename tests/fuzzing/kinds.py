@@ -1,0 +1,30 @@
+"""The kinds of cases by name."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fuzzing import configs, files, training
+
+
+class Kind(NamedTuple):
+    """A kind of cases.
+
+    Attributes:
+      cases: returns its strategy.
+      check: raises on a fault.
+      isolated: whether each is checked in a process of its own.
+      seconds: that it may take there.
+    """
+
+    cases: Callable[[], Any]
+    check: Callable[[dict], None]
+    isolated: bool = False
+    seconds: float = 300.0
+
+
+KINDS = {
+    'settings': Kind(configs.cases, configs.check),
+    'traces': Kind(lambda: configs.cases(wild=0), lambda case: configs.check(case, trace=True)),
+    'train': Kind(training.cases, training.check, isolated=True, seconds=600.0),
+    'files': Kind(files.cases, files.check),
+}
