@@ -34,7 +34,7 @@ def check_unpacked(what: str, size: float, most: float | None = None) -> None:
     if size > limit:
         why = 'are free' if most is None else 'are allowed'
         raise UserError(
-            f'{what} takes {size / 2**20:.3g} MiB in memory, of which {limit / 2**20:.3g} {why}.'
+            f'{what} takes {size / 2**30:.3g} GiB in memory, of which {limit / 2**30:.3g} {why}.'
         )
 
 

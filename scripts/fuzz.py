@@ -64,7 +64,7 @@ def main() -> int:
             if key not in faults:
                 print(f'case {count}: {type(e).__name__}: {str(e)[:400]}\n  {case}', flush=True)
             faults[key].append(case)
-        if count % 100 == 0:
+        if count % (10 if kind.isolated else 100) == 0:
             print(f'{count} cases: {_counts()}', flush=True)
 
     began = time.time()

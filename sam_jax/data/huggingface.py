@@ -113,13 +113,13 @@ def _read_split(paths):
     _check_shards(paths)
     images, labels, names = [], [], ()
     for path in paths:
-        number = -1
+        done = 0
         for batch in _batches(path):
             image_column, label_column, names = _columns(batch.schema, path)
             if batch[label_column].null_count:
                 raise UserError(f'{path} has examples without a {label_column!r}.')
             labels.append(np.asarray(batch[label_column].to_numpy(zero_copy_only=False)))
-            for number, encoded in enumerate(batch[image_column].to_pylist(), number + 1):
+            for number, encoded in enumerate(batch[image_column].to_pylist(), done):
                 images.append(_pixels(encoded, f'Example {number} of {path}'))
                 if images[-1].shape != images[0].shape:
                     raise UserError(
@@ -127,6 +127,7 @@ def _read_split(paths):
                         f"first one is {_by(images[0].shape)}; data.name='huggingface' is for "
                         "images of one size, 'folder' for others."
                     )
+            done += len(batch)
             # As much again when they are put together.
             limits.check_unpacked(f'{path}, decoded,', sum(x.nbytes for x in images))
     if not images:

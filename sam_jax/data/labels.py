@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sam_jax import limits, rngs
-from sam_jax.data.files import unpacked_size
 from sam_jax.errors import UserError
 
 # (positions in the training set, their true labels) -> labels.
@@ -72,7 +71,8 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
     try:
         # Opened here: of a damaged file NumPy leaves its own open.
         with open(os.path.expanduser(path), 'rb') as opened, np.load(opened) as file:
-            limits.check_unpacked(f'data.labels_from, {path!r},', _size(file))
+            size = sum(member.file_size for member in file.zip.infolist())
+            limits.check_unpacked(f'data.labels_from, {path!r},', size)
             probabilities, dataset = file['probabilities'], str(file['dataset'])
     except UserError:
         raise
@@ -97,10 +97,6 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
         probabilities.astype(np.float32) if soft else probabilities.argmax(axis=1).astype(np.int32)
     )
     return lambda index, labels: table[index]
-
-
-def _size(file):
-    return sum(unpacked_size(file, name) for name in ('probabilities', 'dataset'))
 
 
 def create(settings: Any, name: str, num_examples: int, num_classes: int) -> Relabelling:

@@ -10,10 +10,10 @@ import tempfile
 import jax
 import ml_collections
 import numpy as np
-from fuzzing import OUTCOMES, Fault, check_sentence
 from hypothesis import strategies as st
 from PIL import Image
 
+from fuzzing import OUTCOMES, Fault, check_sentence
 from sam_jax import memory, models, run_log, settings, sharpness, train_step
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment

@@ -1,8 +1,8 @@
 """Files that come from others: valid ones with bits, lengths or values changed.
 
-Each form has a valid file, made once, a reader, and what the reader may raise: a UserError of one
-sentence, or of images a ValueError with the reason. Damage is of bytes, or of the values of JSON and
-of arrays before they are written.
+Each form has a valid file and a reader, which may raise a UserError of one sentence, or of images a
+ValueError with the reason. Damage is of bytes, or of values of JSON and arrays before they are
+written.
 """
 
 import copy
@@ -24,12 +24,12 @@ import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fuzzing import OUTCOMES, Fault, check_sentence
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save as save_safetensors
 
 import sam_jax
+from fuzzing import OUTCOMES, Fault, check_sentence
 from sam_jax import models, settings
 from sam_jax.data import files, huggingface, image_files, labels
 from sam_jax.errors import UserError

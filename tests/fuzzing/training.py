@@ -7,9 +7,9 @@ import tempfile
 
 import jax
 import numpy as np
-from fuzzing import OUTCOMES, Fault, check_sentence, configs
 from hypothesis import strategies as st
 
+from fuzzing import OUTCOMES, Fault, check_sentence, configs
 from sam_jax import run_log, train
 from sam_jax.errors import UserError
 
