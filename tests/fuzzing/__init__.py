@@ -17,5 +17,5 @@ def check_sentence(message: str) -> None:
     """Raises Fault if a message is not one sentence on one line."""
     if '\n' in message or 'Traceback' in message:
         raise Fault(f'not one line: {message!r}')
-    if not message.endswith(('.', '"', ')')) or len(message) < 10:
+    if not message.endswith(('.', '"', ')', '?')) or len(message) < 10:
         raise Fault(f'no sentence: {message!r}')

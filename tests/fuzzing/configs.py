@@ -42,7 +42,7 @@ ODD_VALUES = (
 
 def values(key: schema.Key, usual: bool = False) -> st.SearchStrategy:
     """Values that a key may have by itself, mostly small ones; or only those that a run may use."""
-    if usual and key.high is None and key.kind in (int, float):
+    if usual and key.kind in (int, float) and (key.high is None or key.kind is int):
         near = [key.default, key.low or 0, *((1, 2, 3) if key.kind is int else (0.01, 0.05, 0.5))]
         return st.sampled_from([key.kind(x) for x in near if x >= (key.low or 0)])
     if key.choices:

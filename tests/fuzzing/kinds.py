@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fuzzing import configs, files, training
+from fuzzing import commands, configs, files, training
 
 
 class Kind(NamedTuple):
@@ -26,5 +26,6 @@ KINDS = {
     'settings': Kind(configs.cases, configs.check),
     'traces': Kind(lambda: configs.cases(wild=0), lambda case: configs.check(case, trace=True)),
     'train': Kind(training.cases, training.check, isolated=True, seconds=600.0),
+    'commands': Kind(commands.cases, commands.check),
     'files': Kind(files.cases, files.check),
 }

@@ -36,6 +36,10 @@ def cases(draw) -> dict:
         'eval.batch_size': 64,
         'model.dtype': draw(st.sampled_from(['float32', 'bfloat16', 'float64', 'float64'])),
     }
+    if 'data.image_size' in changes:
+        changes['data.image_size'] = draw(st.sampled_from([8, 16]))
+    if 'model.alpha' in changes or case['model'] == 'pyramidnet11':
+        changes['model.alpha'] = 4.0
     for key in ('data.fraction', 'data.base_to_new', 'optimizer.warmup_steps'):
         changes.pop(key, None)
     if changes['data.name'] in ('digits', 'fake_cifar10'):
