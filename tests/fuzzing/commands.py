@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 
-from fuzzing import OUTCOMES, Fault, check_sentence
-from fuzzing.files import PUBLISHED, ROOT, encoded
 from hypothesis import strategies as st
 
+from fuzzing import OUTCOMES, Fault, check_sentence
+from fuzzing.files import PUBLISHED, ROOT, encoded
 from sam_jax import settings
 
 ACCEPTED, SECONDS = 77, 300
@@ -29,8 +29,7 @@ COMMANDS = {
     **{name: (f'cli.{name}', True) for name in ('report', 'figure', 'export', 'evaluate')},
 }
 
-SERVER = (
-    """
+SERVER = """
 import importlib, json, os, sys
 module = importlib.import_module('sam_jax.' + sys.argv[1])
 from absl import flags
@@ -65,14 +64,14 @@ for line in sys.stdin:
         os._exit(code if isinstance(code, int) else 98)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(json.dumps(status), flush=True)
-""".replace('ACCEPTED', str(ACCEPTED))
+"""
 
 
 @functools.cache
 def server(command: str) -> tuple[subprocess.Popen, list[str]]:
     """Returns (the process of a command, the names of its flags)."""
     process = subprocess.Popen(
-        [sys.executable, '-c', SERVER, COMMANDS[command][0]],
+        [sys.executable, '-c', SERVER.replace('ACCEPTED', str(ACCEPTED)), COMMANDS[command][0]],
         cwd=ROOT,
         env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
         stdin=subprocess.PIPE,
