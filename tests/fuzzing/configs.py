@@ -69,7 +69,9 @@ def values(key: schema.Key, usual: bool = False) -> st.SearchStrategy:
 @functools.cache
 def all_keys(model: str, method: str) -> dict[str, schema.Key]:
     """{key: Key} of all settings of a run of a model and a method."""
-    keys = {k: v for k, v in settings.KEYS.items() if k not in ('model.name', 'sam.method')}
+    # The dataset is chosen first; to learn that one of TFDS is not there takes TensorFlow's seconds.
+    chosen = ('model.name', 'sam.method', 'data.name')
+    keys = {k: v for k, v in settings.KEYS.items() if k not in chosen}
     keys |= {f'model.{k}': v for k, v in schema.model_options(model).items()}
     if method in sharpness.METHODS:
         keys |= {f'sam.{k}': schema.Key(v, '') for k, v in sharpness.options(method).items()}
