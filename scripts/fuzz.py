@@ -4,9 +4,9 @@
     python scripts/fuzz.py --kind=train --minutes=30
     python scripts/fuzz.py --kind=files --case="{'form': 'png', ...}"
 
-Kinds: `settings` are refused by a sentence or start, without compilation; `train` are two steps,
-resumed and on two devices; `commands` are command lines; `files` are damaged and planted files of
-each form. With --minutes it stops after so long. Ends with status 1 if there was a fault.
+Kinds: `settings` are refused by a sentence or start, without compilation, as are `keys`, of which
+one is odd; `traces` are traced, too; `train` are two steps, resumed and on two devices; `commands`
+are command lines; `files` are damaged files of each form. With --minutes it stops after so long. Ends with status 1 if there was a fault.
 """
 
 import argparse

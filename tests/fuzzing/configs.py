@@ -69,7 +69,7 @@ def values(key: schema.Key, usual: bool = False) -> st.SearchStrategy:
 @functools.cache
 def all_keys(model: str, method: str) -> dict[str, schema.Key]:
     """{key: Key} of all settings of a run of a model and a method."""
-    # The dataset is chosen first; to learn that one of TFDS is not there takes TensorFlow's seconds.
+    # The dataset is chosen first: that one of TFDS is not there takes TensorFlow's seconds.
     chosen = ('model.name', 'sam.method', 'data.name')
     keys = {k: v for k, v in settings.KEYS.items() if k not in chosen}
     keys |= {f'model.{k}': v for k, v in schema.model_options(model).items()}
@@ -139,6 +139,34 @@ def cases(draw, wild: int = 4, usual: bool = False) -> dict:
         'changes': changes,
         'without': without,
     }
+
+
+FAR = (
+    *(10**4, 2**31 - 1, 2**32 - 1, 2**40, 2**53 + 1, 2**62, 10**18, 10**25, 10**400),
+    *(1e-45, 1e-39, 1e-320, 3.4e38, 1e39),
+)
+
+
+def single_changes() -> list[dict]:
+    """Returns the cases in which one key has another value: each key with each odd and far one."""
+    base = {'data.name': 'npz', 'data.dir': places()['npz'], 'batch_size': 8, 'total_epochs': 6}
+    base |= {'replica_batch_size': 4, 'eval.batch_size': 8, 'data.padding': 1}
+    of = [('wrn10_1', 'sam', key) for key in all_keys('wrn10_1', 'sam')]
+    for method in sharpness.METHODS:
+        of += [('lenet5', method, f'sam.{option}') for option in sharpness.options(method)]
+    for family in models.FAMILIES.values():
+        of += [(family.tiny, 'sgd', f'model.{option}') for option in family.options]
+    return [
+        {
+            'model': model,
+            'method': method,
+            'devices': 1,
+            'changes': {**base, key: value},
+            'without': [],
+        }
+        for model, method, key in of
+        for value in (*ODD_VALUES, *FAR)
+    ]
 
 
 def build(case: dict) -> ml_collections.ConfigDict:

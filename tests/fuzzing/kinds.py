@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from hypothesis import strategies as st
+
 from fuzzing import commands, configs, files, training
 
 
@@ -24,6 +26,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     'settings': Kind(configs.cases, configs.check),
+    'keys': Kind(lambda: st.sampled_from(configs.single_changes()), configs.check),
     'traces': Kind(lambda: configs.cases(wild=0), lambda case: configs.check(case, trace=True)),
     'train': Kind(training.cases, training.check, isolated=True, seconds=600.0),
     'commands': Kind(commands.cases, commands.check),
