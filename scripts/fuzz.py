@@ -6,7 +6,8 @@
 
 Kinds: `settings` are refused by a sentence or start, without compilation, as are `keys`, of which
 one is odd; `traces` are traced, too; `train` are two steps, resumed and on two devices; `commands`
-are command lines; `files` are damaged files of each form. With --minutes it stops after so long. Ends with status 1 if there was a fault.
+are command lines; `files` are damaged files of each form. With --minutes it stops after so long.
+Ends with status 1 if there was a fault.
 """
 
 import argparse

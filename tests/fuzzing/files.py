@@ -35,6 +35,7 @@ from sam_jax.data import files, huggingface, image_files, labels
 from sam_jax.errors import UserError
 from sam_jax.language import tokenizers
 from sam_jax.models import bpe, formats, language_files, pretrained
+from sam_jax.settings import schema
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MORE = 2**20  # KiB that one file may take at most
@@ -380,6 +381,7 @@ def _read_weights(name, path):
 @functools.cache
 def _run_config():
     config = settings.default_config()
+    schema.set_model(config, 'wrn10_1')
     return {'config': settings.jsonable(config), 'versions': {}, 'device_count': 1}
 
 
