@@ -14,6 +14,7 @@ from fuzzing import OUTCOMES, Fault, check_sentence, commands, configs, files, t
 from helpers import ROOT
 
 from sam_jax import settings
+from sam_jax.data import decode
 
 
 def _run(cases, check, number):
@@ -36,12 +37,18 @@ def test_settings():
     assert found['refused'] >= 5 and found['accepted'] >= 5
 
 
-def test_files():
+@pytest.fixture
+def without_tensorflow(monkeypatch):
+    """It takes seconds to be imported; scripts/fuzz.py has images decoded by it."""
+    monkeypatch.setattr(decode, 'has_tensorflow', lambda: False)
+
+
+def test_files(without_tensorflow):
     found = _run(files.cases(), files.check, 50)
     assert found['refused'] >= 10 and found['read'] >= 1
 
 
-def test_files_without_damage_are_read():
+def test_files_without_damage_are_read(without_tensorflow):
     for name in ('idx', 'idx.gz', 'npz-packed', 'labels', 'run', 'image-png', 'weights-own.npz'):
         OUTCOMES.clear()
         whole = {'form': name, 'damages': [], 'changes': [], 'file': 'config.json'}
