@@ -108,6 +108,8 @@ class Experiment:
         dataset = load(config.data)
         settings.check_with_data(config, dataset)
         model = models.from_config(config.model, dataset.num_classes)
+        if isinstance(model, Prompts):
+            clip_files.require_names(dataset.classes)
         return cls(config, layout, note, dataset, model)
 
     @classmethod

@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sam_jax.errors import UserError
+from sam_jax.limits import free_host_memory
 
 AXIS = 'batch'
 
@@ -202,16 +203,6 @@ def _of_memory(layout, of_device, of_process):
         return 1024 * int(fields[of_process].split()[0])
     except (OSError, KeyError):
         return 0
-
-
-def free_host_memory() -> float:
-    """Returns the free bytes of this machine; infinite where it does not tell."""
-    try:
-        with open('/proc/meminfo') as file:
-            fields = dict(line.split(':') for line in file)
-        return 1024 * int(fields['MemAvailable'].split()[0])
-    except (OSError, KeyError):
-        return float('inf')
 
 
 def make_layout(

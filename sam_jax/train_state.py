@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sam_jax import optimizers, rngs, sharpness, trajectory
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 # Reported as means over the steps since the last report, in this order; the rest as last values.
 AVERAGED = (
@@ -92,7 +92,7 @@ def create_train_state(
       num_images: rows of the memory, for methods that have one.
 
     Raises:
-      UserError: the method cannot work with these params.
+      UserError: the model cannot work with such images, or the method with these params.
     """
 
     @jax.jit
@@ -105,9 +105,19 @@ def create_train_state(
         images = jnp.zeros((1, *image_shape), float)
         return init({'params': rngs.key(config.seed, 'init')}, images)
 
+    try:
+        shapes = jax.eval_shape(create_variables)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as e:  # layers that find no pixel left, say
+        raise UserError(
+            f'model.name is {config.model.name!r}; it cannot be made for images of '
+            f'{"x".join(map(str, image_shape))} ({first_line(e)}): set data.image_size to the side '
+            'of others.'
+        ) from e
     method = create_method(config, 0.0)
     try:
-        jax.eval_shape(lambda: method.init(create_variables()['params']))
+        jax.eval_shape(method.init, shapes['params'])
     except ValueError as e:  # what the method has to say of params of these shapes
         raise UserError(f'sam.method is {config.sam.method!r}: {e}') from e
     variables = create_variables()

@@ -15,7 +15,8 @@ from jax import lax
 
 from sam_jax import losses, sharpness
 from sam_jax.errors import UserError
-from sam_jax.replicas import AXIS, free_host_memory
+from sam_jax.limits import free_host_memory
+from sam_jax.replicas import AXIS
 
 # No epoch is this one, and none lies so far back.
 _NEVER = -(2**30)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, small_config
 
-from sam_jax import data, models, replicas, settings, train
+from sam_jax import data, models, replicas, run_log, settings, train
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 
@@ -75,6 +75,26 @@ def _key(key):
 # Whole runs.
 
 
+def test_patches_of_nothing_are_refused():
+    for name in ('clip-tiny0', 'vit-tiny0'):
+        with pytest.raises(UserError, match='with patches of 0 does not exist'):
+            models.create_model(name, 10)
+
+
+def test_too_many_channels_are_refused():
+    with pytest.raises(UserError, match='model.alpha is inf; it must be positive and at most'):
+        models.create_model('pyramidnet11', 10, alpha=math.inf)
+
+
+def test_what_is_infinite_can_be_read_again(tmp_path):
+    config = _config({'sam.method': 'le_sam', 'sam.sigma': math.inf, 'sam.p': 2.0})
+    settings.check(config)
+    run_log.write_json(str(tmp_path / 'config.json'), {'config': settings.jsonable(config)})
+    read = settings.of_run(str(tmp_path))
+    settings.check(read)
+    assert read.sam.sigma == math.inf
+
+
 SAF = {
     'sam.method': 'saf',
     'sam.lam': 0.3,
@@ -97,6 +117,16 @@ BSAM = {
 }
 
 BAD = [
+    # Found by scripts/fuzz.py.
+    ({'total_epochs': 2**30}, ['total_epochs is 1073741824', 'steps of 64 examples', '2147483647']),
+    ({'sam.rho': 1e39}, ['sam.rho is 1e+39', 'of a size from 1.2e-38 to 3.4e+38']),
+    ({'sam.rho': 10**400}, ['sam.rho is 1000', 'as float32 holds']),
+    ({'optimizer.warmup_epochs': 1e-40}, ['warmup_epochs is 1e-40', 'must be 0, or of a size']),
+    ({'log_every_steps': 2**31}, ['log_every_steps is 2147483648', 'as int32 holds']),
+    ({'data.image_size': 2**20}, ['data.image_size is 1048576', 'at most 16384']),
+    ({'data.image_size': 7}, ['model.name is', 'images of 7x7x1', 'set data.image_size']),
+    ({'model.name': 'wrn1000000000000_1'}, ["model.name is 'wrn10000000", *models.NAMES]),
+    ({'model.name': 'vit-s' + 5000 * '9'}, ["model.name is 'vit-s999", *models.NAMES]),
     ({'batch_size': 60}, ['batch_size is 60', 'multiple of replica_batch_size, 64']),
     ({'batch_size': 96, 'replica_batch_size': 8}, ['12 replicas', '8 devices', 'batch_size 96']),
     (
@@ -324,6 +354,8 @@ def test_every_number_has_its_range():
             assert (high, closed) == (1, False), key
         elif key in ('data.label_noise', 'data.fraction', 'data.cutout_probability'):
             assert (high, closed) == (1, True), key
+        elif key == 'data.image_size':
+            assert (high, closed) == (2**14, True), key
         elif key in ('data.label_noise_seed', 'data.fraction_seed', 'seed'):
             assert (high, closed) == (2**32 - 1, True), key
         else:

@@ -9,7 +9,17 @@ import pytest
 from helpers import ROOT
 
 FLOORS = [
-    {'errors', 'tables', 'rngs', 'losses', 'metrics', 'schedules', 'sharpness', 'convolutions'},
+    {
+        'errors',
+        'limits',
+        'tables',
+        'rngs',
+        'losses',
+        'metrics',
+        'schedules',
+        'sharpness',
+        'convolutions',
+    },
     {
         'models',
         'data',
@@ -43,6 +53,7 @@ NEIGHBOURS = {
     ('train_state', 'trajectory'),
     ('models', 'replicas'),
     ('sharpness', 'tables'),
+    ('limits', 'errors'),
 }
 
 # Rooms that a room on a higher floor nevertheless may not enter: input and output.

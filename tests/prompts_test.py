@@ -91,6 +91,11 @@ def test_names_leave_places_for_the_context():
         clip_files.names(tokens, CLASSES, context=13, length=20)
     with pytest.raises(UserError, match='no names'):
         clip_files.names(tokens, (), 4, 20)
+    unnamed = settings.default_config()
+    schema.set_model(unnamed, 'clip-tiny4')
+    unnamed.data.name, unnamed.model.context = 'fake_cifar10', 4
+    with pytest.raises(UserError, match='no names'):  # before anything is computed
+        Experiment.from_config(unnamed, jax.devices()[:1])
 
 
 def test_the_context_stands_behind_the_first_token():

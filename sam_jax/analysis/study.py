@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sam_jax import optimizers, replicas, run_log
+from sam_jax import limits, optimizers, replicas, run_log
 from sam_jax.analysis import hessian, landscape, monitor, sharpness, study_report
 from sam_jax.analysis import objective as objectives
 from sam_jax.errors import UserError
@@ -207,7 +207,7 @@ def measure_spectrum(
 
 
 def _top_eigenpairs(run, flat, k, steps, seed, tell):
-    needed, free = 4 * steps * flat.size, replicas.free_host_memory()
+    needed, free = 4 * steps * flat.size, limits.free_host_memory()
     if needed > free:
         raise UserError(
             f'steps is {steps}; so many vectors of the {flat.size:,} params need '

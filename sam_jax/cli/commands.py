@@ -51,7 +51,8 @@ def _parse(argv):
     except UserError as e:
         leave(str(e))
     except (flags.Error, ValueError) as e:
-        leave(' '.join(str(e).split()))
+        message = ' '.join(str(e).split())
+        leave(message if message.endswith('.') else f'{message}.')
 
 
 def with_paths(argv: list[str]) -> list[str]:

@@ -9,16 +9,20 @@ TensorFlow is not installed, `pillow` does the same.
 import functools
 import importlib.util
 import logging
+import struct
 from typing import Any
 
 import numpy as np
 
+from sam_jax import limits
 from sam_jax.data import pillow
 from sam_jax.errors import first_line
 
 # The window of the training: shares of the image's area, ratios of width to height, and the share
 # of the image that it must cover, by TensorFlow's default.
 AREA, ASPECT, COVERED = (0.08, 1.0), (3 / 4, 4 / 3), 0.1
+
+_PNG = b'\x89PNG\r\n\x1a\n'
 
 _log = logging.getLogger(__name__)
 
@@ -54,14 +58,15 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
     attempts it is the centre crop.
 
     Args:
-      encoded: bytes of a JPEG, PNG, BMP or GIF file.
+      encoded: bytes of a JPEG, PNG, BMP, GIF or WebP file. The last two are always decoded by
+        Pillow, of which the first frame is enough.
       size: side of the result.
       seed: two int32, which decide the window.
 
     Raises:
-      ValueError: the bytes are no image.
+      ValueError: the bytes are no image, or one of more pixels than `limits.PIXELS`.
     """
-    if has_tensorflow():
+    if _is_tensorflow_s(encoded):
         return _run(_function(random_window, size), encoded, seed)
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape
@@ -72,13 +77,22 @@ def random_crop(encoded: bytes, size: int, seed: np.ndarray) -> np.ndarray:
 def center_crop(encoded: bytes, size: int) -> np.ndarray:
     """The central square of size / (size + 32) of the shorter side, resized: (size, size, 3).
 
-    Arguments and errors as of `random_crop`. A WebP file is always decoded by Pillow.
+    Arguments and errors as of `random_crop`.
     """
-    if encoded[8:12] != b'WEBP' and has_tensorflow():
+    if _is_tensorflow_s(encoded):
         return _run(_function(center_window, size), encoded, np.zeros(2, np.int32))
     pixels = pillow.decode(encoded)
     height, width, _ = pixels.shape
     return pillow.crop(pixels, _center(height, width, size), size)
+
+
+def _is_tensorflow_s(encoded):
+    """Whether TensorFlow decodes an image; what the others are, Pillow says."""
+    if not encoded.startswith((b'\xff\xd8', _PNG, b'BM')) or not has_tensorflow():
+        return False
+    if encoded.startswith(_PNG) and len(encoded) >= 24:  # of a JPEG `_function` asks
+        limits.check_pixels(*struct.unpack('>II', encoded[16:24]))
+    return True
 
 
 def random_window(shape: Any, size: int, seed: Any) -> Any:
@@ -124,7 +138,11 @@ def _function(window_of, size):
     tf = tensorflow()
 
     def jpeg(encoded, seed):
-        window = window_of(tf.image.extract_jpeg_shape(encoded), size, seed)
+        shape = tf.image.extract_jpeg_shape(encoded)
+        pixels = tf.cast(shape[0], tf.int64) * tf.cast(shape[1], tf.int64)
+        few = tf.debugging.Assert(pixels <= limits.PIXELS, ['it has too many pixels:', shape])
+        with tf.control_dependencies([few]):
+            window = window_of(shape, size, seed)
         return tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
 
     def other(encoded, seed):

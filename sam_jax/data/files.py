@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sam_jax import limits
 from sam_jax.data.resident import Split
 from sam_jax.errors import UserError, first_line
 
@@ -112,6 +113,9 @@ def _idx_content(file: Any, path):
         raise UserError(f'{path} ends within its header.')
     shape = struct.unpack(f'>{magic[3]}I', lengths)
     said = int(np.prod(shape, dtype=object))
+    # Of what is not packed there is no more than the file has.
+    if isinstance(file, gzip.GzipFile):
+        limits.check_unpacked(f'{path}, by its header,', said)
     content = bytearray()
     # In pieces: memory is taken for what is there, whatever the header says.
     while len(content) < said and (piece := file.read(min(_CHUNK, said - len(content)))):
@@ -156,14 +160,23 @@ def _npz_array(path, name):
         # Opened here: of a damaged file NumPy leaves its own open.
         with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as file:
             if name in file.files:
+                limits.check_unpacked(f'{name!r} of {path}', unpacked_size(file, name))
                 return file[name]
             held = ', '.join(file.files) or 'nothing'
+    except UserError:
+        raise
     except FileNotFoundError as e:
         raise UserError(f'There is no file {path}, which data.dir names.') from e
     except Exception as e:  # whatever NumPy and zipfile find wrong
         raise UserError(f'{path} cannot be read as an npz file: {first_line(e)}.') from e
     wanted = ', '.join(name for names in NPZ_NAMES for name in names)
     raise UserError(f'{path} has no array {name!r} but {held}; it must hold {wanted}.')
+
+
+def unpacked_size(file: Any, name: str) -> int:
+    """Returns the bytes of an array in an open npz file: of its member no more are unpacked."""
+    members = file.zip.namelist()
+    return file.zip.getinfo(name if name in members else f'{name}.npy').file_size
 
 
 def folder_of(data_dir: str, name: str, described: str) -> str:

@@ -4,9 +4,7 @@ Both are tables of Arrow with encoded images in them; pyarrow and Pillow read th
 library `datasets`.
 """
 
-import glob
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sam_jax import limits
 from sam_jax.data import pillow
 from sam_jax.data.files import checked_split, folder_of
 from sam_jax.data.resident import Split
@@ -23,6 +22,9 @@ from sam_jax.errors import UserError, first_line
 TEST_SPLITS = ('test', 'validation', 'val', 'valid')
 # The column of labels, where several could be.
 LABEL_NAMES = ('label', 'labels', 'fine_label')
+
+# Examples that are read at once.
+_BATCH = 256
 
 _SHARD = re.compile(r'(.*)-(\d+)-of-(\d+)\.(arrow|parquet)')
 
@@ -71,10 +73,13 @@ def read_huggingface(data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
 def _files(root):
     """The tables in a folder and below, sorted; without those that `datasets` keeps for itself."""
     for kind in ('parquet', 'arrow'):
+        # Links to folders are not followed: they may lead in circles.
         found = sorted(
-            glob.glob(os.path.join(glob.escape(root), '**', f'*.{kind}'), recursive=True)
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(root)
+            for name in names
+            if name.endswith(f'.{kind}') and not name.startswith(('cache-', 'tmp', '.'))
         )
-        found = [f for f in found if not os.path.basename(f).startswith(('cache-', 'tmp'))]
         if found:
             return found
     return []
@@ -108,36 +113,44 @@ def _read_split(paths):
     _check_shards(paths)
     images, labels, names = [], [], ()
     for path in paths:
-        table = _table(path)
-        image_column, label_column, names = _columns(table.schema, path)
-        if table[label_column].null_count:
-            raise UserError(f'{path} has examples without a {label_column!r}.')
-        labels.append(np.asarray(table[label_column].to_numpy()))
-        chunks = (chunk.to_pylist() for chunk in table[image_column].chunks)
-        for number, encoded in enumerate(itertools.chain.from_iterable(chunks)):
-            images.append(_pixels(encoded, f'Example {number} of {path}'))
-            if images[-1].shape != images[0].shape:
-                raise UserError(
-                    f'Example {number} of {path} is an image {_by(images[-1].shape)}, and the '
-                    f"first one is {_by(images[0].shape)}; data.name='huggingface' is for images "
-                    "of one size, 'folder' for others."
-                )
+        done = 0
+        for batch in _batches(path):
+            image_column, label_column, names = _columns(batch.schema, path)
+            if batch[label_column].null_count:
+                raise UserError(f'{path} has examples without a {label_column!r}.')
+            labels.append(np.asarray(batch[label_column].to_numpy(zero_copy_only=False)))
+            for number, encoded in enumerate(batch[image_column].to_pylist(), done):
+                images.append(_pixels(encoded, f'Example {number} of {path}'))
+                if images[-1].shape != images[0].shape:
+                    raise UserError(
+                        f'Example {number} of {path} is an image {_by(images[-1].shape)}, and the '
+                        f"first one is {_by(images[0].shape)}; data.name='huggingface' is for "
+                        "images of one size, 'folder' for others."
+                    )
+            done += len(batch)
+            # As much again when they are put together.
+            limits.check_unpacked(f'{path}, decoded,', sum(x.nbytes for x in images))
     if not images:
         raise UserError(f'{paths[0]} holds no examples.')
     name = f'of {paths[0]}' + (' and its like' if len(paths) > 1 else '')
     return checked_split((np.stack(images), name), (np.concatenate(labels), name)), names
 
 
-def _table(path):
+def _batches(path):
+    """Yields a table piece by piece: few bytes of a file may say that there are many examples."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if path.endswith('.parquet'):
-            return pq.ParquetFile(path).read()
-        with pa.memory_map(path) as file:
-            return pa.ipc.open_stream(file).read_all()
-    except (OSError, pa.ArrowException) as e:
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(_BATCH)
+        else:
+            with pa.memory_map(path) as file:
+                yield from pa.ipc.open_stream(file)
+    except UserError:
+        raise
+    except Exception as e:  # whatever Arrow finds wrong
         raise UserError(f'{path} is damaged or cannot be read: {first_line(e)}.') from e
 
 
@@ -145,19 +158,18 @@ def _columns(schema: Any, path):
     """(name of the images, of the labels, names of the classes or ()) in a table."""
     import pyarrow as pa
 
-    said = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
-    features = {
-        name: feature
-        for name, feature in said.get('info', {}).get('features', {}).items()
-        if isinstance(feature, dict)
-    }
+    features = _features(schema, path)
     images = [
         field.name
         for field in schema
         if pa.types.is_binary(field.type)
         or (pa.types.is_struct(field.type) and field.type.get_field_index('bytes') >= 0)
     ]
-    labels = [name for name, f in features.items() if f.get('_type') == 'ClassLabel']
+    labels = [
+        name
+        for name, f in features.items()
+        if f.get('_type') == 'ClassLabel' and name in schema.names
+    ]
     labels = labels or [field.name for field in schema if pa.types.is_integer(field.type)]
     if len(labels) > 1:
         labels = [name for name in LABEL_NAMES if name in labels][:1] or labels
@@ -167,7 +179,20 @@ def _columns(schema: Any, path):
                 f'{path} has the columns {", ".join(schema.names)}; one of them must hold {what}, '
                 f'and {", ".join(found) or "none"} could.'
             )
-    return images[0], labels[0], tuple(features.get(labels[0], {}).get('names') or ())
+    names = features.get(labels[0], {}).get('names') or ()
+    if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise UserError(f'{path} must hold a list with the names of its classes; it has {names!r}.')
+    return images[0], labels[0], tuple(names)
+
+
+def _features(schema, path):
+    """What the library `datasets` says of the columns: {name: {'_type': ..., ...}}."""
+    try:
+        said = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))
+        found = said.get('info', {}).get('features', {})
+        return {name: x for name, x in found.items() if isinstance(x, dict)}
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f'{path} says of its columns what cannot be read: {first_line(e)}.') from e
 
 
 def _pixels(encoded, what):

@@ -10,18 +10,14 @@ eight are taken; an alpha channel is dropped, and a palette looked up.
 """
 
 import os
-import struct
-import zlib
 
 import numpy as np
 
+from sam_jax import limits
 from sam_jax.data import decode, pillow, records
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 EXTENSIONS = (*records.EXTENSIONS, '.webp')
-
-# What Pillow raises of damaged files, besides the ValueError that `pillow.decode` makes.
-_DAMAGED = (ValueError, OSError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 
 
 def find(place: str) -> list[str]:
@@ -66,14 +62,12 @@ def read(path: str, shape: tuple[int, ...], of_files: bool) -> np.ndarray:
       ValueError: the file is no image, is damaged, or cannot be read; with the reason.
     """
     try:
-        with open(path, 'rb') as file:
-            encoded = file.read()
+        encoded = limits.read_file(path)
         if of_files:
             return decode.center_crop(encoded, shape[0])
         return fitted(pillow.decode(encoded), shape)
-    except _DAMAGED as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        raise ValueError(reason or type(e).__name__) from e
+    except OSError as e:
+        raise ValueError(e.strerror or first_line(e)) from e
 
 
 def fitted(pixels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

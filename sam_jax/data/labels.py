@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax import rngs
+from sam_jax import limits, rngs
 from sam_jax.errors import UserError
 
 # (positions in the training set, their true labels) -> labels.
@@ -69,20 +69,30 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
     """
     key = f'data.labels_from is {path!r}'
     try:
-        with np.load(os.path.expanduser(path)) as file:
+        # Opened here: of a damaged file NumPy leaves its own open.
+        with open(os.path.expanduser(path), 'rb') as opened, np.load(opened) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            limits.check_unpacked(f'data.labels_from, {path!r},', size)
             probabilities, dataset = file['probabilities'], str(file['dataset'])
+    except UserError:
+        raise
     except FileNotFoundError as e:
         raise UserError(f'{key}; there is no such file. `sam-jax-predict` writes one.') from e
     except Exception as e:  # whatever NumPy and zipfile find wrong
         raise UserError(f'{key}; it cannot be read as a file of predictions: {e!r}.') from e
+    if probabilities.ndim != 2 or not np.issubdtype(probabilities.dtype, np.floating):
+        raise UserError(
+            f'{key}; its probabilities are {probabilities.dtype} {probabilities.shape}, and must '
+            'be numbers (N, classes).'
+        )
     if (dataset, *probabilities.shape) != (name, num_examples, num_classes):
         n, classes = probabilities.shape
         raise UserError(
             f'{key}; it holds predictions for {n} examples of {dataset} in {classes} classes, and '
             f'the training set is {num_examples} examples of {name} in {num_classes} classes.'
         )
-    if not np.isfinite(probabilities).all():
-        raise UserError(f'{key}; some of its probabilities are not finite.')
+    if not (np.isfinite(probabilities).all() and (probabilities >= 0).all()):
+        raise UserError(f'{key}; some of its probabilities are not finite, or below 0.')
     table = (
         probabilities.astype(np.float32) if soft else probabilities.argmax(axis=1).astype(np.int32)
     )

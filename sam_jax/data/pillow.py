@@ -10,6 +10,12 @@ import io
 
 import numpy as np
 
+from sam_jax import limits
+from sam_jax.errors import first_line
+
+# Those that Pillow decodes by itself: for some others it starts programs.
+FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP')
+
 TABLE = 1024  # places between two pixels for which TensorFlow has coefficients
 ATTEMPTS = 10
 
@@ -22,12 +28,13 @@ def decode(encoded: bytes, keep_grey: bool = False) -> np.ndarray:
       keep_grey: whether an image of one channel stays one, (H, W, 1).
 
     Raises:
-      ValueError: the bytes are no image.
+      ValueError: the bytes are no image of FORMATS, or one of more pixels than are allowed.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            limits.check_pixels(*image.size)
             if image.mode.startswith('I;16') or image.mode == 'I':
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, -1)
             if keep_grey and image.mode in ('1', 'L'):
@@ -35,8 +42,8 @@ def decode(encoded: bytes, keep_grey: bool = False) -> np.ndarray:
             return np.asarray(image.convert('RGB'))
     except UnidentifiedImageError as e:
         raise ValueError('it is no image of a known format') from e
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(str(e)) from e
+    except Exception as e:  # whatever its decoders find wrong
+        raise ValueError(first_line(e)) from e
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

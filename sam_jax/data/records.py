@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sam_jax import rngs
+from sam_jax import limits, rngs
 from sam_jax.data import labels as labels_lib
 from sam_jax.data import sources
 from sam_jax.errors import UserError, first_line
@@ -212,7 +212,7 @@ class FolderSource:
                 files += [
                     (e.path, label)
                     for e in sorted(os.scandir(place), key=lambda e: e.name)
-                    if e.name.lower().endswith(EXTENSIONS)
+                    if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()
                 ]
         if not files:
             raise UserError(f'{folder} holds no images CLASS/IMAGE ({", ".join(EXTENSIONS)}).')
@@ -243,7 +243,6 @@ class FolderSource:
     def __getitem__(self, i):
         path, label = self._files[i]
         try:
-            with open(path, 'rb') as file:
-                return file.read(), label, path
+            return limits.read_file(path), label, path
         except OSError as e:
             raise UserError(f'{path} cannot be read: {e.strerror}.') from e

@@ -7,7 +7,7 @@ import pathlib
 import re
 import unicodedata
 
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 
 # GPT-2's words: 's and its like, letters, digits, the rest, each with one space before it.
 _GPT2 = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
@@ -91,8 +91,14 @@ class BytePairs:
         """
         try:
             self.pieces = json.loads(_read(vocabulary))
-        except ValueError as e:
-            raise UserError(f'{os.fspath(vocabulary)} cannot be read as JSON: {e}') from e
+        except (ValueError, RecursionError) as e:
+            raise UserError(
+                f'{os.fspath(vocabulary)} cannot be read as JSON: {first_line(e)}.'
+            ) from e
+        if not (
+            isinstance(self.pieces, dict) and all(type(n) is int for n in self.pieces.values())
+        ):
+            raise UserError(f'{os.fspath(vocabulary)} must hold a JSON object {{piece: number}}.')
         pairs = [
             tuple(line.split(' '))
             for line in _read(merges).split('\n')

@@ -90,7 +90,7 @@ _BATCH_NORM = 'without it convolutions have biases'
 FAMILIES = {
     'wrn': Family(
         WideResNet,
-        r'wrn(\d+)_(\d+)',
+        r'wrn([0-9]{1,4})_([0-9]{1,4})',
         _depth_and_width,
         ('wrn28_10', 'wrn40_10', 'wrn16_4', 'wrn<depth>_<width>'),
         'wrn10_1',
@@ -102,14 +102,14 @@ FAMILIES = {
     ),
     'shake_shake': Family(
         ShakeShake,
-        r'shake_shake_(\d+)_2x(\d+)d',
+        r'shake_shake_([0-9]{1,4})_2x([0-9]{1,4})d',
         _depth_and_width,
         ('shake_shake_26_2x96d', 'shake_shake_<depth>_2x<width>d'),
         'shake_shake_8_2x4d',
     ),
     'pyramidnet': Family(
         PyramidNet,
-        r'pyramidnet(\d+)(_shakedrop)?',
+        r'pyramidnet([0-9]{1,4})(_shakedrop)?',
         _pyramidnet,
         ('pyramidnet272', 'pyramidnet272_shakedrop', 'pyramidnet<depth>[_shakedrop]'),
         'pyramidnet11',
@@ -120,7 +120,7 @@ FAMILIES = {
     ),
     'resnet': Family(
         CifarResNet,
-        r'resnet(\d+)',
+        r'resnet([0-9]{1,4})',
         lambda depth: {'depth': int(depth)},
         ('resnet32', 'resnet56', 'resnet110', 'resnet<6n+2> (for CIFAR)'),
         'resnet8',
@@ -156,7 +156,7 @@ FAMILIES = {
     ),
     'vit': Family(
         ViT,
-        rf'vit-({"|".join(vit.SIZES)})(\d+)',
+        rf'vit-({"|".join(vit.SIZES)})([0-9]{{1,4}})',
         _vit,
         ('vit-ti16', 'vit-s16', 'vit-b16', 'vit-l16', 'vit-<size><patch>'),
         'vit-tiny4',
@@ -170,7 +170,7 @@ FAMILIES = {
     ),
     'clip': Family(
         Prompts,
-        rf'clip-({"|".join(clip.SIZES)})(\d+)',
+        rf'clip-({"|".join(clip.SIZES)})([0-9]{{1,4}})',
         _clip,
         ('clip-b16', 'clip-b32', 'clip-l14', 'clip-<size><patch> (prompt learning)'),
         'clip-tiny4',

@@ -139,6 +139,15 @@ def tokenizer(folder: str, size: int) -> bpe.Tokenizer:
     return bpe.read(folder, size) if folder else bpe.Tokenizer(bpe.of_bytes(size), [])
 
 
+def require_names(classes: Sequence[str]) -> None:
+    """Raises UserError if a dataset does not say the names of its classes."""
+    if not classes:
+        raise UserError(
+            'The classes of this dataset have no names, which model.name needs; sort the images '
+            "into data.name='folder', whose folders are named as the classes."
+        )
+
+
 def names(tokens: bpe.Tokenizer, classes: Sequence[str], context: int, length: int) -> np.ndarray:
     """Returns the texts of classes as numbers, (classes, T) int32.
 
@@ -154,11 +163,7 @@ def names(tokens: bpe.Tokenizer, classes: Sequence[str], context: int, length: i
     Raises:
       UserError: there are no names, or one is too long.
     """
-    if not classes:
-        raise UserError(
-            'The classes of this dataset have no names, which model.name needs; sort the images '
-            "into data.name='folder', whose folders are named as the classes."
-        )
+    require_names(classes)
     texts = [
         [tokens.start, *[0] * context, *tokens(f'{name.replace("_", " ")}.'), tokens.end]
         for name in classes

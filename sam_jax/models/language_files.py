@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, first_line
 from sam_jax.models.language import Decoder, Encoder, LanguageModel
 
 Arrays = dict[str, np.ndarray]
+
+# Of each size; the vocabulary is the largest that there are.
+_LARGEST = 2**24
 
 # What a config.json must say, where it says it, to be one of ours.
 _FIXED = {
@@ -79,8 +82,10 @@ def model_of(config: dict[str, Any], where: str, num_classes: int = 0) -> Langua
     Raises:
       UserError: neither OPT nor BERT, a key is missing, or something that ours do not have.
     """
+    if not isinstance(config, dict):
+        raise UserError(f'{where} must hold a JSON object; it holds a {type(config).__name__}.')
     kind = config.get('model_type')
-    if kind not in _FIXED:
+    if not isinstance(kind, str) or kind not in _FIXED:
         raise UserError(f'{where}: model_type is {kind!r}; it must be opt or bert.')
     for key, value in _FIXED[kind].items():
         if config.get(key, value) != value:
@@ -97,13 +102,28 @@ def model_of(config: dict[str, Any], where: str, num_classes: int = 0) -> Langua
         )
     except KeyError as e:
         raise UserError(f'{where} has no key {e.args[0]!r}.') from e
-    if kind == 'bert':
-        return Encoder(**sizes, types=config.get('type_vocab_size', 2))
-    return Decoder(
-        **sizes,
-        pre_norm=config.get('do_layer_norm_before', True),
-        embedding_width=config.get('word_embed_proj_dim') or 0,
+    more: dict[str, Any] = (
+        {'types': config.get('type_vocab_size', 2)}
+        if kind == 'bert'
+        else {'embedding_width': config.get('word_embed_proj_dim') or 0}
     )
+    pre_norm = config.get('do_layer_norm_before', True)
+    for name, size in {**sizes, **more}.items():
+        least = 0 if name in ('num_classes', 'embedding_width') else 1
+        if type(size) is not int or not least <= size <= _LARGEST:
+            raise UserError(
+                f'{where}: its {name} is {size!r}; it must be a whole number from {least} to '
+                f'{_LARGEST}.'
+            )
+    if sizes['width'] % sizes['heads'] or type(pre_norm) is not bool:
+        raise UserError(
+            f'{where}: its width is {sizes["width"]}, its heads are {sizes["heads"]} and '
+            f'do_layer_norm_before is {pre_norm!r}; heads must divide the width, and the last be '
+            'true or false.'
+        )
+    if kind == 'bert':
+        return Encoder(**sizes, **more)
+    return Decoder(**sizes, **more, pre_norm=pre_norm)
 
 
 def load_folder(
@@ -130,8 +150,8 @@ def load_folder(
         config = json.loads(path.read_text())
     except OSError as e:
         raise UserError(f'{path}: no such file; transformers writes one beside the weights.') from e
-    except ValueError as e:
-        raise UserError(f'{path} cannot be read as JSON: {e}') from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{path} cannot be read as JSON: {first_line(e)}.') from e
     model = model_of(config, str(path), num_classes)
     files = sorted(folder.glob('*.safetensors'))
     if not files:

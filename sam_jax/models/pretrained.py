@@ -16,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sam_jax import models
-from sam_jax.errors import UserError
+from sam_jax import limits, models
+from sam_jax.errors import UserError, first_line
 from sam_jax.models.formats import FORMATS
+
+# A file may have so many times the bytes of a model, for the state of its optimizer and a moving
+# average, and these besides.
+TIMES, LARGEST = 16, 2**26
 
 # The names of files of weights in the folders of sam-jax-export.
 EXPORTED = ('weights.safetensors', 'model.safetensors')
@@ -77,16 +81,22 @@ def load(
     Raises:
       UserError: as `load_reference_checkpoint`.
     """
-    arrays = dict(source) if hasattr(source, 'items') else read(source)
-    where = 'The weights' if hasattr(source, 'items') else f'The weights in {os.fspath(source)}'
     ours = {
         k: np.asarray(v)
         for k, v in flax.traverse_util.flatten_dict(
             jax.device_get(dict(variables)), sep='/'
         ).items()
     }
+    most = LARGEST + TIMES * sum(x.nbytes for x in ours.values())
+    arrays = dict(source) if hasattr(source, 'items') else read(source, most)
+    where = 'The weights' if hasattr(source, 'items') else f'The weights in {os.fspath(source)}'
+    _check_numbers(arrays, where)
     readings = [
-        (form, form.arrange(model, ours, arrays), {form.name(model, path): path for path in ours})
+        (
+            form,
+            _arranged(form, model, ours, arrays),
+            {form.name(model, path): path for path in ours},
+        )
         for form in FORMATS
         if isinstance(model, tuple(form.modules))
     ]
@@ -102,7 +112,11 @@ def load(
     for name, path in sorted(names.items()):
         if name not in arrays:
             raise UserError(f'{where} lack {name}, {ours[path].shape}: another architecture.')
-        array = form.layout(path, np.asarray(arrays[name]), ours[path].ndim)
+        array = np.asarray(arrays[name])
+        try:
+            array = form.layout(path, array, ours[path].ndim)
+        except (ValueError, IndexError):
+            pass  # of other axes, so of another shape
         if array.shape == ours[path].shape:
             values[path] = array.astype(ours[path].dtype)
         elif name not in head or array.shape[:-1] != ours[path].shape[:-1]:
@@ -122,19 +136,39 @@ def load(
     return {**dict.fromkeys(variables, {}), **found}  # a network may have no statistics
 
 
+def _check_numbers(arrays, where):
+    for name, x in arrays.items():
+        dtype = getattr(x, 'dtype', None)
+        # Two bytes without a type are what NumPy makes of a bfloat16.
+        known = dtype is not None and (dtype == np.dtype('V2') or jnp.issubdtype(dtype, np.number))
+        if not known or jnp.issubdtype(dtype, np.complexfloating):
+            raise UserError(
+                f'{where} hold {dtype or type(x).__name__} in {name}; weights are numbers.'
+            )
+
+
+def _arranged(form, model, ours, arrays):
+    """What `Format.arrange` makes of a file; nothing of one whose arrays it cannot take."""
+    try:
+        return form.arrange(model, ours, arrays)
+    except (ValueError, IndexError, TypeError):  # of other axes or types than such a file has
+        return {}
+
+
 def _number(path):
     return int(path.name.rpartition('_')[2])
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike, most: float | None = None) -> dict[str, np.ndarray]:
     """Returns the arrays of a file as {name: array}.
 
     Args:
       path: .npz, .safetensors, .h5, or msgpack of flax 0.2; of a folder the file of weights is read
         that sam-jax-export wrote there, else the `checkpoint_N` with the highest N.
+      most: bytes that they may take; default what this machine has free.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or its arrays take more.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -151,36 +185,50 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         '.h5': _read_h5,
         '.hdf5': _read_h5,
     }.get(path.suffix, _read_msgpack)
+    limits.check_unpacked(f'{path}', path.stat().st_size, most)
     try:
-        return reader(path)
+        return reader(path, most)
+    except UserError:
+        raise
     except ImportError as e:
         raise UserError(f'To read {path} install {e.name}.') from e
-    except Exception as e:
-        raise UserError(f'{path} cannot be read as {reader.__name__[6:]}: {e}') from e
+    except Exception as e:  # whatever the libraries find wrong
+        raise UserError(f'{path} cannot be read as {reader.__name__[6:]}: {first_line(e)}.') from e
 
 
-def _read_npz(path):
-    with np.load(path) as f:
+def _read_npz(path, most):
+    # Opened here: of a damaged file NumPy leaves its own open.
+    with open(path, 'rb') as opened, np.load(opened, allow_pickle=False) as f:
+        size = sum(member.file_size for member in f.zip.infolist())
+        limits.check_unpacked(f'{path}, unpacked,', size, most)
         return dict(f)
 
 
-def _read_safetensors(path):
+def _read_safetensors(path, most):
+    del most
     from safetensors.numpy import load_file
 
     # Counters of steps say nothing about the weights.
     return {k: v for k, v in load_file(path).items() if not k.endswith('num_batches_tracked')}
 
 
-def _read_h5(path):
+def _read_h5(path, most):
     """{'layer/kind or number of the weight': array}, from the layout of Keras 2 or 3."""
     import h5py
 
-    arrays = {}
+    arrays, size = {}, 0
 
     def visit(name, item):
+        nonlocal size
         if not isinstance(item, h5py.Dataset) or 'optimizer' in name:
             return
+        if item.external or item.is_virtual:
+            raise UserError(f'{path}: {name} is that of another file, which is not read.')
+        size += item.nbytes
+        limits.check_unpacked(f'{path}, unpacked,', size, most)
         parts = name.split('/')
+        if len(parts) < 2:
+            raise UserError(f'{path}: {name} is of no layer; Keras writes LAYER/LAYER/WEIGHT.')
         if parts[-2] == 'vars':  # Keras 3: layers/<class>_<number>/vars/<number>
             layer, leaf = parts[-3], parts[-1]
         else:  # Keras 2: <layer>/<layer>/<kind>:0
@@ -193,7 +241,8 @@ def _read_h5(path):
     return arrays
 
 
-def _read_msgpack(path):
+def _read_msgpack(path, most):
+    del most
     tree = flax.serialization.msgpack_restore(path.read_bytes())
     if 'optimizer' in tree:  # what the paper's trainer writes
         params, state = tree['optimizer']['target']['params'], tree['model_state']

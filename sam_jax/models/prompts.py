@@ -40,6 +40,8 @@ class Prompts(layers.Network, kw_only=True):
     frozen = True
 
     def __post_init__(self):
+        if self.patch < 1:
+            raise UserError(f'A CLIP with patches of {self.patch} does not exist: at least 1.')
         if not 1 <= self.context <= self.size.length - 3:
             raise UserError(
                 f'model.context is {self.context}; it must be at least 1 and at most '

@@ -7,6 +7,8 @@ import flax.linen as nn
 from sam_jax.errors import UserError
 from sam_jax.models import layers, shake
 
+MOST_CHANNELS = 10_000
+
 
 class PyramidNet(layers.Network, kw_only=True):
     """PyramidNet of depth 9n + 2: n bottlenecks a group, their width growing by alpha in all.
@@ -17,7 +19,7 @@ class PyramidNet(layers.Network, kw_only=True):
 
     Attributes:
       depth: 9n + 2: 11, 20, ..., 110, 272, ...
-      alpha: channels added from the first block to the last, > 0.
+      alpha: channels added from the first block to the last, > 0 and at most MOST_CHANNELS.
       shakedrop: whether branches are dropped at random.
     """
 
@@ -31,8 +33,10 @@ class PyramidNet(layers.Network, kw_only=True):
                 f'A PyramidNet of depth {self.depth} does not exist: the depth is '
                 '9n + 2 (11, 20, ..., 110, ..., 272, ...).'
             )
-        if not self.alpha > 0:
-            raise UserError(f'model.alpha is {self.alpha}; it must be positive.')
+        if not 0 < self.alpha <= MOST_CHANNELS:
+            raise UserError(
+                f'model.alpha is {self.alpha}; it must be positive and at most {MOST_CHANNELS}.'
+            )
         super().__post_init__()
 
     def _block(self, x, channels, stride, keep_rate, train, true_gradient, name):

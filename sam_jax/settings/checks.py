@@ -8,7 +8,7 @@ from sam_jax.errors import UserError
 from sam_jax.models.prompts import Prompts
 from sam_jax.replicas import Layout
 from sam_jax.settings.overrides import flatten, jsonable, nearest
-from sam_jax.settings.schema import KEYS, Config, Key, completed, model_options
+from sam_jax.settings.schema import KEYS, WHOLE, Config, Key, completed, model_options
 
 # What may differ when a run is resumed: it does not change what is computed.
 FREE_AT_RESUME = (
@@ -232,8 +232,8 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
     """Checks a config against its dataset.
 
     Raises:
-      UserError: fewer training examples than a batch, a warm-up longer than the run, a shift wider
-        than the image, top-5 of fewer than six classes.
+      UserError: fewer training examples than a batch, more steps than are counted, a warm-up longer
+        than the run, a shift wider than the image, top-5 of fewer than six classes.
     """
     n = dataset.num_train_examples
     if config.batch_size > n:
@@ -246,6 +246,11 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
         raise UserError(
             f'optimizer.warmup_steps is {config.optimizer.warmup_steps}; it must not exceed the '
             f'steps of the run, {total_steps}.'
+        )
+    if total_steps > WHOLE:
+        raise UserError(
+            f'total_epochs is {config.total_epochs}, which are {total_steps} steps of '
+            f'{config.batch_size} examples; a run may have {WHOLE}.'
         )
     shifts = 'shift' in data.RECIPES[config.data.augment]
     if shifts and config.data.padding >= min(dataset.pixel_shape[:2]):

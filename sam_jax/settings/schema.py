@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, TypeAlias
 
 import ml_collections
+import numpy as np
 
 from sam_jax import data, losses, models, optimizers, replicas, schedules, sharpness
 from sam_jax.errors import UserError
@@ -16,6 +17,10 @@ from sam_jax.errors import UserError
 Config: TypeAlias = Any
 
 DTYPES = ('float32', 'bfloat16', 'float64')
+
+# What a program holds of numbers, the least of fractions first: of others it makes 0 or infinity.
+WHOLE = 2**31 - 1
+FRACTIONS = 2.0**-126, float(np.finfo(np.float32).max)
 
 
 class Key(NamedTuple):
@@ -44,13 +49,21 @@ class Key(NamedTuple):
     def why_not(self, value: Any) -> str | None:
         """Returns what is wrong with a value, 'it must be ...', or None.
 
-        A float may be given as an int; a bool is no number.
+        A float may be given as an int; a bool is no number. Numbers are those that a program holds.
         """
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
             return f'it must be of type {self.kind.__name__}.'
         if self.choices and value not in self.choices:
             return f'it must be one of {", ".join(self.choices)}.'
+        if self.kind is float and 0 < abs(value) < math.inf:
+            if not FRACTIONS[0] <= abs(value) <= FRACTIONS[1]:
+                return (
+                    f'it must be 0, or of a size from {FRACTIONS[0]:.2g} to {FRACTIONS[1]:.2g}, '
+                    'as float32 holds.'
+                )
+        if self.kind is int and self.high is None and abs(value) > WHOLE:
+            return f'it must be at most {WHOLE}, as int32 holds.'
         if self.low is not None:
             high = math.inf if self.high is None else self.high
             # Neither NaN nor infinity is a setting.
@@ -151,7 +164,7 @@ KEYS = {
     ),
     'data.cutmix_alpha': _amount(0.0, 'exchange boxes between pairs of examples; 0 for never'),
     'data.mix_per_image': Key(False, 'a weight for each image in place of one for the batch'),
-    'data.image_size': _amount(0, "side of the network's input; 0 for that of the dataset"),
+    'data.image_size': Key(0, "side of the network's input; 0 for that of the dataset", 0, 2**14),
     'data.skip_corrupt': Key(False, 'pass over images that cannot be decoded'),
     'data.threads': _amount(0, 'that read and decode images; 0 for one a core'),
     'data.validation': Key(
@@ -284,11 +297,12 @@ def completed(flat: dict[str, Any]) -> dict[str, Any]:
     A number that is not finite, such as p = inf, stands there as text and is a number here.
     """
     added = {key: KEYS[key].default for key in ADDED}
-    texts = [k for k, v in flat.items() if v in ('inf', '-inf', 'nan') and k in KEYS]
+    keys = keys_of(flat.get('model.name'), flat.get('sam.method'))
+    texts = [k for k, v in flat.items() if v in ('inf', '-inf', 'nan') and k in keys]
     return {
         **{k: list(v) if isinstance(v, tuple) else v for k, v in added.items()},
         **flat,
-        **{k: float(flat[k]) for k in texts if KEYS[k].kind is float},
+        **{k: float(flat[k]) for k in texts if keys[k].kind is float},
     }
 
 
@@ -308,6 +322,16 @@ def model_options(name: str) -> dict[str, Key]:
     """Returns {option: Key} of a model, of which `config.model` has one each."""
     family = models.family_of(name)
     return _options(family) if family else {}
+
+
+def keys_of(model: Any, method: Any) -> dict[str, Key]:
+    """Returns {'section.key': Key} of a run of a model and a method; of unknown ones, `KEYS`."""
+    found = dict(KEYS)
+    if isinstance(model, str):
+        found |= {f'model.{name}': key for name, key in model_options(model).items()}
+    if method in sharpness.METHODS:
+        found |= {f'sam.{k}': Key(v, '') for k, v in sharpness.options(method).items()}
+    return found
 
 
 def tiny_model(name: str) -> str:

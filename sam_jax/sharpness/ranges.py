@@ -24,7 +24,7 @@ def radius(rho: Any) -> None:
 def finite(**values) -> None:
     """All must be finite."""
     for name, value in _known(values):
-        if not np.isfinite(value):
+        if not np.isfinite(float(value)):
             raise ValueError(f'{name} is {value}; it must be finite.')
 
 
