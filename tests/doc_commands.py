@@ -170,7 +170,7 @@ def _try(module, argv):
         rest = flags_parser(sys.argv) if flags_parser else flags.FLAGS(sys.argv)
         if rest[1:] and not module.endswith(('.report', '.figure', '.export', '.evaluate')):
             raise ValueError(f'{rest[1]!r} is no flag')
-        if module.endswith(('.sweep', '.jobset')):
+        if sys.argv[1:] and module.endswith(('.sweep', '.jobset')):  # not where it is only named
             main(rest)  # a sweep as far as `execute`
         known = flags.FLAGS
         if 'config' in known:
