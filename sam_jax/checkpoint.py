@@ -96,7 +96,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                arrays, meta = self._read(step)
+                arrays, meta = self.read(step)
             except Exception as e:  # whatever orbax or the file system raise at damaged files
                 _log.error('Checkpoint %d is damaged and not used: %s', step, first_line(e))
                 damaged.append(step)
@@ -124,7 +124,7 @@ class Checkpoints:
                 f'are those of {", ".join(map(str, self.steps()))}.'
             )
         try:
-            arrays, meta = self._read(step)
+            arrays, meta = self.read(step)
         except Exception as e:  # whatever orbax or the file system raise at damaged files
             raise UserError(
                 f'Checkpoint {step} in {self._directory} is damaged: {first_line(e)}.'
@@ -140,7 +140,7 @@ class Checkpoints:
         except Exception:  # whatever orbax or the file system raise at damaged files
             return None
 
-    def _read(self, step):
+    def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with warnings.catch_warnings():
             # "Sharding info not provided": these are host arrays, placed by the caller.
             warnings.simplefilter('ignore')

@@ -1,0 +1,358 @@
+"""A campaign of faults on real runs.
+
+    python scripts/faults.py --minutes=20 --seed=0 --out=FOLDER
+
+Each run of 24 steps is started, disturbed, started again, and so on until it has ended; then its
+last checkpoint, its metrics.jsonl and its result.json are compared with those of the same run left
+alone. FOLDER/faults.jsonl gets a line for each fault, FOLDER/faults.md a table; a run that was lost
+leaves its folder. Given again, it goes on. --life=N does one life again.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sam_jax.faults import kinds, runs
+from sam_jax.faults.life import Fault, Life, Waiting
+
+MISSED, FAILED = 'missed', 'FAILED'
+IDENTICAL = 'went on, bit-identical'
+REFUSED = 'ended with one sentence, then bit-identical'
+NOT_COMPARED = 'went on; the run was lost later'
+LINES = 'lines of metrics.jsonl lost, and said so; else bit-identical'
+
+_TRACES = ('Traceback (most recent call last)', 'Fatal Python error', 'Segmentation fault')
+
+
+def live(life: Life, reference: runs.End, only: Sequence[str] = ()) -> Waiting:
+    """Lives a life.
+
+    Args:
+      life: Life.
+      reference: how the run ends if it is left alone.
+      only: names of kinds; default all.
+
+    Returns:
+      Its faults, each with an outcome.
+    """
+    faults: list[Fault] = []
+    starts = life.rng.randint(3, 7) if life.setup.processes == 1 else life.rng.randint(1, 3)
+    for start in range(starts + 1):
+        drawn = _draw(life, only) if start < starts else []
+        faults += drawn
+        problem = yield from _round(life, drawn)
+        if problem:
+            for fault in drawn or faults[-1:]:
+                fault.outcome = f'{FAILED}: {problem}'
+            for fault in faults:
+                fault.outcome = fault.outcome or NOT_COMPARED
+            return faults
+        if _finished(life):
+            break
+    problem = yield from _compare(life, reference, any(f.lines and f.moment for f in faults))
+    for fault in faults:
+        if not fault.moment:
+            fault.outcome = MISSED
+        elif problem:
+            fault.outcome = f'{FAILED}: {problem}'
+        elif not fault.outcome:
+            fault.outcome = IDENTICAL
+    return faults
+
+
+def _draw(life, only):
+    """Up to three kinds for one start; one of them at most may end the processes."""
+    drawn, ending = {}, False
+    for _ in range(life.rng.choice((1, 2, 2, 3, 3))):
+        fitting = {
+            name: kind
+            for name, kind in kinds.KINDS.items()
+            if name not in drawn
+            and not (kind.ends and ending)
+            and kind.fits(life)
+            and (not only or name in only)
+        }
+        if fitting:
+            weights = [kind.weight for kind in fitting.values()]
+            (name,) = life.rng.choices(list(fitting), weights)
+            drawn[name] = fitting[name]
+            ending |= drawn[name].ends
+    return [Fault(name) for name in drawn]
+
+
+def _round(life, faults):
+    """One start with its faults; returns what is wrong, or ''."""
+    acts = [kinds.KINDS[fault.kind].act(life, fault) for fault in faults]
+    for act in acts:
+        _until(act, kinds.START)
+    life.start()
+    going = list(acts)
+    try:
+        waiting = life.wait()
+        while True:
+            going = [act for act in going if next(act) != kinds.END]
+            try:
+                next(waiting)
+            except StopIteration as done:
+                problem = done.value
+                break
+            yield
+        for act in going:  # the run has ended: they see it
+            _until(act, kinds.END)
+        problem = problem or _judge(life, faults)
+    finally:
+        life.close()
+    for act in acts:
+        for _ in act:  # mend
+            pass
+    return problem
+
+
+def _until(act, mark):
+    for said in act:
+        if said == mark:
+            return
+
+
+def _judge(life, faults):
+    """Looks at how the processes have ended; notes it in the faults, and returns what is wrong."""
+    allowed = {0}.union(*(fault.allows for fault in faults if fault.moment))
+    if life.killed_by_launcher:
+        allowed.add(-9)
+    for process in life.processes:
+        for trace in _TRACES:
+            if trace in process.text:
+                return f'it said {trace!r}'
+        if process.status not in allowed:
+            return f'it ended with status {process.status}'
+        errors = [line for line in process.text.splitlines() if line.startswith('error: ')]
+        if len(errors) != (process.status == kinds.REFUSED):
+            return f'it ended with status {process.status} and {len(errors)} lines "error: "'
+    sentences = [line for line in life.text.splitlines() if _tells(line)]
+    refused = any(process.status == kinds.REFUSED for process in life.processes)
+    for fault in faults:
+        if fault.moment:
+            fault.said = sentences[-1] if sentences else ''
+            if refused and kinds.REFUSED in fault.allows:
+                fault.outcome = REFUSED
+            if life.killed_by_launcher:
+                fault.said += ' (the others were ended after a minute, as launch_local.sh does)'
+    for fault in faults:
+        if fault.lines and fault.moment:
+            told = [line for line in sentences if 'metrics.jsonl' in line]
+            if told:
+                fault.said, fault.outcome = told[-1], LINES
+    return ''
+
+
+def _tells(line):
+    words = ('damaged', 'Stopped by', 'metrics.jsonl', 'compilation cache')
+    return line.startswith('error: ') or any(word in line for word in words)
+
+
+def _finished(life):
+    return os.path.exists(os.path.join(life.workdir, 'result.json'))
+
+
+def _compare(life, reference, lines_lost):
+    """Compares what a run has ended in with what it ends in if it is left alone."""
+    try:
+        end = yield from runs.end(life.workdir)
+    except (OSError, ValueError, TypeError) as e:
+        return f'what the run left cannot be read: {e}'
+    if lines_lost:
+        # The state is the same; of the lines, those that are left.
+        if any(line not in reference.lines for line in end.lines):
+            return 'metrics.jsonl has lines that are wrong'
+        end = end._replace(lines=reference.lines)
+    return end.differs(reference)
+
+
+# The whole.
+
+
+def life_of(number: int, seed: int, out: str) -> Life:
+    """Returns the life of a number; all that is random in it is a function of seed and number."""
+    rng = random.Random(f'{seed}/{number}')
+    (setup,) = rng.choices(runs.SETUPS, [setup.weight for setup in runs.SETUPS])
+    return Life(os.path.join(out, f'life-{number}'), setup, rng, out)
+
+
+def reference(setup: runs.Setup, out: str) -> runs.End:
+    """Returns how a run ends that is left alone; trains it where that is not known yet.
+
+    Raises:
+      RuntimeError: it does not end well.
+    """
+    path = os.path.join(out, 'reference', setup.name.replace(' ', '_') + '.json')
+    if not os.path.exists(path):
+        life = Life(os.path.join(out, 'undisturbed'), setup, random.Random(0), out)
+        _through(_round(life, []))
+        try:
+            found = _through(runs.end(life.workdir))
+        except Exception as e:
+            with open(os.path.join(life.folder, 'log.txt')) as log:
+                raise RuntimeError(f'{setup.name} does not end well: {log.read()}') from e
+        life.leave(keep=False)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w') as file:
+            json.dump(found._asdict(), file)
+    return runs.read_end(path)
+
+
+def _through(waiting):
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as done:
+            return done.value
+        time.sleep(0.002)
+
+
+def read(out: str) -> list[dict[str, Any]]:
+    """Returns the faults of a campaign so far, as faults.jsonl has them."""
+    path = os.path.join(out, 'faults.jsonl')
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith('}\n')]
+
+
+def table(faults: Sequence[dict[str, Any]]) -> str:
+    """Returns a Markdown table of the outcomes by kind, of faults that came to it."""
+    names = (IDENTICAL, REFUSED, LINES, FAILED)
+    counts = collections.defaultdict(collections.Counter)
+    for fault in faults:
+        if fault['outcome'] != MISSED:
+            for kind in (fault['kind'], 'all'):
+                counts[kind][fault['outcome'].partition(':')[0]] += 1
+    head = ['kind', 'faults', *names]
+    rows = [
+        [kind, sum(counts[kind].values()), *(counts[kind][name] for name in names)]
+        for kind in (*kinds.KINDS, 'all')
+        if kind in counts
+    ]
+    lines = [head, ['---', *['---:'] * (len(head) - 1)], *rows]
+    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
+
+
+def _record(out, number, life, faults, seconds):
+    with open(os.path.join(out, 'faults.jsonl'), 'a') as file:
+        for i, fault in enumerate(faults):
+            content = {
+                'life': number,
+                'fault': i,
+                'setup': life.setup.name,
+                **{k: v for k, v in dataclasses.asdict(fault).items() if k not in ('allows',)},
+                'seconds': round(seconds, 1),
+            }
+            file.write(json.dumps(content) + '\n')
+    with open(os.path.join(out, 'faults.md'), 'w') as file:
+        file.write(table(read(out)))
+
+
+def campaign(
+    out: str,
+    minutes: float,
+    seed: int,
+    lives: int | None = None,
+    at_once: int = 2,
+    only: Sequence[str] = (),
+    one: int | None = None,
+) -> int:
+    """Throws faults for so long; returns how many runs were lost.
+
+    Args:
+      out: folder of the campaign; what is in it already is not done again.
+      minutes: after which no further life begins.
+      seed: of all that is random.
+      lives: how many lives at most.
+      at_once: how many lives are lived at once.
+      only: names of kinds; default all.
+      one: the number of one life, which is lived again and alone.
+    """
+    runs.write_data(os.path.join(out, 'data'))
+    os.makedirs(os.path.join(out, 'cache'), exist_ok=True)
+    begun, lost, number = time.monotonic(), 0, 0
+    done = {fault['life'] for fault in read(out)}
+    going: list[tuple[int, Life, Any, float]] = []
+    end = math.inf if one is not None else begun + 60 * minutes
+    todo = [one] if one is not None else None
+    while True:
+        more = time.monotonic() < end and (lives is None or number < lives)
+        if len(going) < at_once and (todo if todo is not None else more):
+            number, life_number = number + 1, todo.pop() if todo else number
+            if life_number in done and one is None:
+                continue
+            life = life_of(life_number, seed, out)
+            lived = live(life, reference(life.setup, out), only)
+            going.append((life_number, life, lived, time.monotonic()))
+        if not going:
+            return lost
+        for entry in list(going):
+            life_number, life, lived, since = entry
+            try:
+                next(lived)
+            except StopIteration as finished:
+                going.remove(entry)
+                failed = [f for f in finished.value if f.outcome.startswith(FAILED)]
+                lost += bool(failed)
+                life.leave(keep=bool(failed))
+                _record(out, life_number, life, finished.value, time.monotonic() - since)
+                for fault in failed:
+                    print(
+                        f'life {life_number} ({life.setup.name}): {fault.kind}, {fault.moment}: '
+                        f'{fault.outcome}',
+                        flush=True,
+                    )
+        time.sleep(0.002)
+
+
+def _prepare():
+    """Imports what a run needs, so that its process has it; TensorFlow stays out but for one."""
+    for name in ('tensorflow', 'tensorflow_datasets', 'clu'):
+        sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]
+    for name in ('sam_jax.main', 'sam_jax.faults.hooked', 'orbax.checkpoint', 'grain', 'PIL.Image'):
+        importlib.import_module(name)
+    logging.getLogger('absl').setLevel(logging.WARNING)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--minutes', type=float, default=10.0, help='after which none begins')
+    parser.add_argument('--seed', type=int, default=0, help='of all that is random')
+    parser.add_argument('--out', default='/tmp/sam_jax_faults', help='folder of the campaign')
+    parser.add_argument('--lives', type=int, help='the most runs')
+    parser.add_argument('--at_once', type=int, default=2, help='runs at once')
+    parser.add_argument('--only', action='append', default=[], help='a kind; may be repeated')
+    parser.add_argument('--life', type=int, help='the number of one life, to live it again')
+    given = parser.parse_args(argv)
+    for name in given.only:
+        if name not in kinds.KINDS:
+            parser.error(f'--only is {name!r}; the kinds are {", ".join(kinds.KINDS)}.')
+    out = os.path.abspath(given.out)
+    os.makedirs(out, exist_ok=True)
+    if given.life is not None:
+        shutil.rmtree(os.path.join(out, f'life-{given.life}'), ignore_errors=True)
+    _prepare()
+    with contextlib.suppress(KeyboardInterrupt):
+        lost = campaign(
+            out, given.minutes, given.seed, given.lives, given.at_once, given.only, given.life
+        )
+        print(table(read(out)))
+        sys.exit(int(lost > 0))
