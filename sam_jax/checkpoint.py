@@ -7,6 +7,8 @@ The arrays are one host's copy of the replicated state, so a checkpoint knows no
 writes beside and renames, so a process killed during a save leaves the previous checkpoint newest.
 """
 
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -18,7 +20,7 @@ import jax
 import numpy as np
 
 from sam_jax import distributed
-from sam_jax.errors import UserError, first_line
+from sam_jax.errors import UserError, first_line, of_system
 
 NEWEST_KEPT = 2
 
@@ -43,7 +45,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
-        self._directory, self._read_only = directory, read_only
+        self._directory, self._read_only, self._failed = directory, read_only, False
         keep = [policies.LatestN(NEWEST_KEPT)]
         if keep_steps:
             keep.append(policies.CustomSteps(list(keep_steps)))
@@ -73,12 +75,25 @@ class Checkpoints:
         # step is given to overwrite.
         arrays = {name: np.array(x, copy=True) for name, x in _flatten(state)[0].items()}
         meta = {**meta, 'checksums': {name: _checksum(x) for name, x in arrays.items()}}
-        self._manager.save(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)
-            ),
-        )
+        meta = {**meta, 'checksum': _meta_checksum(meta)}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Says of a write that fails, perhaps one that began before, what the system says."""
+        try:
+            yield
+        except Exception as e:  # whatever orbax, TensorStore or the file system raise
+            self._failed = True
+            raise UserError(
+                f'A checkpoint cannot be written to {self._directory}: {of_system(e)}.'
+            ) from e
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
@@ -134,13 +149,16 @@ class Checkpoints:
     def read_meta(self, step: int) -> dict[str, Any] | None:
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
         try:
-            return self._manager.restore(
+            meta = self._manager.restore(
                 step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
             ).meta
+            _check_meta(meta)
+            return meta
         except Exception:  # whatever orbax or the file system raise at damaged files
             return None
 
     def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns ({name: array}, meta) of a checkpoint; raises whatever its damage makes raise."""
         with warnings.catch_warnings():
             # "Sharding info not provided": these are host arrays, placed by the caller.
             warnings.simplefilter('ignore')
@@ -150,6 +168,7 @@ class Checkpoints:
                     state=self._ocp.args.StandardRestore(), meta=self._ocp.args.JsonRestore()
                 ),
             )
+        _check_meta(restored.meta)
         arrays = {name: np.asarray(x) for name, x in restored.state.items()}
         for name, checksum in restored.meta['checksums'].items():
             if name not in arrays or _checksum(arrays[name]) != checksum:
@@ -169,15 +188,32 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is written and lets go of the directory."""
-        self._manager.close()
+        if self._failed:  # it has been said, and would be once more
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            return
+        with self._writing():
+            self._manager.close()
 
 
 def _checksum(x):
     return zlib.crc32(np.ascontiguousarray(x).tobytes())
+
+
+def _meta_checksum(meta):
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _check_meta(meta):
+    """Raises ValueError if the meta dict is not what was written; older ones have no checksum."""
+    content = {name: x for name, x in meta.items() if name != 'checksum'}
+    if 'checksum' in meta and meta['checksum'] != _meta_checksum(content):
+        raise ValueError('the checksum of its meta does not fit')
 
 
 def _unflatten(arrays, target, step):

@@ -1,5 +1,9 @@
 """The one exception that means: the person who launched the run can mend this; its wording."""
 
+import re
+
+import jax
+
 EXIT_USER_ERROR = 2
 
 
@@ -9,6 +13,39 @@ class UserError(ValueError):
     Its message is one sentence that names the field, the value and what would be right;
     `main.py` prints it without a traceback and exits with status 2.
     """
+
+
+def told(error: BaseException) -> str | None:
+    """Returns one sentence of what a person can mend, or None: the error is one of the code.
+
+    That is a UserError, memory that is used up, another process that is gone, or a file that
+    cannot be read or written.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return 'The memory of this machine is used up.'
+    if isinstance(error, OSError) and error.strerror:
+        return f'{error.filename or "A file"}: {error.strerror}.'
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        said = first_line(error)
+        if 'RESOURCE_EXHAUSTED' in said:
+            return f'The memory is used up: {said}'
+        if any(words in said for words in _GONE):
+            return f'Another process of the run is gone: {said}'
+    return None
+
+
+# What gloo and JAX's coordination service say of a process that does not answer.
+_GONE = ('gloo', 'Gloo', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')
+
+
+def of_system(error: BaseException) -> str:
+    """Returns what the system says of a file that cannot be written, without what is around it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r'OS error \d+: \w+ ([^\]]+)', str(error))  # as TensorStore has it
+    return found[1] if found else first_line(error)
 
 
 def first_line(error: BaseException | str) -> str:

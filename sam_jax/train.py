@@ -24,7 +24,7 @@ from sam_jax import (
     trackers,
 )
 from sam_jax.data import pictures
-from sam_jax.errors import UserError
+from sam_jax.errors import UserError, told
 from sam_jax.experiment import Experiment
 from sam_jax.periodic import Preempted
 from sam_jax.progress import Progress
@@ -100,7 +100,7 @@ def train_and_evaluate(
       UserError: something in config or workdir that the caller can mend; or the run diverged.
       Preempted: SIGTERM came; the state is saved.
     """
-    began, watch = time.time(), watch or Watch()
+    began, watch = time.monotonic(), watch or Watch()
     settings.check(config)
     trackers.check(watch.trackers)
     _check_workdir(workdir)
@@ -110,17 +110,19 @@ def train_and_evaluate(
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()
         result_path = os.path.join(workdir, 'result.json')
-        if first_step == experiment.total_steps and os.path.exists(result_path):
+        if first_step == experiment.total_steps and (result := _result(result_path)):
             if main:
                 _log.info(
                     'The run in %s is finished; nothing to do. For another one choose '
                     'another workdir.',
                     workdir,
                 )
-                _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
+                _log.info('%s', provenance.summary(result, workdir))
             return state
         opened = trackers.create(watch.trackers, workdir, first_step > 0) if main else []
-        writer = run_log.RunWriter(workdir, main, first_step, opened)
+        before = checkpoints.read_meta(first_step) if first_step else None
+        mark = (before or {}).get('metrics')
+        writer = run_log.RunWriter(workdir, main, first_step, opened, mark)
         progress = Progress(first_step, experiment.total_steps, config.batch_size, main)
         with contextlib.closing(writer), contextlib.closing(progress):
             log = StepLog(config, writer, progress, experiment.steps_per_epoch, first_step)
@@ -131,7 +133,7 @@ def train_and_evaluate(
                 log,
                 writer,
                 progress,
-                lambda: wall_before + time.time() - began,
+                lambda: wall_before + time.monotonic() - began,
             )
             _announce(run, state, first_step)
             state, result = _loop(run, state, first_step, stop, watch)
@@ -189,15 +191,19 @@ def _loop(run, state, first_step, stop, watch):
             run.log.add(done, metrics)
             for action in actions:
                 action(done, state)
-    except UserError as e:
-        run.checkpoints.wait()
+    except Exception as e:
+        said = told(e)
+        if said is None:
+            raise
+        with contextlib.suppress(UserError):  # of a save that was under way
+            run.checkpoints.wait()
         newest = run.checkpoints.steps()[-1:]
         kept = (
             f'the last good checkpoint is that of step {newest[0]}'
             if newest
             else ('no checkpoint was written yet')
         )
-        raise UserError(f'{e} In {run.workdir} {kept}.') from e
+        raise UserError(f'{said} In {run.workdir} {kept}.') from e
     finally:
         profiler.close()
     run.checkpoints.wait()
@@ -217,6 +223,15 @@ def _loop(run, state, first_step, stop, watch):
         'perf/memory_at_start': at_start,
         'perf/memory_peak': replicas.memory_peak(experiment.layout),
     }
+
+
+def _result(path):
+    """The content of a result.json; None if there is none, or it has to be made once more."""
+    try:
+        return run_log.read_json(path)
+    except UserError as e:
+        _log.warning('%s It is written anew.', e)
+        return None
 
 
 def _check_workdir(workdir):
