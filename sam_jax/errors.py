@@ -44,7 +44,7 @@ def of_system(error: BaseException) -> str:
     """Returns what the system says of a file that cannot be written, without what is around it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    found = re.search(r'OS error \d+: \w+ ([^\]]+)', str(error))  # as TensorStore has it
+    found = re.search(r": ([^:\[\]]+) \[os_error_code='", str(error))  # as TensorStore has it
     return found[1] if found else first_line(error)
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     {'train'},
     {'cli'},
     {'main', 'benchmarks'},
+    {'faults'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -74,7 +75,7 @@ LIBRARIES = {
     'sklearn': {'data'},
     'tensorflow': {'data', 'benchmarks', 'trained'},
     'grain': {'data'},
-    'PIL': {'cli', 'data'},
+    'PIL': {'cli', 'data', 'faults'},
     'pyarrow': {'data'},
     'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint', 'trained'},

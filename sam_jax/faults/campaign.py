@@ -13,12 +13,13 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
-import math
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -158,7 +159,7 @@ def _judge(life, faults):
 
 
 def _tells(line):
-    words = ('damaged', 'Stopped by', 'metrics.jsonl', 'compilation cache')
+    words = ('damaged', 'Stopped by', 'Interrupted', 'metrics.jsonl', 'compilation cache')
     return line.startswith('error: ') or any(word in line for word in words)
 
 
@@ -285,39 +286,41 @@ def campaign(
     """
     runs.write_data(os.path.join(out, 'data'))
     os.makedirs(os.path.join(out, 'cache'), exist_ok=True)
-    begun, lost, number = time.monotonic(), 0, 0
+    os.chmod(os.path.join(out, 'cache'), 0o777)  # of those who are not root, too
     done = {fault['life'] for fault in read(out)}
+    numbers = itertools.count() if lives is None else range(lives)
+    todo = (n for n in numbers if n not in done) if one is None else iter([one])
+    end, lost = time.monotonic() + 60 * minutes, 0
     going: list[tuple[int, Life, Any, float]] = []
-    end = math.inf if one is not None else begun + 60 * minutes
-    todo = [one] if one is not None else None
-    while True:
-        more = time.monotonic() < end and (lives is None or number < lives)
-        if len(going) < at_once and (todo if todo is not None else more):
-            number, life_number = number + 1, todo.pop() if todo else number
-            if life_number in done and one is None:
-                continue
-            life = life_of(life_number, seed, out)
-            lived = live(life, reference(life.setup, out), only)
-            going.append((life_number, life, lived, time.monotonic()))
-        if not going:
-            return lost
-        for entry in list(going):
-            life_number, life, lived, since = entry
-            try:
-                next(lived)
-            except StopIteration as finished:
-                going.remove(entry)
-                failed = [f for f in finished.value if f.outcome.startswith(FAILED)]
-                lost += bool(failed)
-                life.leave(keep=bool(failed))
-                _record(out, life_number, life, finished.value, time.monotonic() - since)
-                for fault in failed:
-                    print(
-                        f'life {life_number} ({life.setup.name}): {fault.kind}, {fault.moment}: '
-                        f'{fault.outcome}',
-                        flush=True,
-                    )
-        time.sleep(0.002)
+    try:
+        while True:
+            if len(going) < at_once and time.monotonic() < end:
+                number = next(todo, None)
+                if number is not None:
+                    life = life_of(number, seed, out)
+                    lived = live(life, reference(life.setup, out), only)
+                    going.append((number, life, lived, time.monotonic()))
+            if not going:
+                return lost
+            for entry in list(going):
+                number, life, lived, since = entry
+                try:
+                    next(lived)
+                except StopIteration as finished:
+                    going.remove(entry)
+                    failed = [f for f in finished.value if f.outcome.startswith(FAILED)]
+                    lost += bool(failed)
+                    life.leave(keep=bool(failed))
+                    _record(out, number, life, finished.value, time.monotonic() - since)
+                    for fault in failed:
+                        where = f'life {number} ({life.setup.name})'
+                        print(f'{where}: {fault.kind}, {fault.moment}: {fault.outcome}', flush=True)
+            time.sleep(0.002)
+    finally:
+        for _, life, lived, _ in going:
+            lived.close()
+            life.close()
+            life.leave(keep=False)
 
 
 def _prepare():
@@ -350,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.life is not None:
         shutil.rmtree(os.path.join(out, f'life-{given.life}'), ignore_errors=True)
     _prepare()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         lost = campaign(
             out, given.minutes, given.seed, given.lives, given.at_once, given.only, given.life

@@ -10,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sam_jax import experiment, periodic, train_step
-from sam_jax.faults.process import NOBODY, Hooks
+from sam_jax.faults.process import Hooks, obey
 
 
 def install(hooks: Hooks) -> None:
     """Disturbs this process as the hooks say."""
     if hooks.file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hooks.file_size, hooks.file_size))
-    if hooks.nobody and os.getuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    if hooks.obeys and os.getuid() == 0:
+        obey()
     if hooks.clock:
         _shift_clock(*hooks.clock)
     if hooks.poison:

@@ -5,6 +5,7 @@ is started; until it yields END, while the run goes on; what follows mends what 
 be mended, as a person would who reads the sentence. All other yields wait.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from sam_jax import sharpness
 from sam_jax.faults import runs
 from sam_jax.faults.life import Fault, Life, files
-from sam_jax.faults.process import NOBODY, Hooks
+from sam_jax.faults.process import Hooks
 
 START, END = 'start', 'end'
 REFUSED, PREEMPTED = 2, 143
@@ -162,7 +163,8 @@ def _damage(life, path, how=''):
                 byte = file.read(1)[0]
                 file.seek(at)
                 file.write(bytes([byte ^ 1 << life.rng.randrange(8)]))
-    return f'{os.path.relpath(path, life.folder)} {how} at byte {at} of {size}'
+    where = '' if how == 'removed' else f' at byte {at} of {size}'
+    return f'{os.path.relpath(path, life.disk)} {how}{where}'
 
 
 def _has_checkpoint(life):
@@ -301,36 +303,32 @@ def _quota(life, fault):
 
 def _read_only(life, fault):
     os.makedirs(life.workdir, exist_ok=True)
-    life.hooks = life.hooks._replace(nobody=True)
-    os.chmod(life.workdir, 0o555)
+    life.hooks = life.hooks._replace(obeys=True)
+    _set_rights(life.workdir, 0o555)
     fault.moment = 'before the start'
     fault.allows.add(REFUSED)
     yield START
     yield END
-    os.chmod(life.workdir, 0o755)
+    _set_rights(life.workdir, 0o755)
 
 
-def _own(folder, user):
-    """Gives a folder to a user, with all that is in it."""
-    for place, _, names in os.walk(folder):
-        for path in (place, *(os.path.join(place, name) for name in names)):
-            try:
-                os.chown(path, user, user)
-            except FileNotFoundError:  # a save goes on
-                pass
+def _set_rights(folder, rights):
+    """Sets those of a folder and of all folders in it."""
+    for place, _, _ in os.walk(folder):
+        with contextlib.suppress(FileNotFoundError):  # a save goes on
+            os.chmod(place, rights)
 
 
 def _turns_read_only(life, fault):
     os.makedirs(life.workdir, exist_ok=True)
-    _own(life.workdir, NOBODY)
-    life.hooks = life.hooks._replace(nobody=True)
+    life.hooks = life.hooks._replace(obeys=True)
     yield START
     fault.moment = yield from life.moment('start', 'step', 'save')
     if fault.moment:
-        _own(life.workdir, 0)
+        _set_rights(life.workdir, 0o555)
         fault.allows.add(REFUSED)
     yield END
-    _own(life.workdir, 0)
+    _set_rights(life.workdir, 0o755)
 
 
 def _vanishes(life, fault):
@@ -400,10 +398,6 @@ def _on_small_disk(life):
     return life.small_disk
 
 
-def _by_root(life):
-    return os.getuid() == 0
-
-
 def _climbs(life):
     return bool(sharpness.METHODS[life.setup.method].norm)
 
@@ -433,8 +427,8 @@ KINDS = {
         _full_disk_with_tensorboard, 0.3, True, lambda life: life.small_disk and _alone(life)
     ),
     'files too large (quota)': Kind(_quota, 2, True),
-    'read-only workdir': Kind(_read_only, 1, True, _by_root),
-    'workdir turns read-only': Kind(_turns_read_only, 1, True, _by_root),
+    'read-only workdir': Kind(_read_only, 1, True),
+    'workdir turns read-only': Kind(_turns_read_only, 1, True),
     'workdir vanishes': Kind(_vanishes, 2, True),
     'not finite: batch': Kind(_poisoned('batch'), 0.5, True),
     'not finite: gradient': Kind(_poisoned('gradient'), 1.5, True),

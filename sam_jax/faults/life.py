@@ -16,7 +16,8 @@ from sam_jax.faults.process import Hooks, Process
 # A fault is waited for by a generator, which yields while it waits.
 Waiting = Generator[None, None, Any]
 
-HANG_SECONDS = 90
+# Silence of so long is a hang, if the processes do not work meanwhile, or do for as long.
+HANG_SECONDS, IDLE_SECONDS = 90, 3
 # After one of several processes has failed, launch_local.sh lets the others live so long.
 GRACE_SECONDS = 60
 
@@ -64,6 +65,7 @@ class Life:
         self.hooks, self.more = Hooks(), ()
         self.processes: list[Process] = []
         self.killed_by_launcher = False
+        unmount(self.disk)  # of a campaign that was killed
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(self.disk)
         self.small_disk = mount(self.disk)
@@ -80,6 +82,9 @@ class Life:
         """Reads what the processes say; returns whether one of them still is there."""
         return any([process.poll() for process in self.processes])
 
+    def _seconds(self):
+        return sum(process.seconds() for process in self.processes)
+
     @property
     def text(self) -> str:
         return ''.join(process.text for process in self.processes)
@@ -90,7 +95,7 @@ class Life:
         Returns:
           '' or what is wrong.
         """
-        failed = 0.0
+        failed, since, spent = 0.0, time.monotonic(), 0.0
         while self.poll():
             now = time.monotonic()
             statuses = {process.status for process in self.processes}
@@ -100,9 +105,14 @@ class Life:
                 self.killed_by_launcher = True
                 for process in self.processes:
                     process.send(signal.SIGKILL)
-            silent = now - max(process.heard for process in self.processes)
-            if not failed and silent > HANG_SECONDS:
-                return f'it hung for {HANG_SECONDS} s'
+            heard = max(process.heard for process in self.processes)
+            if heard > since or failed:
+                since, spent = now, self._seconds()
+            if now - since > HANG_SECONDS:
+                busy = self._seconds() - spent
+                # On a machine that others use a start may take minutes; then it has worked little.
+                if busy < IDLE_SECONDS or busy > HANG_SECONDS or now - since > 10 * HANG_SECONDS:
+                    return f'it hung for {now - since:.0f} s, of which it worked {busy:.0f} s'
             yield
         return ''
 
@@ -119,8 +129,7 @@ class Life:
         """Gives up the folder; a small disk's content is kept as a plain folder, if asked for."""
         if keep and self.small_disk:
             shutil.copytree(self.disk, self.disk + '-kept', symlinks=True)
-        if self.small_disk:
-            subprocess.run(['umount', self.disk], check=False)
+        unmount(self.disk)
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -202,6 +211,12 @@ def mount(folder: str) -> bool:
     """Makes a folder a small disk, where root may; returns whether it is one."""
     command = ['mount', '-t', 'tmpfs', '-o', 'size=64m,mode=755', 'tmpfs', folder]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def unmount(folder: str) -> None:
+    """Undoes `mount`."""
+    if os.path.ismount(folder):
+        subprocess.run(['umount', '-l', folder], check=False)
 
 
 def files(folder: str) -> list[str]:

@@ -16,7 +16,10 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-NOBODY = 65534
+import sam_jax
+
+_VERSION_3 = 0x20080522  # of the system call for capabilities
+_OVERRIDE = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
 
 class Hooks(NamedTuple):
@@ -28,7 +31,7 @@ class Hooks(NamedTuple):
         'gradient' or the 'perturbed gradient' of a step.
       clock: (0-based step, seconds): by which `time.time` jumps before the step.
       file_size: the most bytes that a file may have (RLIMIT_FSIZE); 0 for any.
-      nobody: whether the process gives up the rights of root, who may write everywhere.
+      obeys: whether the process gives up root's right to write what is read-only.
       cold: whether Python is started anew; then no other hook is there.
     """
 
@@ -36,7 +39,7 @@ class Hooks(NamedTuple):
     poison: tuple[str, int, float] | None = None
     clock: tuple[int, float] | None = None
     file_size: int = 0
-    nobody: bool = False
+    obeys: bool = False
     cold: bool = False
 
 
@@ -91,6 +94,15 @@ class Process:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.prlimit(self.pid, resource.RLIMIT_AS, (size + more, size + more))
 
+    def seconds(self) -> float:
+        """Returns the time that processors have spent on it."""
+        try:
+            with open(f'/proc/{self.pid}/stat') as file:
+                fields = file.read().rpartition(')')[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
     def close(self) -> None:
         """Ends it, whatever it does, and lets go of its pipe."""
         self.send(signal.SIGKILL)
@@ -113,6 +125,7 @@ def training(
     def train():
         os.environ.update(environment)
         if hooks.cold:
+            os.environ['PYTHONPATH'] = os.path.dirname(os.path.dirname(sam_jax.__file__))
             os.execv(sys.executable, [sys.executable, '-m', 'sam_jax.main', *arguments])
         # Here, since these modules are imported once, and not by who only looks at a campaign.
         from sam_jax import main
@@ -125,11 +138,26 @@ def training(
     return train
 
 
+def obey() -> None:
+    """Gives up the right of root to write what is read-only, for this process."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = (ctypes.c_uint32 * 2)(_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    libc.capget(head, sets)
+    for i in (0, 1):
+        sets[i] &= ~_OVERRIDE
+    if libc.capset(head, sets):
+        raise OSError(ctypes.get_errno(), 'capset')
+
+
 def _become(function, output):
     """What the forked process does; never returns."""
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(output, 1)
         os.dup2(output, 2)
         function()

@@ -56,10 +56,10 @@ SETUPS = (
         ('--config.sam.start_epoch=1', '--config.sam.epochs_ago=1'),
         streams=True,
     ),
-    Setup('sam, 2 processes', 'sam', processes=2),
-    Setup('vasso, 2 processes, streaming', 'vasso', processes=2, streams=True, weight=0.7),
-    Setup('sam, 4 processes', 'sam', _M_SHARPNESS, processes=4, weight=0.4),
-    Setup('asam, 4 processes, streaming', 'asam', processes=4, streams=True, weight=0.3),
+    Setup('sam, 2 processes', 'sam', processes=2, weight=0.7),
+    Setup('vasso, 2 processes, streaming', 'vasso', processes=2, streams=True, weight=0.4),
+    Setup('sam, 4 processes', 'sam', _M_SHARPNESS, processes=4, weight=0.25),
+    Setup('asam, 4 processes, streaming', 'asam', processes=4, streams=True, weight=0.15),
 )
 
 
