@@ -100,7 +100,7 @@ def _call(main, positional, argv):
     logging.getLogger('jax').setLevel(logging.WARNING)  # it tells of each backend it lacks
     # Orbax tells of every file, and of a write that fails at length: what it raises is told.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-    sys.excepthook = _except_hook
+    sys.unraisablehook = _unraisable
     try:
         if argv[1:] and not positional:
             raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
@@ -118,7 +118,7 @@ def _call(main, positional, argv):
         leave(said)
 
 
-def _except_hook(kind, error, trace):
-    """Python's own, but for what TensorStore says of writes under way when one has failed."""
-    if not (kind is RuntimeError and str(error) == 'Event loop is closed'):
-        sys.__excepthook__(kind, error, trace)
+def _unraisable(unraisable):
+    """Python's own hook, but for what TensorStore says of writes under way when one has failed."""
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from sam_jax import run_log
 from sam_jax.faults import kinds, runs
 from sam_jax.faults.life import Fault, Life, Waiting
 
@@ -37,18 +38,19 @@ LINES = 'lines of metrics.jsonl lost, and said so; else bit-identical'
 _TRACES = ('Traceback (most recent call last)', 'Fatal Python error', 'Segmentation fault')
 
 
-def live(life: Life, reference: runs.End, only: Sequence[str] = ()) -> Waiting:
+def live(life: Life, undisturbed: Waiting, only: Sequence[str] = ()) -> Waiting:
     """Lives a life.
 
     Args:
       life: Life.
-      reference: how the run ends if it is left alone.
+      undisturbed: finds the End of the run if it is left alone.
       only: names of kinds; default all.
 
     Returns:
       Its faults, each with an outcome.
     """
     faults: list[Fault] = []
+    alone = yield from undisturbed
     starts = life.rng.randint(3, 7) if life.setup.processes == 1 else life.rng.randint(1, 3)
     for start in range(starts + 1):
         drawn = _draw(life, only) if start < starts else []
@@ -62,7 +64,7 @@ def live(life: Life, reference: runs.End, only: Sequence[str] = ()) -> Waiting:
             return faults
         if _finished(life):
             break
-    problem = yield from _compare(life, reference, any(f.lines and f.moment for f in faults))
+    problem = yield from _compare(life, alone, any(f.lines and f.moment for f in faults))
     for fault in faults:
         if not fault.moment:
             fault.outcome = MISSED
@@ -167,7 +169,7 @@ def _finished(life):
     return os.path.exists(os.path.join(life.workdir, 'result.json'))
 
 
-def _compare(life, reference, lines_lost):
+def _compare(life, alone, lines_lost):
     """Compares what a run has ended in with what it ends in if it is left alone."""
     try:
         end = yield from runs.end(life.workdir)
@@ -175,10 +177,10 @@ def _compare(life, reference, lines_lost):
         return f'what the run left cannot be read: {e}'
     if lines_lost:
         # The state is the same; of the lines, those that are left.
-        if any(line not in reference.lines for line in end.lines):
+        if any(line not in alone.lines for line in end.lines):
             return 'metrics.jsonl has lines that are wrong'
-        end = end._replace(lines=reference.lines)
-    return end.differs(reference)
+        end = end._replace(lines=alone.lines)
+    return end.differs(alone)
 
 
 # The whole.
@@ -191,35 +193,31 @@ def life_of(number: int, seed: int, out: str) -> Life:
     return Life(os.path.join(out, f'life-{number}'), setup, rng, out)
 
 
-def reference(setup: runs.Setup, out: str) -> runs.End:
+def reference(setup: runs.Setup, folder: str, out: str) -> Waiting:
     """Returns how a run ends that is left alone; trains it where that is not known yet.
+
+    Args:
+      setup: Setup.
+      folder: where it is trained.
+      out: folder of the campaign.
 
     Raises:
       RuntimeError: it does not end well.
     """
     path = os.path.join(out, 'reference', setup.name.replace(' ', '_') + '.json')
     if not os.path.exists(path):
-        life = Life(os.path.join(out, 'undisturbed'), setup, random.Random(0), out)
-        _through(_round(life, []))
+        life = Life(folder, setup, random.Random(0), out)
         try:
-            found = _through(runs.end(life.workdir))
-        except Exception as e:
-            with open(os.path.join(life.folder, 'log.txt')) as log:
-                raise RuntimeError(f'{setup.name} does not end well: {log.read()}') from e
+            problem = yield from _round(life, [])
+            if problem:
+                raise ValueError(problem)
+            found = yield from runs.end(life.workdir)
+        except (OSError, ValueError) as e:
+            raise RuntimeError(f'{setup.name} does not end well, see {folder}: {e}') from e
         life.leave(keep=False)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, 'w') as file:
-            json.dump(found._asdict(), file)
+        run_log.write_json(path, found._asdict())
     return runs.read_end(path)
-
-
-def _through(waiting):
-    while True:
-        try:
-            next(waiting)
-        except StopIteration as done:
-            return done.value
-        time.sleep(0.002)
 
 
 def read(out: str) -> list[dict[str, Any]]:
@@ -298,7 +296,7 @@ def campaign(
                 number = next(todo, None)
                 if number is not None:
                     life = life_of(number, seed, out)
-                    lived = live(life, reference(life.setup, out), only)
+                    lived = live(life, reference(life.setup, f'{life.folder}-alone', out), only)
                     going.append((number, life, lived, time.monotonic()))
             if not going:
                 return lost
