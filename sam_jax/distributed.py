@@ -1,5 +1,6 @@
 """Several processes: starting them, agreeing between them."""
 
+import faulthandler
 import os
 import sys
 import time
@@ -53,6 +54,8 @@ def initialize(
     else:
         options = {}
     jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT, **options)
+    # If another process dies, JAX says so and aborts this one; where Python was tells nothing.
+    faulthandler.disable()
 
 
 def _inside_cluster():

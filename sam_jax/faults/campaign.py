@@ -76,9 +76,9 @@ def live(life: Life, undisturbed: Waiting, only: Sequence[str] = ()) -> Waiting:
 
 
 def _draw(life, only):
-    """Up to three kinds for one start; one of them at most may end the processes."""
+    """Up to four kinds for one start; one of them at most may end the processes."""
     drawn, ending = {}, False
-    for _ in range(life.rng.choice((1, 2, 2, 3, 3))):
+    for _ in range(life.rng.choice((1, 2, 3, 3, 4))):
         fitting = {
             name: kind
             for name, kind in kinds.KINDS.items()

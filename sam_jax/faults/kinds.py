@@ -419,7 +419,7 @@ KINDS = {
     'stray files': Kind(_stray_files, 1, False),
     'damaged metrics.jsonl': Kind(_damaged_metrics, 2, False, _has_metrics),
     'damaged config.json': Kind(_damaged_config, 2, False, _has_config),
-    'damaged compile cache': Kind(_damaged_cache, 0.7, False),
+    'damaged compile cache': Kind(_damaged_cache, 0.4, False),
     'corrupt image': Kind(_corrupt_image, 2, True, lambda life: life.setup.streams),
     'full disk': Kind(_full_disk, 3, True, _on_small_disk),
     'full disk at the start': Kind(_full_disk_at_the_start, 1, True, _on_small_disk),
