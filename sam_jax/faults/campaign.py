@@ -64,12 +64,15 @@ def live(life: Life, undisturbed: Waiting, only: Sequence[str] = ()) -> Waiting:
             return faults
         if _finished(life):
             break
-    problem = yield from _compare(life, alone, any(f.lines and f.moment for f in faults))
+    damaged = any(fault.lines and fault.moment for fault in faults)
+    problem, lost = yield from _compare(life, alone, damaged)
     for fault in faults:
         if not fault.moment:
             fault.outcome = MISSED
         elif problem:
             fault.outcome = f'{FAILED}: {problem}'
+        elif fault.lines:
+            fault.outcome = LINES if lost else IDENTICAL
         elif not fault.outcome:
             fault.outcome = IDENTICAL
     return faults
@@ -146,17 +149,12 @@ def _judge(life, faults):
     sentences = [line for line in life.text.splitlines() if _tells(line)]
     refused = any(process.status == kinds.REFUSED for process in life.processes)
     for fault in faults:
-        if fault.moment:
+        if fault.moment and (fault.allows or 'damaged' in fault.kind):
             fault.said = sentences[-1] if sentences else ''
             if refused and kinds.REFUSED in fault.allows:
                 fault.outcome = REFUSED
             if life.killed_by_launcher:
                 fault.said += ' (the others were ended after a minute, as launch_local.sh does)'
-    for fault in faults:
-        if fault.lines and fault.moment:
-            told = [line for line in sentences if 'metrics.jsonl' in line]
-            if told:
-                fault.said, fault.outcome = told[-1], LINES
     return ''
 
 
@@ -169,18 +167,25 @@ def _finished(life):
     return os.path.exists(os.path.join(life.workdir, 'result.json'))
 
 
-def _compare(life, alone, lines_lost):
-    """Compares what a run has ended in with what it ends in if it is left alone."""
+def _compare(life, alone, damaged):
+    """Compares what a run has ended in with what it ends in if it is left alone.
+
+    With `damaged` lines of metrics.jsonl may be missing, if a start has said so; what is there is
+    right but for a damaged value. Returns (what is wrong or '', whether lines are missing).
+    """
     try:
         end = yield from runs.end(life.workdir)
     except (OSError, ValueError, TypeError) as e:
-        return f'what the run left cannot be read: {e}'
-    if lines_lost:
-        # The state is the same; of the lines, those that are left.
-        if any(line not in alone.lines for line in end.lines):
-            return 'metrics.jsonl has lines that are wrong'
+        return f'what the run left cannot be read: {e}', False
+    lost = damaged and end.lines != alone.lines
+    if lost and not life.named_metrics:
+        return 'lines of metrics.jsonl are lost, and nothing said so', True
+    if lost:
+        steps = [line['step'] for line in end.lines]
+        if steps != sorted(steps):
+            return 'the lines of metrics.jsonl are in disorder', True
         end = end._replace(lines=alone.lines)
-    return end.differs(alone)
+    return end.differs(alone), lost
 
 
 # The whole.

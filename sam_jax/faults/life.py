@@ -54,6 +54,8 @@ class Life:
         that damages one of them gives the life its own.
       hooks, more: of the next start.
       processes: those of the last start.
+      killed_by_launcher: whether some of them were ended as launch_local.sh does.
+      named_metrics: whether a start has said that metrics.jsonl is damaged.
     """
 
     def __init__(self, folder: str, setup: runs.Setup, rng: random.Random, shared: str) -> None:
@@ -65,6 +67,7 @@ class Life:
         self.hooks, self.more = Hooks(), ()
         self.processes: list[Process] = []
         self.killed_by_launcher = False
+        self.named_metrics = False
         unmount(self.disk)  # of a campaign that was killed
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(self.disk)
@@ -118,6 +121,7 @@ class Life:
 
     def close(self) -> None:
         """Ends what is left of the processes and keeps what they said."""
+        self.named_metrics |= 'metrics.jsonl is damaged' in self.text
         for process in self.processes:
             process.close()
         with open(os.path.join(self.folder, 'log.txt'), 'a') as log:
