@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 import warnings
 import zlib
 from typing import Any
@@ -23,6 +25,7 @@ from sam_jax import distributed
 from sam_jax.errors import UserError, first_line, of_system
 
 NEWEST_KEPT = 2
+_ORBAX_THREADS = ('async_save', 'save_finalize')
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +202,22 @@ class Checkpoints:
             return
         with self._writing():
             self._manager.close()
+
+
+def threads_end(seconds: float) -> bool:
+    """Waits for orbax's threads; returns whether they have ended.
+
+    After a save that failed half-way some wait for signals that never come, for many minutes.
+    """
+    end = time.monotonic() + seconds
+    own = [t for t in threading.enumerate() if not t.daemon and _is_orbax(t)]
+    for thread in own:
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in own)
+
+
+def _is_orbax(thread):
+    return type(thread).__module__.startswith('orbax') or thread.name in _ORBAX_THREADS
 
 
 def _checksum(x):

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from sam_jax import distributed, errors, periodic, run_log, step_log, trackers, train
+from sam_jax import checkpoint, distributed, errors, periodic, run_log, step_log, trackers, train
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
@@ -74,6 +75,17 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, request):
     assert step == 1
     np.testing.assert_array_equal(state['w'], WEIGHTS['w'])
     again.close()
+
+
+def test_threads_of_a_save_that_wait_for_ever():
+    """They kept a process that had said why it ends."""
+    assert checkpoint.threads_end(0)
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait, name='async_save')
+    thread.start()
+    assert not checkpoint.threads_end(0.01)
+    release.set()
+    assert checkpoint.threads_end(5)
 
 
 # Files of a run.

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sam_jax import distributed, settings
+from sam_jax import checkpoint, distributed, settings
 from sam_jax.errors import EXIT_USER_ERROR, UserError, told
 from sam_jax.settings import shipped
 
@@ -42,6 +42,10 @@ def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
     if status != EXIT_PREEMPTED:
         distributed.abandon(status)
+        if not checkpoint.threads_end(seconds=5):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     sys.exit(status)
 
 

@@ -318,7 +318,7 @@ def campaign(
                     for fault in failed:
                         where = f'life {number} ({life.setup.name})'
                         print(f'{where}: {fault.kind}, {fault.moment}: {fault.outcome}', flush=True)
-            time.sleep(0.002)
+            time.sleep(0.005)
     finally:
         for _, life, lived, _ in going:
             lived.close()
