@@ -189,6 +189,14 @@ class Checkpoints:
         distributed.barrier(f'set_aside_{step}')
         self._manager.reload()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Closes; after an error without the other processes, who do not come to the same place."""
+        if not (kind and jax.process_count() > 1):
+            self.close()
+
     def wait(self) -> None:
         """Waits until everything is written."""
         with self._writing():

@@ -106,7 +106,7 @@ def train_and_evaluate(
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
     memory.check(experiment)
-    with contextlib.closing(experiment.checkpoints(workdir)) as checkpoints, _Signal() as stop:
+    with experiment.checkpoints(workdir) as checkpoints, _Signal() as stop:
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()
         result_path = os.path.join(workdir, 'result.json')
@@ -195,8 +195,9 @@ def _loop(run, state, first_step, stop, watch):
         said = told(e)
         if said is None:
             raise
-        with contextlib.suppress(UserError):  # of a save that was under way
-            run.checkpoints.wait()
+        if jax.process_count() == 1:  # of several the others do not wait now
+            with contextlib.suppress(UserError):  # of a save that was under way
+                run.checkpoints.wait()
         newest = run.checkpoints.steps()[-1:]
         kept = (
             f'the last good checkpoint is that of step {newest[0]}'

@@ -266,6 +266,10 @@ def test_the_judge():
     killed = life.Fault('SIGKILL of all processes', 'at step 3', {-9})
     assert not _ended(status=-9, faults=[killed])
     assert 'status -9' in _ended(status=-9, faults=[life.Fault('', '', {-9})]), 'it did not come'
+    memory = life.Fault('out of memory', 'at step 3', {-6})
+    assert not _ended('Fatal Python error: Aborted', -6, [memory])
+    assert memory.outcome == campaign.ABORTED
+    assert 'Fatal' in _ended('Fatal Python error: Aborted', -6)
     full = life.Fault('full disk', 'at step 3', {2})
     assert '0 lines' in _ended(status=2, faults=[full])
     assert not _ended('error: Full.\n', 2, [full]) and full.said == 'error: Full.'
@@ -279,7 +283,7 @@ def test_the_table():
         {'kind': 'stray files', 'outcome': campaign.MISSED},
     ]
     *_, row, total = campaign.table(faults).splitlines()
-    assert row == '| full disk | 2 | 0 | 1 | 0 | 1 |' and total.startswith('| all | 2 |')
+    assert row == '| full disk | 2 | 0 | 1 | 0 | 0 | 1 |' and total.startswith('| all | 2 |')
 
 
 @pytest.mark.slow

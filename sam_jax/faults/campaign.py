@@ -33,6 +33,7 @@ MISSED, FAILED = 'missed', 'FAILED'
 IDENTICAL = 'went on, bit-identical'
 REFUSED = 'ended with one sentence, then bit-identical'
 NOT_COMPARED = 'went on; the run was lost later'
+ABORTED = 'aborted by XLA or JAX, then bit-identical'
 LINES = 'lines of metrics.jsonl lost, and said so; else bit-identical'
 
 _TRACES = ('Traceback (most recent call last)', 'Fatal Python error', 'Segmentation fault')
@@ -138,8 +139,11 @@ def _judge(life, faults):
     if life.killed_by_launcher:
         allowed.add(-9)
     for process in life.processes:
+        aborted = process.status == -signal.SIGABRT and process.status in allowed
         for trace in _TRACES:
-            if trace in process.text:
+            # Where memory is used up in C++, and where JAX learns that another process is gone,
+            # it aborts, and Python tells where it was.
+            if trace in process.text and not (aborted and trace == 'Fatal Python error'):
                 return f'it said {trace!r}'
         if process.status not in allowed:
             return f'it ended with status {process.status}'
@@ -147,12 +151,15 @@ def _judge(life, faults):
         if len(errors) != (process.status == kinds.REFUSED):
             return f'it ended with status {process.status} and {len(errors)} lines "error: "'
     sentences = [line for line in life.text.splitlines() if _tells(line)]
+    aborted_some = any(process.status == -signal.SIGABRT for process in life.processes)
     refused = any(process.status == kinds.REFUSED for process in life.processes)
     for fault in faults:
         if fault.moment and (fault.allows or 'damaged' in fault.kind):
             fault.said = sentences[-1] if sentences else ''
             if refused and kinds.REFUSED in fault.allows:
                 fault.outcome = REFUSED
+            elif aborted_some and -signal.SIGABRT in fault.allows:
+                fault.outcome = ABORTED
             if life.killed_by_launcher:
                 fault.said += ' (the others were ended after a minute, as launch_local.sh does)'
     return ''
@@ -236,7 +243,7 @@ def read(out: str) -> list[dict[str, Any]]:
 
 def table(faults: Sequence[dict[str, Any]]) -> str:
     """Returns a Markdown table of the outcomes by kind, of faults that came to it."""
-    names = (IDENTICAL, REFUSED, LINES, FAILED)
+    names = (IDENTICAL, REFUSED, ABORTED, LINES, FAILED)
     counts = collections.defaultdict(collections.Counter)
     for fault in faults:
         if fault['outcome'] != MISSED:

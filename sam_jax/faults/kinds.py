@@ -382,7 +382,7 @@ def _memory(life, fault):
             if process.poll():
                 process.limit_memory(more)
         fault.moment += f', {more >> 20} MiB more'
-        fault.allows |= {REFUSED, -signal.SIGABRT, -signal.SIGKILL}
+        fault.allows |= {REFUSED, -signal.SIGABRT}
     yield END
 
 
