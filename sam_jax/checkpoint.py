@@ -220,7 +220,8 @@ def threads_end(seconds: float) -> bool:
     end = time.monotonic() + seconds
     own = [t for t in threading.enumerate() if not t.daemon and _is_orbax(t)]
     for thread in own:
-        thread.join(max(0.0, end - time.monotonic()))
+        # Orbax's own join raises what the thread has raised.
+        threading.Thread.join(thread, max(0.0, end - time.monotonic()))
     return not any(thread.is_alive() for thread in own)
 
 

@@ -79,7 +79,7 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, request):
 
 def test_threads_of_a_save_that_wait_for_ever():
     """They kept a process that had said why it ends."""
-    assert checkpoint.threads_end(0)
+    assert checkpoint.threads_end(60), 'those of the tests before'
     release = threading.Event()
     thread = threading.Thread(target=release.wait, name='async_save')
     thread.start()
