@@ -196,8 +196,8 @@ def create(names: Sequence[str], workdir: str, resumes: bool = False) -> list[Tr
     check(names)
     path = os.path.join(workdir, FILE)
     others = set(names) - {'tensorboard'}
-    known = (resumes and others and run_log.read_json(path)) or {}
-    identity = known.get('id') or uuid.uuid4().hex[:12]
+    known = run_log.read_json(path) if resumes and others else None
+    identity = (known or {}).get('id') or uuid.uuid4().hex[:12]
     found: list[Tracker] = []
     for name in names:
         if name == 'tensorboard':

@@ -325,7 +325,7 @@ def campaign(
                     for fault in failed:
                         where = f'life {number} ({life.setup.name})'
                         print(f'{where}: {fault.kind}, {fault.moment}: {fault.outcome}', flush=True)
-            time.sleep(0.005)
+            time.sleep(0.008)
     finally:
         for _, life, lived, _ in going:
             lived.close()
