@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -36,6 +35,7 @@ NOT_COMPARED = 'went on; the run was lost later'
 ABORTED = 'aborted by XLA or JAX, then bit-identical'
 LINES = 'lines of metrics.jsonl lost, and said so; else bit-identical'
 
+ENDED = (-signal.SIGKILL, -signal.SIGTERM)
 _TRACES = ('Traceback (most recent call last)', 'Fatal Python error', 'Segmentation fault')
 
 
@@ -137,7 +137,9 @@ def _judge(life, faults):
     """Looks at how the processes have ended; notes it in the faults, and returns what is wrong."""
     allowed = {0}.union(*(fault.allows for fault in faults if fault.moment))
     if life.killed_by_launcher:
-        allowed.add(-9)
+        allowed.add(-signal.SIGKILL)
+    if len(life.processes) > 1 and {p.status for p in life.processes} & {kinds.REFUSED, *ENDED}:
+        allowed.add(-signal.SIGABRT)  # JAX aborts the others
     for process in life.processes:
         aborted = process.status == -signal.SIGABRT and process.status in allowed
         for trace in _TRACES:
@@ -239,6 +241,14 @@ def read(out: str) -> list[dict[str, Any]]:
         return []
     with open(path) as file:
         return [json.loads(line) for line in file if line.endswith('}\n')]
+
+
+def forget_lost(out: str) -> None:
+    """Takes lives that were lost out of faults.jsonl, so that they are lived again."""
+    faults = read(out)
+    lost = {fault['life'] for fault in faults if fault['outcome'].startswith(FAILED)}
+    with open(os.path.join(out, 'faults.jsonl'), 'w') as file:
+        file.writelines(json.dumps(f) + '\n' for f in faults if f['life'] not in lost)
 
 
 def table(faults: Sequence[dict[str, Any]]) -> str:
@@ -354,14 +364,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--at_once', type=int, default=2, help='runs at once')
     parser.add_argument('--only', action='append', default=[], help='a kind; may be repeated')
     parser.add_argument('--life', type=int, help='the number of one life, to live it again')
+    parser.add_argument('--again', action='store_true', help='live lost lives again')
     given = parser.parse_args(argv)
     for name in given.only:
         if name not in kinds.KINDS:
             parser.error(f'--only is {name!r}; the kinds are {", ".join(kinds.KINDS)}.')
     out = os.path.abspath(given.out)
     os.makedirs(out, exist_ok=True)
-    if given.life is not None:
-        shutil.rmtree(os.path.join(out, f'life-{given.life}'), ignore_errors=True)
+    if given.again:
+        forget_lost(out)
     _prepare()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
