@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from sam_jax import distributed
-from sam_jax.errors import UserError, first_line, of_system
+from sam_jax.errors import Preempted, UserError, first_line, of_system
 
 NEWEST_KEPT = 2
 _ORBAX_THREADS = ('async_save', 'save_finalize')
@@ -193,8 +193,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_):
-        """Closes; after an error without the other processes, who do not come to the same place."""
-        if not (kind and jax.process_count() > 1):
+        """Closes; but not after an error of one of several: the others do not come to it."""
+        if kind in (None, Preempted) or jax.process_count() == 1:
             self.close()
 
     def wait(self) -> None:

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state, on all processes; start it to go on."""
+
+
 def told(error: BaseException) -> str | None:
     """Returns one sentence of what a person can mend, or None: the error is one of the code.
 

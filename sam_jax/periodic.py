@@ -10,14 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 from sam_jax import analysis, distributed, run_log, settings
 from sam_jax.checkpoint import Checkpoints
+from sam_jax.errors import Preempted
 from sam_jax.experiment import Experiment
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
 from sam_jax.train_state import TrainState
-
-
-class Preempted(Exception):
-    """The run was asked to stop and has saved its state; start it again to go on."""
 
 
 class Run(NamedTuple):

@@ -24,9 +24,8 @@ from sam_jax import (
     trackers,
 )
 from sam_jax.data import pictures
-from sam_jax.errors import UserError, told
+from sam_jax.errors import Preempted, UserError, told
 from sam_jax.experiment import Experiment
-from sam_jax.periodic import Preempted
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
 from sam_jax.train_state import TrainState
