@@ -27,7 +27,7 @@ def told(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if _has_memory_error(error):
         return 'The memory of this machine is used up.'
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "A file"}: {error.strerror}.'
@@ -38,6 +38,16 @@ def told(error: BaseException) -> str | None:
         if any(words in said for words in _GONE):
             return f'Another process of the run is gone: {said}'
     return None
+
+
+def _has_memory_error(error):
+    """Whether it is one, or was raised while one was handled."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 # What gloo and JAX's coordination service say of a process that does not answer.

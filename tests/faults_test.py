@@ -184,12 +184,24 @@ def test_no_duration_is_of_a_clock_that_can_jump():
 # What is said.
 
 
+def _raised_at(cause):
+    """As JAX does where a backend cannot be made."""
+    try:
+        try:
+            raise cause
+        except BaseException as e:
+            raise RuntimeError('Unable to initialize backend') from e
+    except RuntimeError as e:
+        return e
+
+
 @pytest.mark.parametrize(
     'error,said',
     [
         (UserError('rho is 3.'), 'rho is 3.'),
         (OSError(28, 'No space left on device', 'a/b'), 'a/b: No space left on device.'),
         (MemoryError(), 'The memory of this machine is used up.'),
+        (_raised_at(MemoryError()), 'The memory of this machine is used up.'),
         (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 'The memory is used up'),
         (jax.errors.JaxRuntimeError('UNAVAILABLE: gone'), 'Another process of the run is gone'),
         (jax.errors.JaxRuntimeError('INTERNAL: x'), None),
