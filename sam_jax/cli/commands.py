@@ -42,7 +42,7 @@ def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
     if status != EXIT_PREEMPTED:
         distributed.abandon(status)
-        if not checkpoint.threads_end(seconds=5):
+        if not checkpoint.threads_end(seconds=1):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

@@ -150,7 +150,7 @@ def _judge(life, faults):
         if process.status not in allowed:
             return f'it ended with status {process.status}'
         errors = [line for line in process.text.splitlines() if line.startswith('error: ')]
-        if len(errors) != (process.status == kinds.REFUSED):
+        if len(errors) != (process.status == kinds.REFUSED) and not (aborted and len(errors) == 1):
             return f'it ended with status {process.status} and {len(errors)} lines "error: "'
     sentences = [line for line in life.text.splitlines() if _tells(line)]
     aborted_some = any(process.status == -signal.SIGABRT for process in life.processes)
