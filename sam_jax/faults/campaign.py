@@ -27,6 +27,7 @@ from typing import Any
 from sam_jax import run_log
 from sam_jax.faults import kinds, runs
 from sam_jax.faults.life import Fault, Life, Waiting
+from sam_jax.faults.process import LEFT_OUT
 
 MISSED, FAILED = 'missed', 'FAILED'
 IDENTICAL = 'went on, bit-identical'
@@ -200,10 +201,14 @@ def _compare(life, alone, damaged):
 # The whole.
 
 
-def life_of(number: int, seed: int, out: str) -> Life:
-    """Returns the life of a number; all that is random in it is a function of seed and number."""
+def life_of(number: int, seed: int, out: str, names: Sequence[str] = ()) -> Life:
+    """Returns the life of a number; all that is random in it is a function of seed and number.
+
+    `names` are those of the setups among which one is drawn; default all.
+    """
     rng = random.Random(f'{seed}/{number}')
-    (setup,) = rng.choices(runs.SETUPS, [setup.weight for setup in runs.SETUPS])
+    setups = [setup for setup in runs.SETUPS if not names or setup.name in names]
+    (setup,) = rng.choices(setups, [setup.weight for setup in setups])
     return Life(os.path.join(out, f'life-{number}'), setup, rng, out)
 
 
@@ -292,6 +297,7 @@ def campaign(
     at_once: int = 2,
     only: Sequence[str] = (),
     one: int | None = None,
+    setups: Sequence[str] = (),
 ) -> int:
     """Throws faults for so long; returns how many runs were lost.
 
@@ -303,6 +309,7 @@ def campaign(
       at_once: how many lives are lived at once.
       only: names of kinds; default all.
       one: the number of one life, which is lived again and alone.
+      setups: names of setups; default all.
     """
     runs.write_data(os.path.join(out, 'data'))
     os.makedirs(os.path.join(out, 'cache'), exist_ok=True)
@@ -317,7 +324,7 @@ def campaign(
             if len(going) < at_once and time.monotonic() < end:
                 number = next(todo, None)
                 if number is not None:
-                    life = life_of(number, seed, out)
+                    life = life_of(number, seed, out, setups)
                     lived = live(life, reference(life.setup, f'{life.folder}-alone', out), only)
                     going.append((number, life, lived, time.monotonic()))
             if not going:
@@ -345,7 +352,7 @@ def campaign(
 
 def _prepare():
     """Imports what a run needs, so that its process has it; TensorFlow stays out but for one."""
-    for name in ('tensorflow', 'tensorflow_datasets', 'clu'):
+    for name in LEFT_OUT:
         sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]
     for name in ('sam_jax.main', 'sam_jax.faults.hooked', 'orbax.checkpoint', 'grain', 'PIL.Image'):
         importlib.import_module(name)
@@ -363,12 +370,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--lives', type=int, help='the most runs')
     parser.add_argument('--at_once', type=int, default=2, help='runs at once')
     parser.add_argument('--only', action='append', default=[], help='a kind; may be repeated')
+    parser.add_argument('--setup', action='append', default=[], help='a setup; likewise')
     parser.add_argument('--life', type=int, help='the number of one life, to live it again')
     parser.add_argument('--again', action='store_true', help='live lost lives again')
     given = parser.parse_args(argv)
-    for name in given.only:
-        if name not in kinds.KINDS:
-            parser.error(f'--only is {name!r}; the kinds are {", ".join(kinds.KINDS)}.')
+    known = {'only': [*kinds.KINDS], 'setup': [setup.name for setup in runs.SETUPS]}
+    for flag, names in known.items():
+        for name in getattr(given, flag):
+            if name not in names:
+                parser.error(f'--{flag} is {name!r}; there are: {"; ".join(names)}.')
     out = os.path.abspath(given.out)
     os.makedirs(out, exist_ok=True)
     if given.again:
@@ -377,7 +387,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         lost = campaign(
-            out, given.minutes, given.seed, given.lives, given.at_once, given.only, given.life
+            out,
+            given.minutes,
+            given.seed,
+            given.lives,
+            given.at_once,
+            given.only,
+            given.life,
+            given.setup,
         )
         print(table(read(out)))
         sys.exit(int(lost > 0))
