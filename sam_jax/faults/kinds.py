@@ -424,7 +424,10 @@ KINDS = {
     'full disk': Kind(_full_disk, 3, True, _on_small_disk),
     'full disk at the start': Kind(_full_disk_at_the_start, 1, True, _on_small_disk),
     'full disk, TensorBoard': Kind(
-        _full_disk_with_tensorboard, 0.3, True, lambda life: life.small_disk and _alone(life)
+        _full_disk_with_tensorboard,
+        0.3,
+        True,
+        lambda life: life.small_disk and _alone(life) and not life.setup.streams,
     ),
     'files too large (quota)': Kind(_quota, 2, True),
     'read-only workdir': Kind(_read_only, 1, True),

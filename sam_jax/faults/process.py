@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import sam_jax
 
+# What takes seconds to import and is not needed but for TensorBoard.
+LEFT_OUT = ('tensorflow', 'tensorflow_datasets', 'clu')
+
 _VERSION_3 = 0x20080522  # of the system call for capabilities
 _OVERRIDE = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
@@ -131,6 +134,9 @@ def training(
         from sam_jax import main
         from sam_jax.faults import hooked
 
+        if '--tracker=tensorboard' in arguments:
+            for name in LEFT_OUT:
+                sys.modules.pop(name, None)
         hooked.install(hooks)
         sys.argv = ['sam-jax-train', *arguments]
         main.run()
