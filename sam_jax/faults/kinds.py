@@ -19,6 +19,8 @@ from sam_jax.faults.process import Hooks
 
 START, END = 'start', 'end'
 REFUSED, PREEMPTED = 2, 143
+# Of C++, and of the C library, which has a sentence of its own for memory that is used up.
+ABORTS = {-signal.SIGABRT, 127}
 
 
 class Kind(NamedTuple):
@@ -382,7 +384,7 @@ def _memory(life, fault):
             if process.poll():
                 process.limit_memory(more)
         fault.moment += f', {more >> 20} MiB more'
-        fault.allows |= {REFUSED, -signal.SIGABRT}
+        fault.allows |= {REFUSED, *ABORTS}
     yield END
 
 
