@@ -146,7 +146,9 @@ class Life:
         return sorted(int(name) for name in names if name.isdigit())
 
     def saves(self) -> bool:
-        """Returns whether a checkpoint is being written."""
+        """Returns whether a checkpoint is being written, by this start and not one before."""
+        if 'The first step' not in self.text:
+            return False
         try:
             return any('tmp' in name for name in os.listdir(f'{self.workdir}/checkpoints'))
         except OSError:

@@ -21,6 +21,7 @@ import sam_jax
 # What takes seconds to import and is not needed but for TensorBoard.
 LEFT_OUT = ('tensorflow', 'tensorflow_datasets', 'clu')
 
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _VERSION_3 = 0x20080522  # of the system call for capabilities
 _OVERRIDE = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
@@ -61,10 +62,13 @@ class Process:
         self._pipe, write = os.pipe()
         os.set_blocking(self._pipe, False)
         sys.stdout.flush()
+        # A signal that comes at once is not for the campaign's own handlers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.pid = os.fork()
         if not self.pid:
             os.close(self._pipe)
             _become(function, write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(write)
 
     def poll(self) -> bool:
@@ -164,6 +168,7 @@ def _become(function, output):
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.dup2(output, 1)
         os.dup2(output, 2)
         function()
