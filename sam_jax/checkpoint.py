@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from sam_jax import distributed
-from sam_jax.errors import Preempted, UserError, first_line, of_system
+from sam_jax.errors import Preempted, UserError, first_line, is_memory, of_system
 
 NEWEST_KEPT = 2
 _ORBAX_THREADS = ('async_save', 'save_finalize')
@@ -116,6 +116,8 @@ class Checkpoints:
             try:
                 arrays, meta = self.read(step)
             except Exception as e:  # whatever orbax or the file system raise at damaged files
+                if is_memory(e):
+                    raise  # which says nothing of the file
                 _log.error('Checkpoint %d is damaged and not used: %s', step, first_line(e))
                 damaged.append(step)
                 continue

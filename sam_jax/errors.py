@@ -27,7 +27,7 @@ def told(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if _has_memory_error(error):
+    if is_memory(error):
         return 'The memory of this machine is used up.'
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "A file"}: {error.strerror}.'
@@ -40,11 +40,11 @@ def told(error: BaseException) -> str | None:
     return None
 
 
-def _has_memory_error(error):
-    """Whether it is one, or was raised while one was handled."""
+def is_memory(error: BaseException) -> bool:
+    """Whether an error, or one during which it was raised, is of memory that is used up."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, MemoryError):
+        if isinstance(found, MemoryError) or "can't start new thread" in str(found):
             return True
         found = found.__cause__ or found.__context__
     return False

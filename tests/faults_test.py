@@ -88,6 +88,25 @@ def test_threads_of_a_save_that_wait_for_ever():
     assert checkpoint.threads_end(5)
 
 
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_checkpoint_is_not_damaged_because_memory_is_used_up(tmp_path, monkeypatch, error):
+    """It was set aside, and an older one was used."""
+
+    def read(step):
+        raise error
+
+    checkpoints = _checkpoints(tmp_path)
+    checkpoints.save(1, WEIGHTS, {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'read', read)
+        with pytest.raises(type(error)):
+            checkpoints.restore_newest(WEIGHTS)
+    assert errors.told(error) == 'The memory of this machine is used up.'
+    assert checkpoints.restore_newest(WEIGHTS)[0] == 1
+    checkpoints.close()
+
+
 # Files of a run.
 
 

@@ -89,6 +89,7 @@ def _draw(life, only):
             for name, kind in kinds.KINDS.items()
             if name not in drawn
             and not (kind.ends and ending)
+            and not {name, *drawn} >= kinds.EXCLUSIVE
             and kind.fits(life)
             and (not only or name in only)
         }

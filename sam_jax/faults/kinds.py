@@ -404,6 +404,9 @@ def _climbs(life):
     return bool(sharpness.METHODS[life.setup.method].norm)
 
 
+# Each keeps a copy of what it damages, and one of them would keep what the other has damaged.
+EXCLUSIVE = {'damaged checkpoint', 'all checkpoints damaged'}
+
 KINDS = {
     'SIGKILL of one process': Kind(_kill_one, 3, True, _together),
     'SIGKILL of all processes': Kind(_kill_all, 4, True),
