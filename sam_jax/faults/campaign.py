@@ -59,10 +59,10 @@ def live(life: Life, undisturbed: Waiting, only: Sequence[str] = ()) -> Waiting:
         faults += drawn
         problem = yield from _round(life, drawn)
         if problem:
-            for fault in drawn or faults[-1:]:
+            for fault in [f for f in drawn if f.moment] or drawn or faults[-1:]:
                 fault.outcome = f'{FAILED}: {problem}'
             for fault in faults:
-                fault.outcome = fault.outcome or NOT_COMPARED
+                fault.outcome = fault.outcome or (NOT_COMPARED if fault.moment else MISSED)
             return faults
         if _finished(life):
             break
