@@ -7,9 +7,13 @@ The arrays are one host's copy of the replicated state, so a checkpoint knows no
 writes beside and renames, so a process killed during a save leaves the previous checkpoint newest.
 """
 
+import contextlib
+import json
 import logging
 import os
 import shutil
+import threading
+import time
 import warnings
 import zlib
 from typing import Any
@@ -18,9 +22,10 @@ import jax
 import numpy as np
 
 from sam_jax import distributed
-from sam_jax.errors import UserError, first_line
+from sam_jax.errors import Preempted, UserError, first_line, is_memory, of_system
 
 NEWEST_KEPT = 2
+_ORBAX_THREADS = ('async_save', 'save_finalize')
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +48,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         self._ocp = ocp
-        self._directory, self._read_only = directory, read_only
+        self._directory, self._read_only, self._failed = directory, read_only, False
         keep = [policies.LatestN(NEWEST_KEPT)]
         if keep_steps:
             keep.append(policies.CustomSteps(list(keep_steps)))
@@ -73,12 +78,25 @@ class Checkpoints:
         # step is given to overwrite.
         arrays = {name: np.array(x, copy=True) for name, x in _flatten(state)[0].items()}
         meta = {**meta, 'checksums': {name: _checksum(x) for name, x in arrays.items()}}
-        self._manager.save(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)
-            ),
-        )
+        meta = {**meta, 'checksum': _meta_checksum(meta)}
+        with self._writing():
+            self._manager.save(
+                step,
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardSave(arrays), meta=self._ocp.args.JsonSave(meta)
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Says of a write that fails, perhaps one that began before, what the system says."""
+        try:
+            yield
+        except Exception as e:  # whatever orbax, TensorStore or the file system raise
+            self._failed = True
+            raise UserError(
+                f'A checkpoint cannot be written to {self._directory}: {of_system(e)}.'
+            ) from e
 
     def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
@@ -96,8 +114,10 @@ class Checkpoints:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                arrays, meta = self._read(step)
+                arrays, meta = self.read(step)
             except Exception as e:  # whatever orbax or the file system raise at damaged files
+                if is_memory(e):
+                    raise  # which says nothing of the file
                 _log.error('Checkpoint %d is damaged and not used: %s', step, first_line(e))
                 damaged.append(step)
                 continue
@@ -124,7 +144,7 @@ class Checkpoints:
                 f'are those of {", ".join(map(str, self.steps()))}.'
             )
         try:
-            arrays, meta = self._read(step)
+            arrays, meta = self.read(step)
         except Exception as e:  # whatever orbax or the file system raise at damaged files
             raise UserError(
                 f'Checkpoint {step} in {self._directory} is damaged: {first_line(e)}.'
@@ -134,13 +154,16 @@ class Checkpoints:
     def read_meta(self, step: int) -> dict[str, Any] | None:
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
         try:
-            return self._manager.restore(
+            meta = self._manager.restore(
                 step, args=self._ocp.args.Composite(meta=self._ocp.args.JsonRestore())
             ).meta
+            _check_meta(meta)
+            return meta
         except Exception:  # whatever orbax or the file system raise at damaged files
             return None
 
-    def _read(self, step):
+    def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns ({name: array}, meta) of a checkpoint; raises whatever its damage makes raise."""
         with warnings.catch_warnings():
             # "Sharding info not provided": these are host arrays, placed by the caller.
             warnings.simplefilter('ignore')
@@ -150,6 +173,7 @@ class Checkpoints:
                     state=self._ocp.args.StandardRestore(), meta=self._ocp.args.JsonRestore()
                 ),
             )
+        _check_meta(restored.meta)
         arrays = {name: np.asarray(x) for name, x in restored.state.items()}
         for name, checksum in restored.meta['checksums'].items():
             if name not in arrays or _checksum(arrays[name]) != checksum:
@@ -167,17 +191,59 @@ class Checkpoints:
         distributed.barrier(f'set_aside_{step}')
         self._manager.reload()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Closes; but not after an error of one of several: the others do not come to it."""
+        if kind in (None, Preempted) or jax.process_count() == 1:
+            self.close()
+
     def wait(self) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is written and lets go of the directory."""
-        self._manager.close()
+        if self._failed:  # it has been said, and would be once more
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            return
+        with self._writing():
+            self._manager.close()
+
+
+def threads_end(seconds: float) -> bool:
+    """Waits for orbax's threads; returns whether they have ended.
+
+    After a save that failed half-way some wait for signals that never come, for many minutes.
+    """
+    end = time.monotonic() + seconds
+    own = [t for t in threading.enumerate() if not t.daemon and _is_orbax(t)]
+    for thread in own:
+        # Orbax's own join raises what the thread has raised.
+        threading.Thread.join(thread, max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in own)
+
+
+def _is_orbax(thread):
+    return type(thread).__module__.startswith('orbax') or thread.name in _ORBAX_THREADS
 
 
 def _checksum(x):
     return zlib.crc32(np.ascontiguousarray(x).tobytes())
+
+
+def _meta_checksum(meta):
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _check_meta(meta):
+    """Raises ValueError if the meta dict is not what was written; older ones have no checksum."""
+    content = {name: x for name, x in meta.items() if name != 'checksum'}
+    if 'checksum' in meta and meta['checksum'] != _meta_checksum(content):
+        raise ValueError('the checksum of its meta does not fit')
 
 
 def _unflatten(arrays, target, step):

@@ -1,6 +1,9 @@
 """Several processes: starting them, agreeing between them."""
 
+import faulthandler
 import os
+import sys
+import time
 
 import jax
 import numpy as np
@@ -10,6 +13,9 @@ from sam_jax.errors import UserError
 
 # Seconds after which JAX ends the processes that wait for one that died, and says so.
 _HEARTBEAT_TIMEOUT = 30
+
+# Seconds for which the process that the others are connected to lives on when it has failed.
+_LAST_WORDS = 2
 
 
 def initialize(
@@ -48,6 +54,8 @@ def initialize(
     else:
         options = {}
     jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT, **options)
+    # If another process dies, JAX says so and aborts this one; where Python was tells nothing.
+    faulthandler.disable()
 
 
 def _inside_cluster():
@@ -73,6 +81,19 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def abandon(status: int) -> None:
+    """Ends a process of several at once with a status; does nothing where it is alone.
+
+    Otherwise JAX would wait minutes for the others, which wait for this one. The others hear of it.
+    """
+    if jax.distributed.is_initialized():
+        if jax.process_index() == 0:
+            time.sleep(_LAST_WORDS)  # with it the others end, who may have the same to say
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def barrier(name: str) -> None:

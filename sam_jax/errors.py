@@ -1,5 +1,9 @@
 """The one exception that means: the person who launched the run can mend this; its wording."""
 
+import re
+
+import jax
+
 EXIT_USER_ERROR = 2
 
 # What every run that diverges says; by it a search tells it from one that merely broke.
@@ -12,6 +16,53 @@ class UserError(ValueError):
     Its message is one sentence that names the field, the value and what would be right;
     `main.py` prints it without a traceback and exits with status 2.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state, on all processes; start it to go on."""
+
+
+def told(error: BaseException) -> str | None:
+    """Returns one sentence of what a person can mend, or None: the error is one of the code.
+
+    That is a UserError, memory that is used up, another process that is gone, or a file that
+    cannot be read or written.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if is_memory(error):
+        return 'The memory of this machine is used up.'
+    if isinstance(error, OSError) and error.strerror:
+        return f'{error.filename or "A file"}: {error.strerror}.'
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        said = first_line(error)
+        if 'RESOURCE_EXHAUSTED' in said:
+            return f'The memory is used up: {said}'
+        if any(words in said for words in _GONE):
+            return f'Another process of the run is gone: {said}'
+    return None
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error, or one during which it was raised, is of memory that is used up."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError) or "can't start new thread" in str(found):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+# What gloo and JAX's coordination service say of a process that does not answer.
+_GONE = ('gloo', 'Gloo', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')
+
+
+def of_system(error: BaseException) -> str:
+    """Returns what the system says of a file that cannot be written, without what is around it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = re.search(r": ([^:\[\]]+) \[os_error_code='", str(error))  # as TensorStore has it
+    return found[1] if found else first_line(error)
 
 
 def first_line(error: BaseException | str) -> str:

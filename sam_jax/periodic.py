@@ -10,14 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 from sam_jax import analysis, distributed, run_log, settings
 from sam_jax.checkpoint import Checkpoints
+from sam_jax.errors import Preempted
 from sam_jax.experiment import Experiment
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
 from sam_jax.train_state import TrainState
-
-
-class Preempted(Exception):
-    """The run was asked to stop and has saved its state; start it again to go on."""
 
 
 class Run(NamedTuple):
@@ -111,7 +108,7 @@ class Saving:
     def __init__(self, run: Run, stop: Any) -> None:
         """`stop.received(step)` says whether the run is asked to stop, the same everywhere."""
         self._run, self._stop = run, stop
-        self._saved_at = time.time()
+        self._saved_at = time.monotonic()
 
     def __call__(self, done: int, state: TrainState) -> None:
         run, total = self._run, self._run.experiment.total_steps
@@ -127,9 +124,10 @@ class Saving:
                     'data': run.experiment.dataset.fingerprint if distributed.is_main() else '',
                     'frozen': run.experiment.frozen_checksum,
                     'wall_time': run.wall_time(),
+                    'metrics': run.writer.mark,
                 },
             )
-            self._saved_at = time.time()
+            self._saved_at = time.monotonic()
         if stopping and done < total:
             run.checkpoints.wait()
             raise Preempted(
@@ -149,7 +147,7 @@ class Saving:
         return bool(
             minutes
             and done % config.log_every_steps == 0
-            and distributed.broadcast(time.time() - self._saved_at > 60 * minutes)
+            and distributed.broadcast(time.monotonic() - self._saved_at > 60 * minutes)
         )
 
     def results(self, state: TrainState) -> dict[str, Any]:

@@ -1,24 +1,36 @@
 """What a run leaves behind but for checkpoints: TensorBoard, metrics.jsonl, JSON files."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
+import zlib
 from typing import Any
 
 import jax
 import numpy as np
+
+from sam_jax.errors import UserError, first_line, of_system
 
 _log = logging.getLogger(__name__)
 
 
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file so that it is there whole or not at all; what is not finite as text."""
-    with open(path + '.part', 'w') as f:
-        json.dump(_jsonable(content), f, indent=2, sort_keys=True, allow_nan=False)
-        f.write('\n')
-    os.replace(path + '.part', path)
+    text = json.dumps(_jsonable(content), indent=2, sort_keys=True, allow_nan=False)
+    _replace(path, f'{text}\n'.encode())
+
+
+def _replace(path, content):
+    """Puts bytes in the place of a file, whole or not at all; UserError if they cannot be there."""
+    try:
+        with open(path + '.part', 'wb') as f:
+            f.write(content)
+        os.replace(path + '.part', path)
+    except OSError as e:
+        raise UserError(f'{path} cannot be written: {of_system(e)}.') from e
 
 
 def result_path(workdir: str, until_epoch: int = 0) -> str:
@@ -28,22 +40,38 @@ def result_path(workdir: str, until_epoch: int = 0) -> str:
 
 
 def read_json(path: str) -> Any:
-    """Returns the content of a JSON file, or None if there is none."""
+    """Returns the content of a JSON file, or None if there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
     if not os.path.exists(path):
         return None
-    with open(path) as f:
-        return json.load(f)
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as e:
+        raise UserError(f'{path} is damaged: {first_line(e)}.') from e
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
     """Returns what a metrics.jsonl holds; [] if there is none.
 
-    A line that is not yet whole is left out.
+    A line that is not yet whole, or is damaged, is left out.
     """
     if not os.path.exists(path):
         return []
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith('}\n')]
+    with open(path, 'rb') as f:
+        return [content for line in f if line.endswith(b'}\n') and (content := _content(line))]
+
+
+def _content(line):
+    """What a line of metrics.jsonl holds; None if it is damaged."""
+    try:
+        content = json.loads(line)
+        return content if isinstance(content['step'], int) else None
+    except (ValueError, KeyError, TypeError):  # of zeros, for instance, or the line of a kill
+        return None
 
 
 def parameter_overview(params: Any) -> str:
@@ -70,16 +98,36 @@ class MetricsFile:
     system at once, so a killed process loses none that came before its last checkpoint.
     """
 
-    def __init__(self, path, resume_step):
-        """Opens the file; what lies behind `resume_step` (a killed run's lines) is dropped."""
-        lines = []
-        if resume_step and os.path.exists(path):
-            with open(path) as f:
-                lines = [line for line in f.read().splitlines() if _step_of(line) <= resume_step]
-        with open(path + '.part', 'w') as f:
-            f.writelines(f'{line}\n' for line in lines)
-        os.replace(path + '.part', path)
-        self._file = open(path, 'a')
+    def __init__(self, path, resume_step, mark=None):
+        """Opens the file; what lies behind `resume_step` (a killed run's lines) is dropped.
+
+        If what is left is not what `mark`, a checkpoint's, tells of, the log says so, and the file
+        as it was is kept beside.
+        """
+        self._path, content = path, b''
+        if resume_step:
+            found = _read(path)
+            content = b''.join(
+                line + b'\n'
+                for line in found.splitlines()
+                if (said := _content(line)) and said['step'] <= resume_step
+            )
+            if mark and mark != _mark(content):
+                _log.warning(
+                    '%s is damaged: up to step %d it is not what the run has written. It is kept '
+                    'as metrics.jsonl.damaged, and the run goes on with the lines that are whole.',
+                    path,
+                    resume_step,
+                )
+                _replace(path + '.damaged', found)
+        _replace(path, content)
+        self._mark = _mark(content)
+        self._file = open(path, 'ab')
+
+    @property
+    def mark(self) -> dict[str, int]:
+        """Length and checksum of what is written, for a checkpoint to know it by."""
+        return dict(self._mark)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         content = {
@@ -87,18 +135,30 @@ class MetricsFile:
             **{k: _jsonable(v) for k, v in scalars.items()},
             'time': time.time(),
         }
-        self._file.write(json.dumps(content) + '\n')
-        self._file.flush()
+        line = (json.dumps(content) + '\n').encode()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as e:
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                self._file.close()
+            raise UserError(f'{self._path} cannot be written: {of_system(e)}.') from e
+        self._mark = _mark(line, self._mark)
 
     def close(self) -> None:
         self._file.close()
 
 
-def _step_of(line):
-    try:
-        return json.loads(line)['step']
-    except json.JSONDecodeError:  # the line during which the process was killed
-        return math.inf
+def _mark(content, before=None):
+    before = before or {'bytes': 0, 'crc32': 0}
+    return {'bytes': before['bytes'] + len(content), 'crc32': zlib.crc32(content, before['crc32'])}
+
+
+def _read(path):
+    if not os.path.exists(path):
+        return b''
+    with open(path, 'rb') as f:
+        return f.read()
 
 
 class TensorBoard:
@@ -134,11 +194,17 @@ class RunWriter:
     `trackers` are those of `sam_jax.trackers`; by default TensorBoard.
     """
 
-    def __init__(self, workdir, active, resume_step=0, trackers=None):
+    def __init__(self, workdir, active, resume_step=0, trackers=None, mark=None):
         self._metrics, self._trackers = None, []
         if active:
             self._trackers = [TensorBoard(workdir)] if trackers is None else trackers
-            self._metrics = MetricsFile(os.path.join(workdir, 'metrics.jsonl'), resume_step)
+            path = os.path.join(workdir, 'metrics.jsonl')
+            self._metrics = MetricsFile(path, resume_step, mark)
+
+    @property
+    def mark(self) -> dict[str, int] | None:
+        """What a checkpoint knows metrics.jsonl by."""
+        return self._metrics and self._metrics.mark
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         if self._metrics:

@@ -21,7 +21,7 @@ class StepLog:
     def __init__(self, config, writer, progress, steps_per_epoch, first_step):
         self._config, self._writer, self._progress = config, writer, progress
         self._steps_per_epoch, self._first_step = steps_per_epoch, first_step
-        self._began = time.time()
+        self._began = time.monotonic()
         self._waiting = collections.deque()
         self._checked = first_step > 0
         self._bad_step = 0
@@ -48,7 +48,9 @@ class StepLog:
         metrics = {name: x.item() for name, x in jax.device_get(metrics).items()}
         refuse_bad_step(metrics.pop('bad_step'))
         if step == self._first_step + 1:
-            self._progress.say(f'The first step was done after {time.time() - self._began:.1f} s.')
+            self._progress.say(
+                f'The first step was done after {time.monotonic() - self._began:.1f} s.'
+            )
         if not self._checked:
             self._checked = sharpness_check(self._config, metrics, self._progress.say)
         if not due:

@@ -195,12 +195,13 @@ def create(names: Sequence[str], workdir: str, resumes: bool = False) -> list[Tr
     """
     check(names)
     path = os.path.join(workdir, FILE)
-    known = (resumes and run_log.read_json(path)) or {}
-    identity = known.get('id') or uuid.uuid4().hex[:12]
+    others = set(names) - {'tensorboard'}
+    known = run_log.read_json(path) if resumes and others else None
+    identity = (known or {}).get('id') or uuid.uuid4().hex[:12]
     found: list[Tracker] = []
     for name in names:
         if name == 'tensorboard':
-            found.append(run_log.TensorBoard(workdir))
+            found.append(Guarded(name, run_log.TensorBoard(workdir)))
             continue
         run = os.path.basename(os.path.abspath(workdir))
         try:
@@ -212,6 +213,6 @@ def create(names: Sequence[str], workdir: str, resumes: bool = False) -> list[Tr
             ) from e
         except Exception as e:  # a key that is missing, a server that is not there
             raise UserError(f'--tracker has {name!r}; it cannot be opened: {first_line(e)}.') from e
-    if set(names) - {'tensorboard'}:
+    if others:
         run_log.write_json(path, {'id': identity})
     return found

@@ -24,9 +24,8 @@ from sam_jax import (
     trackers,
 )
 from sam_jax.data import pictures
-from sam_jax.errors import UserError
+from sam_jax.errors import Preempted, UserError, told
 from sam_jax.experiment import Experiment
-from sam_jax.periodic import Preempted
 from sam_jax.progress import Progress
 from sam_jax.step_log import StepLog
 from sam_jax.train_state import TrainState
@@ -104,21 +103,21 @@ def train_and_evaluate(
       UserError: something in config or workdir that the caller can mend; or the run diverged.
       Preempted: SIGTERM came; the state is saved.
     """
-    began, watch = time.time(), watch or Watch()
+    began, watch = time.monotonic(), watch or Watch()
     settings.check(config)
     trackers.check(watch.trackers)
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
     memory.check(experiment)
-    with contextlib.closing(experiment.checkpoints(workdir)) as checkpoints, _Signal() as stop:
+    with experiment.checkpoints(workdir) as checkpoints, _Signal() as stop:
         until_epoch = _checked_until(until_epoch, config.total_epochs)
         last_step = (until_epoch or config.total_epochs) * experiment.steps_per_epoch
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()
         result_path = run_log.result_path(workdir, until_epoch)
-        if first_step >= last_step and os.path.exists(result_path):
+        if first_step >= last_step and (result := _result(result_path)):
             if main:
-                _say_done(workdir, result_path, until_epoch)
+                _say_done(workdir, result, until_epoch)
             return state
         if first_step > last_step:
             raise UserError(
@@ -126,7 +125,9 @@ def train_and_evaluate(
                 f'{first_step}.'
             )
         opened = trackers.create(watch.trackers, workdir, first_step > 0) if main else []
-        writer = run_log.RunWriter(workdir, main, first_step, opened)
+        before = checkpoints.read_meta(first_step) if first_step else None
+        mark = (before or {}).get('metrics')
+        writer = run_log.RunWriter(workdir, main, first_step, opened, mark)
         progress = Progress(first_step, experiment.total_steps, config.batch_size, main)
         with contextlib.closing(writer), contextlib.closing(progress):
             log = StepLog(config, writer, progress, experiment.steps_per_epoch, first_step)
@@ -137,7 +138,7 @@ def train_and_evaluate(
                 log,
                 writer,
                 progress,
-                lambda: wall_before + time.time() - began,
+                lambda: wall_before + time.monotonic() - began,
                 last_step,
             )
             _announce(run, state, first_step)
@@ -161,14 +162,14 @@ def _checked_until(until_epoch, total_epochs):
     return until_epoch % total_epochs
 
 
-def _say_done(workdir, result_path, until_epoch):
+def _say_done(workdir, result, until_epoch):
     if until_epoch:
         _log.info('The run in %s has reached epoch %d; nothing to do.', workdir, until_epoch)
         return
     _log.info(
         'The run in %s is finished; nothing to do. For another one choose another workdir.', workdir
     )
-    _log.info('%s', provenance.summary(run_log.read_json(result_path), workdir))
+    _log.info('%s', provenance.summary(result, workdir))
 
 
 def _announce(run, state, first_step):
@@ -219,15 +220,20 @@ def _loop(run, state, first_step, stop, watch):
             run.log.add(done, metrics)
             for action in actions:
                 action(done, state)
-    except UserError as e:
-        run.checkpoints.wait()
+    except Exception as e:
+        said = told(e)
+        if said is None:
+            raise
+        if jax.process_count() == 1:  # of several the others do not wait now
+            with contextlib.suppress(UserError):  # of a save that was under way
+                run.checkpoints.wait()
         newest = run.checkpoints.steps()[-1:]
         kept = (
             f'the last good checkpoint is that of step {newest[0]}'
             if newest
             else ('no checkpoint was written yet')
         )
-        raise UserError(f'{e} In {run.workdir} {kept}.') from e
+        raise UserError(f'{said} In {run.workdir} {kept}.') from e
     finally:
         profiler.close()
     run.checkpoints.wait()
@@ -246,6 +252,15 @@ def _loop(run, state, first_step, stop, watch):
         'perf/memory_at_start': at_start,
         'perf/memory_peak': replicas.memory_peak(experiment.layout),
     }
+
+
+def _result(path):
+    """The content of a result.json; None if there is none, or it has to be made once more."""
+    try:
+        return run_log.read_json(path)
+    except UserError as e:
+        _log.warning('%s It is written anew.', e)
+        return None
 
 
 def _check_workdir(workdir):

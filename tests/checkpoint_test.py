@@ -272,7 +272,7 @@ def test_the_reason_is_one_line(tmp_path, monkeypatch, caplog, error, reason):
 
     checkpoints = _open(tmp_path)
     _save(checkpoints, 1)
-    monkeypatch.setattr(checkpoints, '_read', read)
+    monkeypatch.setattr(checkpoints, 'read', read)
     with pytest.raises(UserError), caplog.at_level(logging.ERROR, 'sam_jax'):
         checkpoints.restore_newest(TARGET)
     checkpoints.close()

@@ -40,6 +40,7 @@ FLOORS = [
     {'train'},
     {'cli'},
     {'main', 'benchmarks'},
+    {'faults'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -85,7 +86,7 @@ LIBRARIES = {
     'sklearn': {'data'},
     'tensorflow': {'data', 'benchmarks', 'trained'},
     'grain': {'data'},
-    'PIL': {'cli', 'data'},
+    'PIL': {'cli', 'data', 'faults'},
     'pyarrow': {'data'},
     'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint', 'trained'},

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -11,13 +12,14 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from sam_jax import settings
-from sam_jax.errors import EXIT_USER_ERROR, UserError
+from sam_jax import checkpoint, distributed, settings
+from sam_jax.errors import EXIT_USER_ERROR, UserError, told
 from sam_jax.settings import shipped
 
 DEFAULT_CONFIG = os.path.join(shipped.folder(), 'digits.py')
 
 EXIT_PREEMPTED = 143  # what a shell reports of a process that SIGTERM ended
+EXIT_INTERRUPTED = 130  # the same of SIGINT
 
 # TensorFlow tells of itself at every import. It only reads images and writes logs here, for which
 # oneDNN has nothing to offer.
@@ -38,6 +40,12 @@ def define_config(meaning: str) -> flags.FlagHolder:
 def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
     """Ends the process with a line on stderr, which tells of an error if the status does."""
     print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
+    if status != EXIT_PREEMPTED:
+        distributed.abandon(status)
+        if not checkpoint.threads_end(seconds=1):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     sys.exit(status)
 
 
@@ -94,12 +102,28 @@ def run(main: Callable[..., None], positional: bool = False) -> None:
 def _call(main, positional, argv):
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
     logging.getLogger('sam_jax').setLevel(logging.INFO)
-    for library in ('absl', 'jax'):  # orbax tells of every file, jax of each backend it lacks
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger('jax').setLevel(logging.WARNING)  # it tells of each backend it lacks
+    # Orbax tells of every file, and of a write that fails at length: what it raises is told.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         if argv[1:] and not positional:
             raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
         _keep_compiled_programs()
         main(*([argv[1:]] if positional else []))
-    except UserError as e:
-        leave(str(e))
+    except KeyboardInterrupt:
+        leave('Interrupted.', EXIT_INTERRUPTED)
+    except Exception as e:
+        said = told(e)
+        if said is None:
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                distributed.abandon(1)
+            raise
+        leave(said)
+
+
+def _unraisable(unraisable):
+    """Python's own hook, but for what TensorStore says of writes under way when one has failed."""
+    if str(unraisable.exc_value) != 'Event loop is closed':
+        sys.__unraisablehook__(unraisable)

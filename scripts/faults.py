@@ -1,0 +1,16 @@
+"""Throws faults at real runs: `python scripts/faults.py --minutes=20 --seed=0`; see --help."""
+
+import os
+import sys
+
+# Before JAX is imported: small runs on CPU, quick to compile, all of whose programs are kept.
+os.environ.update(
+    JAX_PLATFORMS='cpu',
+    XLA_FLAGS='--xla_backend_optimization_level=0',
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from sam_jax.faults import campaign
+
+campaign.main()
