@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
 from sam_jax import analysis, distributed, run_log, settings
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.errors import Preempted
@@ -113,7 +115,7 @@ class Saving:
     def __call__(self, done: int, state: TrainState) -> None:
         run, total = self._run, self._run.experiment.total_steps
         stopping = self._stop.received(done)
-        if done == run.last_step or stopping or self._due(done):
+        if done == run.last_step or stopping or self._due(done, state):
             run.log.flush(refuse_bad=True)
             run.checkpoints.save(
                 done,
@@ -135,7 +137,7 @@ class Saving:
                 'command goes on from here.'
             )
 
-    def _due(self, done):
+    def _due(self, done, state):
         config = self._run.experiment.config
         epoch, position = divmod(done, self._run.experiment.steps_per_epoch)
         if self._run.epoch_ends(done, config.checkpoint.every_epochs) or (
@@ -144,11 +146,11 @@ class Saving:
             return True
         # The clocks of processes differ, so one of them decides, now and then.
         minutes = config.checkpoint.every_minutes
-        return bool(
-            minutes
-            and done % config.log_every_steps == 0
-            and distributed.broadcast(time.monotonic() - self._saved_at > 60 * minutes)
-        )
+        if not minutes or done % config.log_every_steps:
+            return False
+        # On CPUs of several hosts its message must not meet those of a step that is under way.
+        jax.block_until_ready(state)
+        return bool(distributed.broadcast(time.monotonic() - self._saved_at > 60 * minutes))
 
     def results(self, state: TrainState) -> dict[str, Any]:
         return {}
