@@ -48,10 +48,11 @@ def main() -> int:
         kind.check(flags.case)
         print(dict(OUTCOMES))
         return 0
+    told = time.time()
     end, faults, count = time.time() + 60 * flags.minutes, collections.defaultdict(list), 0
 
     def run(case):
-        nonlocal count
+        nonlocal count, told
         if time.time() > end:
             return
         count += 1
@@ -65,7 +66,8 @@ def main() -> int:
             if key not in faults:
                 print(f'case {count}: {type(e).__name__}: {str(e)[:400]}\n  {case}', flush=True)
             faults[key].append(case)
-        if count % (10 if kind.isolated else 100) == 0:
+        if time.time() > told + 20:
+            told = time.time()
             print(f'{count} cases: {_counts()}', flush=True)
 
     began = time.time()

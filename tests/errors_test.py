@@ -542,6 +542,7 @@ COMMANDS = [
         ['--config=configs/cifar.py:dataset=mnist', WORKDIR],
         ["dataset is 'mnist'", 'cifar10, cifar100.'],
     ),
+    (['--config=pyproject.toml', WORKDIR], ["'pyproject.toml'", 'a file of Python, NAME.py.']),
     (['--config=configs/none.py', WORKDIR], ['configs/none.py', 'No such file']),
     (['--config=tests/golden/recipe.py', WORKDIR], ['tests/golden/recipe.py', 'get_config']),
     (['--config', 'configs/digits.py:foo=1', WORKDIR], ["'foo'; the arguments are"]),

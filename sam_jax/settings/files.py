@@ -77,7 +77,8 @@ def load(flag: str) -> tuple[ModuleType, Config]:
             f'--config is {path!r}: No such file; by name there are {", ".join(shipped.names())}.'
         )
     spec = importlib.util.spec_from_file_location('checked_config', path)
-    assert spec and spec.loader, path
+    if not (spec and spec.loader):
+        raise UserError(f'--config is {path!r}; it must be a file of Python, NAME.py.')
     module = importlib.util.module_from_spec(spec)
     with shipped.importable(path):
         spec.loader.exec_module(module)
