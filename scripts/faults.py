@@ -9,8 +9,10 @@ os.environ.update(
     XLA_FLAGS='--xla_backend_optimization_level=0',
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
 )
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# In this order: the name of this script is that of the package.
+sys.path[:1] = [ROOT, os.path.join(ROOT, 'tests')]
 
-from sam_jax.faults import campaign
+from faults import campaign
 
 campaign.main()

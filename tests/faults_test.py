@@ -14,13 +14,13 @@ import types
 import jax
 import numpy as np
 import pytest
+from faults import campaign, kinds, life
 from helpers import ROOT
 
 from sam_jax import checkpoint, distributed, errors, periodic, run_log, step_log, trackers, train
 from sam_jax.checkpoint import Checkpoints
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
-from sam_jax.faults import campaign, kinds, life
 
 
 @pytest.fixture

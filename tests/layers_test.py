@@ -40,7 +40,6 @@ FLOORS = [
     {'train'},
     {'cli'},
     {'main', 'benchmarks'},
-    {'faults'},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -86,7 +85,7 @@ LIBRARIES = {
     'sklearn': {'data'},
     'tensorflow': {'data', 'benchmarks', 'trained'},
     'grain': {'data'},
-    'PIL': {'cli', 'data', 'faults'},
+    'PIL': {'cli', 'data'},
     'pyarrow': {'data'},
     'tensorflow_datasets': {'data', 'benchmarks'},
     'orbax': {'checkpoint', 'trained'},

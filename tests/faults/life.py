@@ -10,8 +10,8 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from sam_jax.faults import runs
-from sam_jax.faults.process import Hooks, Process
+from faults import runs
+from faults.process import Hooks, Process
 
 # A fault is waited for by a generator, which yields while it waits.
 Waiting = Generator[None, None, Any]

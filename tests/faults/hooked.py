@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from faults.process import Hooks, obey
 from sam_jax import experiment, periodic, train_step
-from sam_jax.faults.process import Hooks, obey
 
 
 def install(hooks: Hooks) -> None:

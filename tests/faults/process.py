@@ -135,8 +135,8 @@ def training(
             os.environ['PYTHONPATH'] = os.path.dirname(os.path.dirname(sam_jax.__file__))
             os.execv(sys.executable, [sys.executable, '-m', 'sam_jax.main', *arguments])
         # Here, since these modules are imported once, and not by who only looks at a campaign.
+        from faults import hooked
         from sam_jax import main
-        from sam_jax.faults import hooked
 
         if '--tracker=tensorboard' in arguments:
             for name in LEFT_OUT:

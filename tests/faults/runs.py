@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from faults.process import Hooks, Process, training
 from sam_jax import run_log
 from sam_jax.checkpoint import Checkpoints
-from sam_jax.faults.process import Hooks, Process, training
 from sam_jax.settings import shipped
 
 EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 6, 16

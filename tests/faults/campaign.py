@@ -24,10 +24,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from faults import kinds, runs
+from faults.life import Fault, Life, Waiting
+from faults.process import LEFT_OUT
 from sam_jax import run_log
-from sam_jax.faults import kinds, runs
-from sam_jax.faults.life import Fault, Life, Waiting
-from sam_jax.faults.process import LEFT_OUT
 
 MISSED, FAILED = 'missed', 'FAILED'
 IDENTICAL = 'went on, bit-identical'
@@ -355,7 +355,7 @@ def _prepare():
     """Imports what a run needs, so that its process has it; TensorFlow stays out but for one."""
     for name in LEFT_OUT:
         sys.modules.setdefault(name, None)  # pyright: ignore[reportArgumentType]
-    for name in ('sam_jax.main', 'sam_jax.faults.hooked', 'orbax.checkpoint', 'grain', 'PIL.Image'):
+    for name in ('sam_jax.main', 'faults.hooked', 'orbax.checkpoint', 'grain', 'PIL.Image'):
         importlib.import_module(name)
     logging.getLogger('absl').setLevel(logging.WARNING)
 

@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
+from faults import runs
+from faults.life import Fault, Life, files
+from faults.process import Hooks
 from sam_jax import sharpness
-from sam_jax.faults import runs
-from sam_jax.faults.life import Fault, Life, files
-from sam_jax.faults.process import Hooks
 
 START, END = 'start', 'end'
 REFUSED, PREEMPTED = 2, 143
