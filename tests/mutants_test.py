@@ -68,9 +68,14 @@ MUTANTS = {
     ),
     'no mean over devices': (
         STEP,
-        '    if layout.devices_per_group < len(layout.devices):\n'
-        '        result = gradients.mean_over_devices(result)\n',
+        '        *result, report = gradients.mean_over_devices((*result, report))\n',
         '',
+        ALGORITHM_1,
+    ),
+    'no mean of the cosines': (
+        STEP,
+        'report | _mean_if_logged(cosines, is_logged)',
+        'report | cosines',
         ALGORITHM_1,
     ),
     'gradient averaged before the ascent': (
