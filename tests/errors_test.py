@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import helpers
 import jax
 import ml_collections
 import numpy as np
@@ -17,21 +18,11 @@ from sam_jax import data, models, replicas, run_log, settings, train
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 
-COMPILED = '/jax/core/compile/backend_compile_duration'
-
 
 @pytest.fixture
 def compilations():
-    """A list to which each compilation adds."""
-    events = []
-
-    def note(event, *args, **kwargs):
-        if event == COMPILED:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(note)
+    with helpers.compilations() as events:
+        yield events
 
 
 def test_compilations_are_seen(compilations):
@@ -563,7 +554,13 @@ def answers(tmp_path_factory):
         for i, (argv, _) in enumerate(COMMANDS)
     ]
     subprocess.run(
-        [sys.executable, '-c', DRIVER.format(compiled=COMPILED), json.dumps(commands), str(place)],
+        [
+            sys.executable,
+            '-c',
+            DRIVER.format(compiled=helpers.COMPILED),
+            json.dumps(commands),
+            str(place),
+        ],
         cwd=ROOT,
         check=True,
         timeout=300,

@@ -1,5 +1,6 @@
 """What several test files share: small configs, golden files, comparison of pytrees."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -139,6 +140,23 @@ def lean_environment(folder, **environment):
         **environment,
         'PYTHONPATH': str(stub.parent),
     }
+
+
+COMPILED = '/jax/core/compile/backend_compile_duration'
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list to which each compilation adds."""
+    events = []
+
+    def note(event, *args, **kwargs):
+        if event == COMPILED:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 # Children of one process, which has imported the module that they run.

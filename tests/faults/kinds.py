@@ -54,19 +54,9 @@ def _kill_one(life: Life, fault: Fault):
     yield END
 
 
-def _kill_all(life, fault):
+def _kill_all(life, fault, *among):
     yield START
-    fault.moment = yield from life.moment()
-    if fault.moment:
-        for process in life.processes:
-            process.send(signal.SIGKILL)
-        fault.allows.add(-signal.SIGKILL)
-    yield END
-
-
-def _kill_in_a_save(life, fault):
-    yield START
-    fault.moment = yield from life.moment('save')
+    fault.moment = yield from life.moment(*among)
     if fault.moment:
         for process in life.processes:
             process.send(signal.SIGKILL)
@@ -410,7 +400,7 @@ EXCLUSIVE = {'damaged checkpoint', 'all checkpoints damaged'}
 KINDS = {
     'SIGKILL of one process': Kind(_kill_one, 3, True, _together),
     'SIGKILL of all processes': Kind(_kill_all, 4, True),
-    'SIGKILL during a save': Kind(_kill_in_a_save, 3, True),
+    'SIGKILL during a save': Kind(lambda life, fault: _kill_all(life, fault, 'save'), 3, True),
     'SIGKILL during a cold start': Kind(
         _kill_cold, 1, True, lambda life: _alone(life) and not life.setup.streams
     ),

@@ -1,12 +1,12 @@
 """Whole runs of two steps: finite, resumed bit for bit, and the same on two devices."""
 
-import contextlib
 import pathlib
 import shutil
 import tempfile
 
 import jax
 import numpy as np
+from helpers import compilations
 from hypothesis import strategies as st
 
 from fuzzing import OUTCOMES, Fault, check_sentence, configs
@@ -14,7 +14,6 @@ from sam_jax import run_log, train
 from sam_jax.errors import UserError
 
 BATCH = 16
-COMPILED = '/jax/core/compile/backend_compile_duration'
 
 # Of a step with this much rounding: what two orders of a sum may differ by, relatively.
 TOLERANCES = {'float64': 1e-6, 'float32': 2e-2, 'bfloat16': 2e-1}
@@ -49,19 +48,6 @@ def cases(draw) -> dict:
     return case
 
 
-@contextlib.contextmanager
-def _compilations():
-    events = []
-
-    def note(event, *args, **kwargs):
-        if event == COMPILED:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def check(case: dict) -> None:
     """Trains, resumes and trains on two devices; or refuses before anything is compiled.
 
@@ -71,7 +57,7 @@ def check(case: dict) -> None:
     x64 = case['changes'].get('model.dtype') == 'float64'
     with jax.enable_x64(x64), tempfile.TemporaryDirectory(prefix='fuzz-') as folder:
         config = configs.build(case)
-        with _compilations() as compiled:
+        with compilations() as compiled:
             try:
                 whole = _train(config, f'{folder}/run', 1)
             except UserError as e:
