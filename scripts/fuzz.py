@@ -22,10 +22,10 @@ import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+import quick
+
 # As tests have it: quick to compile, two devices and more.
-os.environ.setdefault(
-    'XLA_FLAGS', '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
-)
+os.environ.setdefault('XLA_FLAGS', quick.flags(devices=4))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path.home() / '.cache/sam_jax/fuzz'))

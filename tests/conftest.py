@@ -4,22 +4,16 @@ With SAM_JAX_TEST_PLATFORMS, which ./scripts/test_accelerator.sh sets, it is the
 JAX's platforms of these names, and products in float32 are not cut to fewer bits.
 """
 
-import importlib.metadata
 import os
 import tempfile
 
+import quick
+
 PLATFORMS = os.environ.get('SAM_JAX_TEST_PLATFORMS', 'cpu')
 
-# The tests compile much and compute little: LLVM's optimizations would take most of the time, and
-# so would XLA's newer way to make kernels of fused operations. Processes that tests start as users
-# do have both.
-QUICK = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
-EMITTERS = 'xla_cpu_use_fusion_emitters'
-TWO_WAYS = importlib.metadata.version('jaxlib').startswith('0.10.')  # later ones have one alone
-if TWO_WAYS:
-    QUICK.append(f'--{EMITTERS}=false')
+# Processes that tests start as users do have what users have.
 if PLATFORMS == 'cpu':
-    os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *QUICK]).strip()
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {quick.flags(devices=8)}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 # Runs as users start them keep compiled programs. Those of the tests go elsewhere, where workers
@@ -61,7 +55,7 @@ def problem(x64):
 @pytest.fixture(autouse=True)
 def kernels_of_users(request, monkeypatch):
     """Compiles as users' programs are, where two programs must agree to the last bit."""
-    if TWO_WAYS and PLATFORMS == 'cpu' and request.node.get_closest_marker('bitwise'):
+    if quick.TWO_WAYS and PLATFORMS == 'cpu' and request.node.get_closest_marker('bitwise'):
         from jax._src import compiler
 
         options = compiler.get_compile_options
@@ -70,7 +64,7 @@ def kernels_of_users(request, monkeypatch):
             'get_compile_options',
             lambda *args, env_options_overrides=None, **kwargs: options(
                 *args,
-                env_options_overrides={**(env_options_overrides or {}), EMITTERS: True},
+                env_options_overrides={**(env_options_overrides or {}), quick.EMITTERS: True},
                 **kwargs,
             ),
         )

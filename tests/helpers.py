@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick
 
 from configs import digits
 from sam_jax import data, replicas, train_state, train_step
@@ -125,7 +126,7 @@ class Net(nn.Module):
 
 # For processes that make many steps: level 0, which a test's own process has, makes a step ten
 # times slower.
-QUICK_TO_COMPILE = '--xla_backend_optimization_level=1'
+QUICK_TO_COMPILE = quick.flags(level=1)
 
 
 def lean_environment(folder, **environment):

@@ -422,6 +422,26 @@ def test_a_run_that_may_not_fit_is_warned_of(caplog):
     assert not caplog.records
 
 
+def test_on_cpu_the_estimate_refuses_too(monkeypatch, caplog):
+    """No compiler does, and the system ends what takes more than there is without a word."""
+    config = small_config(batch_size=64, replica_batch_size=32)
+    experiment = programs.experiment_for(config, jax.devices()[:2])
+    needed = memory.needs(experiment)
+
+    def check(free):
+        monkeypatch.setattr(replicas, 'free_memory', lambda devices: (free, len(devices)))
+        memory.check(experiment)
+
+    with pytest.raises(UserError, match='use --config.model.remat=True, a replica_batch_size') as e:
+        check(2 * needed.all / 1.3)
+    assert 'more devices' not in str(e.value)
+    check(2 * needed.all / 1.2)
+    assert 'This is an estimate.' in caplog.text
+    caplog.clear()
+    check(2 * needed.all + 2)
+    assert not caplog.records
+
+
 def test_training_asks(tmp_path, monkeypatch):
     def refuse(experiment):
         raise UserError(f'{experiment.config.model.name} does not fit.')

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Net, assert_trees_close, assert_trees_equal, relative_distance, small_config
+from helpers import (
+    Net,
+    assert_trees_close,
+    assert_trees_equal,
+    compilations,
+    relative_distance,
+    small_config,
+)
 
 from sam_jax import data, losses, replicas, rngs, train_state, train_step
 
@@ -209,16 +216,6 @@ def test_bfloat16_params_are_perturbed_in_float32():
     np.testing.assert_allclose(metrics['train/perturbation_norm'], 0.05, rtol=1e-5)
 
 
-def count_compilations():
-    events = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: (
-            events.append(name) if name.endswith('backend_compile_duration') else None
-        )
-    )
-    return events
-
-
 def test_one_compilation_for_all_steps_and_all_swept_values():
     session = Session(step_config())
     state, steps = session.start(), [session.arguments(i) for i in range(3)]
@@ -233,10 +230,10 @@ def test_one_compilation_for_all_steps_and_all_swept_values():
             ]
         )
     ]
-    events = count_compilations()
-    for i, arguments in enumerate(steps + swept):
-        state, _ = session.step_fn(state, *arguments)
-        assert len(events) == 1, f'call {i}'
+    with compilations() as compiled:
+        for i, arguments in enumerate(steps + swept):
+            state, _ = session.step_fn(state, *arguments)
+            assert len(compiled) == 1, f'call {i}'
 
 
 def test_swept_values_are_not_constants_of_the_program():

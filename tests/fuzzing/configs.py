@@ -90,14 +90,15 @@ SIZES = st.fixed_dictionaries(
 
 
 @st.composite
-def cases(draw, wild: int = 4, usual: bool = False) -> dict:
+def cases(draw, wild: int = 4, usual: bool = False, of: tuple[str, ...] = TINY) -> dict:
     """A case: {'model', 'method', 'devices', 'changes': {key: value}, 'without': keys}.
 
     Args:
       wild: how many keys at most have values of any kind; 0 for configs of which most are valid.
       usual: whether numbers are of a usual size.
+      of: the valid models.
     """
-    tiny = st.sampled_from(TINY)
+    tiny = st.sampled_from(of)
     model = draw(tiny if not wild else tiny | tiny | st.sampled_from(ODD_MODELS))
     method = draw(st.sampled_from(sorted(sharpness.METHODS)))
     sizes = draw(SIZES)

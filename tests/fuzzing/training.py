@@ -6,6 +6,7 @@ import tempfile
 
 import jax
 import numpy as np
+import sklearn.datasets  # noqa: F401  slow to import: once, and not in the process of each case
 from helpers import compilations
 from hypothesis import strategies as st
 
@@ -15,14 +16,20 @@ from sam_jax.errors import UserError
 
 BATCH = 16
 
+# Those that compile quickly are drawn more often.
+MODELS = (*configs.TINY, *4 * ('resnet8', 'wrn10_1'))
+
 # Of a step with this much rounding: what two orders of a sum may differ by, relatively.
 TOLERANCES = {'float64': 1e-6, 'float32': 2e-2, 'bfloat16': 2e-1}
 
 
 @st.composite
 def cases(draw) -> dict:
-    """A case of `configs.cases` that makes two steps of 16 images, with numbers of a usual size."""
-    case = draw(configs.cases(wild=0, usual=True))
+    """A case of `configs.cases` that, if it is valid, makes two steps of 16 images.
+
+    Its numbers are of a usual size, but for those of two keys at most, which are of any kind.
+    """
+    case = draw(configs.cases(wild=2, usual=True, of=MODELS))
     changes = case['changes']
     replicas = draw(st.sampled_from([1, 2, 2, 4]))
     group = draw(st.sampled_from([g for g in (1, 2, 4) if g <= replicas]))
@@ -93,13 +100,14 @@ def _check_result(folder):
     for name, value in result.items():
         if not isinstance(value, (int, float)):
             raise Fault(f'result.json: {name} is {value}')
-    if result['step'] != 2:
-        raise Fault(f'{result["step"]} steps')
 
 
 def _check_resumed(config, folder, whole):
     run = pathlib.Path(folder, 'run')
-    shutil.rmtree(run / 'checkpoints' / '2')
+    kept = sorted((run / 'checkpoints').iterdir(), key=lambda path: int(path.name))
+    if [int(path.name) for path in kept] != [1, 2]:
+        raise Fault(f'checkpoints are {[path.name for path in kept]}')
+    shutil.rmtree(kept[-1])
     (run / 'result.json').unlink()
     again = _train(config, str(run), 1)
     for (path, x), y in zip(
