@@ -105,7 +105,7 @@ def test_a_process_of_its_own():
 
 @pytest.mark.slow
 def test_traces():
-    _run(configs.cases(wild=0), lambda case: configs.check(case, trace=True), 10)
+    _run(configs.cases(wild=0, of=configs.TINY), lambda case: configs.check(case, trace=True), 10)
 
 
 @pytest.mark.slow

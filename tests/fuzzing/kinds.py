@@ -27,7 +27,9 @@ class Kind(NamedTuple):
 KINDS = {
     'settings': Kind(configs.cases, configs.check),
     'keys': Kind(lambda: st.sampled_from(configs.single_changes()), configs.check),
-    'traces': Kind(lambda: configs.cases(wild=0), lambda case: configs.check(case, trace=True)),
+    'traces': Kind(
+        lambda: configs.cases(wild=0, of=configs.TINY), lambda case: configs.check(case, trace=True)
+    ),
     'train': Kind(training.cases, training.check, isolated=True, seconds=600.0),
     'commands': Kind(commands.cases, commands.check),
     'files': Kind(files.cases, files.check),

@@ -16,8 +16,8 @@ from sam_jax.errors import UserError
 
 BATCH = 16
 
-# Those that compile quickly are drawn more often.
-MODELS = (*configs.TINY, *4 * ('resnet8', 'wrn10_1'))
+# Those that compile quickly are drawn more often; the last three are none.
+MODELS = (*configs.TINY, *4 * ('resnet8', 'wrn10_1'), 'wrn11_1', 'vit-tiny0', 'lenet')
 
 # Of a step with this much rounding: what two orders of a sum may differ by, relatively.
 TOLERANCES = {'float64': 1e-6, 'float32': 2e-2, 'bfloat16': 2e-1}
