@@ -111,6 +111,7 @@ class Net(nn.Module):
     dtype: str = 'float32'
     dropout_rate: float = 0.0
     batch_norm: bool = True
+    num_classes: int = 10
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -120,7 +121,7 @@ class Net(nn.Module):
         if self.batch_norm:
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9, **common)(x)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
-        x = nn.Dense(10, **common)(x.mean(axis=(1, 2)))
+        x = nn.Dense(self.num_classes, **common)(x.mean(axis=(1, 2)))
         return x.astype(param_dtype)
 
 
