@@ -346,6 +346,10 @@ def _poisoned(where):
         step = min(max([0, *life.steps()]) + life.rng.randrange(6), runs.STEPS - 1)
         value = life.rng.choice((float('nan'), float('inf'), float('-inf')))
         if where == 'perturbed gradient':
+            # Between its ascents LookSAM logs rho and does not use it.
+            of = life.setup.method
+            climbs = [i for i in range(runs.STEPS) if sharpness.gradients(of, i) != 1]
+            step = min((i for i in climbs if i >= step), default=climbs[-1])
             value = abs(value)
         life.hooks = life.hooks._replace(poison=(where, step, value))
         fault.moment = f'{value} at step {step + 1}'
