@@ -41,8 +41,10 @@ def initialize(
         )
     if not (all(given) or cluster or _inside_cluster()):
         return
-    # Collectives between CPU processes; other platforms bring their own and ignore this.
+    # Collectives between CPU processes; other platforms bring their own and ignore both. Those of
+    # two programs at once can wait for each other for good, so there is one program at a time.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
     if all(given):
         # Not to be mixed with what a Slurm job around it says, one GPU a process for instance.
         options = dict(

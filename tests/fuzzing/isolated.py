@@ -54,8 +54,10 @@ def _answer(check, case, write):
         frames = [f for f in traceback.extract_tb(e.__traceback__) if '/sam_jax/' in f.filename]
         where = f' at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}' if frames else ''
         fault = f'{type(e).__name__}{where}: {e}'
-    os.write(write, json.dumps([OUTCOMES, fault]).encode())
-    os._exit(0)
+    try:
+        os.write(write, json.dumps([OUTCOMES, fault]).encode())
+    finally:  # whose parent is gone must not go on as it would
+        os._exit(0)
 
 
 def _read(file, end):
