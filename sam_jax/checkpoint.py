@@ -5,6 +5,9 @@
 
 The arrays are one host's copy of the replicated state, so a checkpoint knows no topology. Orbax
 writes beside and renames, so a process killed during a save leaves the previous checkpoint newest.
+
+Of several processes the main one alone writes, and each reads for itself: to orbax each is alone.
+So none waits for another one whose write has failed, which orbax has them do for minutes.
 """
 
 import contextlib
@@ -49,6 +52,10 @@ class Checkpoints:
 
         self._ocp = ocp
         self._directory, self._read_only, self._failed = directory, read_only, False
+        self._writes = distributed.is_main() and not read_only
+        if not read_only:
+            with self._writing():
+                os.makedirs(directory, exist_ok=True)
         keep = [policies.LatestN(NEWEST_KEPT)]
         if keep_steps:
             keep.append(policies.CustomSteps(list(keep_steps)))
@@ -56,14 +63,19 @@ class Checkpoints:
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
+                cleanup_tmp_directories=self._writes,
+                create=False,
+                read_only=not self._writes,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(), active_processes={jax.process_index()}
+                ),
             ),
         )
 
     def steps(self) -> list[int]:
         """Returns the steps with a checkpoint, ascending."""
+        if not self._writes:
+            self._manager.reload()
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -74,6 +86,8 @@ class Checkpoints:
           state: pytree of arrays, the same on all devices.
           meta: dict that JSON can hold.
         """
+        if not self._writes:
+            return
         # A real copy: on CPU a host array may share its memory with the device's, which the next
         # step is given to overwrite.
         arrays = {name: np.array(x, copy=True) for name, x in _flatten(state)[0].items()}
@@ -181,6 +195,7 @@ class Checkpoints:
         return arrays, restored.meta
 
     def _set_aside(self, step):
+        distributed.barrier(f'read_{step}')
         if distributed.is_main():
             place = os.path.join(os.path.dirname(self._directory), 'damaged')
             os.makedirs(place, exist_ok=True)
@@ -200,9 +215,10 @@ class Checkpoints:
             self.close()
 
     def wait(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is written; on all processes."""
         with self._writing():
             self._manager.wait_until_finished()
+        distributed.barrier('written')
 
     def close(self) -> None:
         """Waits until everything is written and lets go of the directory."""

@@ -9,6 +9,8 @@ EXIT_USER_ERROR = 2
 # What every run that diverges says; by it a search tells it from one that merely broke.
 NOT_FINITE = 'is not finite at step'
 
+NO_MEMORY = 'The memory of this machine is used up.'
+
 
 class UserError(ValueError):
     """A bad setting, a missing dataset, a damaged file or a diverged run.
@@ -31,10 +33,11 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if is_memory(error):
-        return 'The memory of this machine is used up.'
+        return NO_MEMORY
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "A file"}: {error.strerror}.'
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    # One program at a time, as in `distributed.initialize`, has the same errors as ValueError.
+    if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
         said = first_line(error)
         if 'RESOURCE_EXHAUSTED' in said:
             return f'The memory is used up: {said}'
@@ -49,8 +52,17 @@ def is_memory(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, MemoryError) or "can't start new thread" in str(found):
             return True
+        if isinstance(found, SystemError) and not _has_memory():
+            return True  # of code in C that got none and did not say so
         found = found.__cause__ or found.__context__
     return False
+
+
+def _has_memory():
+    try:
+        return bool(bytearray(2**24))
+    except MemoryError:
+        return False
 
 
 # What gloo and JAX's coordination service say of a process that does not answer.

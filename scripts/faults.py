@@ -11,9 +11,7 @@ import quick
 
 # Before JAX is imported: small runs on CPU, quick to compile, all of whose programs are kept.
 os.environ.update(
-    JAX_PLATFORMS='cpu',
-    XLA_FLAGS=quick.flags(),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+    JAX_PLATFORMS='cpu', XLA_FLAGS=quick.flags(), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0'
 )
 
 from faults import campaign

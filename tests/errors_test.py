@@ -12,10 +12,10 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from helpers import ROOT, small_config
+from helpers import ROOT, lean_environment, small_config
 
 from sam_jax import data, models, replicas, run_log, settings, train
-from sam_jax.errors import UserError
+from sam_jax.errors import NO_MEMORY, UserError, told
 from sam_jax.experiment import Experiment
 
 
@@ -642,3 +642,46 @@ def test_a_run_with_other_settings_is_refused_before_compilation(tmp_path, compi
         train.train_and_evaluate(small_config(), str(tmp_path))
     _assert_sentence(str(e.value), ["model.name (was 'wrn16_2', now 'wrn10_1')", 'workdir'])
     assert not compilations
+
+
+WITHOUT_MEMORY = """
+import resource, sys, threading, time
+from unittest import mock
+from absl import flags
+from sam_jax.cli import commands
+
+def main():
+    with open('/proc/self/statm') as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    if sys.argv[1] == 'thread':
+        threading.Thread(target=lambda: bytearray(2**44)).start()
+        time.sleep(60)  # as one that waits for it
+    if sys.argv[1] == 'finalizer':
+        class Thing:
+            def __del__(self):
+                bytearray(2**44)
+        Thing()
+        time.sleep(60)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, size + 2**20))
+    raise SystemError('error return without exception set')
+
+with mock.patch.object(commands, '_parse', lambda argv: flags.FLAGS(argv[:1])):
+    commands.run(main)
+"""
+
+
+@pytest.mark.parametrize('where', ['thread', 'finalizer', 'C'])
+def test_no_memory_in_places_that_tell_nobody(where, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, '-c', WITHOUT_MEMORY, where],
+        env=lean_environment(tmp_path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (ended.returncode, ended.stderr) == (2, f'error: {NO_MEMORY}\n')
+
+
+def test_a_system_error_with_memory_left_is_one_of_the_code():
+    assert told(SystemError('error return without exception set')) is None

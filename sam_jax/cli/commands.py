@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,7 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sam_jax import checkpoint, distributed, settings
-from sam_jax.errors import EXIT_USER_ERROR, UserError, told
+from sam_jax.errors import EXIT_USER_ERROR, NO_MEMORY, UserError, is_memory, told
 from sam_jax.settings import shipped
 
 DEFAULT_CONFIG = os.path.join(shipped.folder(), 'digits.py')
@@ -37,12 +38,15 @@ def define_config(meaning: str) -> flags.FlagHolder:
         return config_flags.DEFINE_config_file('config', DEFAULT_CONFIG, meaning, lock_config=True)
 
 
-def leave(message: str, status: int = EXIT_USER_ERROR) -> NoReturn:
-    """Ends the process with a line on stderr, which tells of an error if the status does."""
+def leave(message: str, status: int = EXIT_USER_ERROR, at_once: bool = False) -> NoReturn:
+    """Ends the process with a line on stderr, which tells of an error if the status does.
+
+    With `at_once` nothing is tidied up, for which there may be no memory.
+    """
     print(f'error: {message}' if status == EXIT_USER_ERROR else message, file=sys.stderr)
     if status != EXIT_PREEMPTED:
         distributed.abandon(status)
-        if not checkpoint.threads_end(seconds=1):
+        if at_once or not checkpoint.threads_end(seconds=1):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -105,7 +109,7 @@ def _call(main, positional, argv):
     logging.getLogger('jax').setLevel(logging.WARNING)  # it tells of each backend it lacks
     # Orbax tells of every file, and of a write that fails at length: what it raises is told.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, threading.excepthook = _unraisable, _of_thread
     try:
         if argv[1:] and not positional:
             raise UserError(f'Unexpected argument {argv[1]!r}; flags begin with --.')
@@ -120,10 +124,29 @@ def _call(main, positional, argv):
                 traceback.print_exc()
                 distributed.abandon(1)
             raise
-        leave(said)
+        leave(said, at_once=is_memory(e))
+
+
+# Given back where memory ends, so that it can be said.
+_RESERVE = [bytearray(2**20)]
 
 
 def _unraisable(unraisable):
     """Python's own hook, but for what TensorStore says of writes under way when one has failed."""
+    _end_without_memory(unraisable.exc_type)
     if str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
+
+
+def _of_thread(args):
+    """Python's own hook of a thread that ends with an error, unless it is of memory."""
+    _end_without_memory(args.exc_type)
+    threading.__excepthook__(args)
+
+
+def _end_without_memory(error):
+    """Ends the process if a thread got no memory: others would wait for it for good."""
+    if error and issubclass(error, MemoryError):
+        _RESERVE.clear()
+        os.write(2, f'error: {NO_MEMORY}\n'.encode())
+        os._exit(EXIT_USER_ERROR)
