@@ -11,6 +11,8 @@ NOT_FINITE = 'is not finite at step'
 
 NO_MEMORY = 'The memory of this machine is used up.'
 
+_SILENT = 'error return without exception set'
+
 
 class UserError(ValueError):
     """A bad setting, a missing dataset, a damaged file or a diverged run.
@@ -33,7 +35,10 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if is_memory(error):
-        return NO_MEMORY
+        silent = _SILENT in str(error)
+        return (
+            'Code in C failed without a word, as where memory is used up.' if silent else NO_MEMORY
+        )
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "A file"}: {error.strerror}.'
     # One program at a time, as in `distributed.initialize`, has the same errors as ValueError.
@@ -52,17 +57,10 @@ def is_memory(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, MemoryError) or "can't start new thread" in str(found):
             return True
-        if isinstance(found, SystemError) and not _has_memory():
+        if isinstance(found, SystemError) and _SILENT in str(found):
             return True  # of code in C that got none and did not say so
         found = found.__cause__ or found.__context__
     return False
-
-
-def _has_memory():
-    try:
-        return bool(bytearray(2**24))
-    except MemoryError:
-        return False
 
 
 # What gloo and JAX's coordination service say of a process that does not answer.

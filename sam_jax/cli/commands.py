@@ -133,20 +133,22 @@ _RESERVE = [bytearray(2**20)]
 
 def _unraisable(unraisable):
     """Python's own hook, but for what TensorStore says of writes under way when one has failed."""
-    _end_without_memory(unraisable.exc_type)
+    if unraisable.exc_type is MemoryError:
+        _RESERVE.clear()  # here: a call of our own takes memory
+        _end_without_memory()
     if str(unraisable.exc_value) != 'Event loop is closed':
         sys.__unraisablehook__(unraisable)
 
 
 def _of_thread(args):
     """Python's own hook of a thread that ends with an error, unless it is of memory."""
-    _end_without_memory(args.exc_type)
+    if args.exc_type is MemoryError:
+        _RESERVE.clear()
+        _end_without_memory()
     threading.__excepthook__(args)
 
 
-def _end_without_memory(error):
-    """Ends the process if a thread got no memory: others would wait for it for good."""
-    if error and issubclass(error, MemoryError):
-        _RESERVE.clear()
-        os.write(2, f'error: {NO_MEMORY}\n'.encode())
-        os._exit(EXIT_USER_ERROR)
+def _end_without_memory():
+    """Ends the process, since others would wait for good for the thread that got no memory."""
+    os.write(2, f'error: {NO_MEMORY}\n'.encode())
+    os._exit(EXIT_USER_ERROR)
