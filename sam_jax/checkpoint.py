@@ -108,6 +108,8 @@ class Checkpoints:
             yield
         except Exception as e:  # whatever orbax, TensorStore or the file system raise
             self._failed = True
+            if is_memory(e):
+                raise
             raise UserError(
                 f'A checkpoint cannot be written to {self._directory}: {of_system(e)}.'
             ) from e

@@ -143,7 +143,7 @@ def _judge(life, faults):
     if len(life.processes) > 1 and {p.status for p in life.processes} & {kinds.REFUSED, *ENDED}:
         allowed.add(-signal.SIGABRT)  # JAX aborts the others
     for process in life.processes:
-        aborted = process.status in kinds.ABORTS and process.status in allowed
+        aborted = process.status in kinds.CRASHES and process.status in allowed
         for trace in _TRACES:
             # Where memory is used up in C++, and where JAX learns that another process is gone,
             # it aborts, and Python tells where it was.
@@ -155,14 +155,14 @@ def _judge(life, faults):
         if len(errors) != (process.status == kinds.REFUSED) and not (aborted and len(errors) == 1):
             return f'it ended with status {process.status} and {len(errors)} lines "error: "'
     sentences = [line for line in life.text.splitlines() if _tells(line)]
-    aborted_some = any(process.status in kinds.ABORTS for process in life.processes)
+    aborted_some = any(process.status in kinds.CRASHES for process in life.processes)
     refused = any(process.status == kinds.REFUSED for process in life.processes)
     for fault in faults:
         if fault.moment and (fault.allows or 'damaged' in fault.kind):
             fault.said = sentences[-1] if sentences else ''
             if refused and kinds.REFUSED in fault.allows:
                 fault.outcome = REFUSED
-            elif aborted_some and kinds.ABORTS & fault.allows:
+            elif aborted_some and kinds.CRASHES & fault.allows:
                 fault.outcome = ABORTED
             if life.killed_by_launcher:
                 fault.said += ' (the others were ended after a minute, as launch_local.sh does)'

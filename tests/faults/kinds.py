@@ -21,6 +21,7 @@ START, END = 'start', 'end'
 REFUSED, PREEMPTED = 2, 143
 # Of C++, and of the C library, which has a sentence of its own for memory that is used up.
 ABORTS = {-signal.SIGABRT, 127}
+CRASHES = {*ABORTS, -signal.SIGSEGV}  # where C++ does not look at what malloc gave
 
 
 class Kind(NamedTuple):
@@ -378,7 +379,7 @@ def _memory(life, fault):
             if process.poll():
                 process.limit_memory(more)
         fault.moment += f', {more >> 20} MiB more'
-        fault.allows |= {REFUSED, *ABORTS}
+        fault.allows |= {REFUSED, *CRASHES}
     yield END
 
 
