@@ -112,6 +112,8 @@ class Net(nn.Module):
     dropout_rate: float = 0.0
     batch_norm: bool = True
     num_classes: int = 10
+    batch_norm_axis: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, train=False):

@@ -342,6 +342,8 @@ class _Linear(nn.Module):
     """Of the mean colour; quick to compile."""
 
     num_classes: int
+    batch_norm_axis: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x, train=False):
