@@ -212,7 +212,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_):
-        """Closes; but not after an error of one of several: the others do not come to it."""
+        """Closes; but not after an error of one of several, whose end the others await."""
         if kind in (None, Preempted) or jax.process_count() == 1:
             self.close()
 

@@ -11,6 +11,7 @@ NOT_FINITE = 'is not finite at step'
 
 NO_MEMORY = 'The memory of this machine is used up.'
 
+# What Python says of code in C that failed and raised nothing.
 _SILENT = 'error return without exception set'
 
 
@@ -41,7 +42,7 @@ def told(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "A file"}: {error.strerror}.'
-    # One program at a time, as in `distributed.initialize`, has the same errors as ValueError.
+    # Where a program is called and not waited for, JAX raises the same as a ValueError.
     if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)):
         said = first_line(error)
         if 'RESOURCE_EXHAUSTED' in said:

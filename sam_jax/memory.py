@@ -203,7 +203,8 @@ def check(experiment: Any) -> None:
     memory than there is without a word.
 
     Raises:
-      UserError: what is known alone is too much. Of an estimate that is too large the log warns.
+      UserError: what is known alone is too much, or on CPU so much of the estimate. Of another
+        estimate that is too large the log warns.
     """
     devices = experiment.layout.devices
     local = [d for d in devices if d.process_index == jax.process_index()]

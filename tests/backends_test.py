@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import quick
 from analysed import network, objective
-from helpers import QUICK_TO_COMPILE, ROOT, Net, assert_trees_equal, free_port, small_config
+from helpers import ROOT, Net, assert_trees_equal, free_port, small_config
 from jax import lax
 
 from sam_jax import models, replicas, train
@@ -207,7 +208,7 @@ def test_two_processes_of_two_devices(method, replicas_per_group, tmp_path):
     environment = {
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count=2',
+        'XLA_FLAGS': quick.flags(devices=2, level=1),
         'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]),
     }
     arguments = [f'localhost:{free_port()}', str(tmp_path), str(replicas_per_group), method]

@@ -233,7 +233,7 @@ def run_processes(flags, workdir, num_processes=2, devices_each=2, config='confi
         **os.environ,
         'JAX_ENABLE_X64': '1',
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={devices_each}',
+        'XLA_FLAGS': quick.flags(devices_each, level=1),
     }
     address = f'localhost:{free_port()}'
     processes = [

@@ -11,7 +11,8 @@ import time
 
 import orbax.checkpoint as ocp
 import pytest
-from helpers import QUICK_TO_COMPILE, ROOT, lean_environment, relative_distance, training_process
+import quick
+from helpers import ROOT, lean_environment, relative_distance, training_process
 
 SCRIPTS = ROOT / 'scripts'
 
@@ -258,7 +259,7 @@ class _Launched:
                     CUDA_VISIBLE_DEVICES='',
                     VIRTUAL_ENV=sys.prefix,
                     PATH=f'{sys.prefix}/bin:{os.environ["PATH"]}',
-                    XLA_FLAGS=f'{QUICK_TO_COMPILE} --xla_force_host_platform_device_count={4 // n}',
+                    XLA_FLAGS=quick.flags(devices=4 // n, level=1),
                 ),
             )
 

@@ -132,7 +132,10 @@ _RESERVE = [bytearray(2**20)]
 
 
 def _unraisable(unraisable):
-    """Python's own hook, but for what TensorStore says of writes under way when one has failed."""
+    """Python's own hook, but for memory that ends.
+
+    And for what TensorStore says of writes under way when one has failed.
+    """
     if unraisable.exc_type is MemoryError:
         _RESERVE.clear()  # here: a call of our own takes memory
         _end_without_memory()

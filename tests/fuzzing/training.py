@@ -100,14 +100,13 @@ def _check_result(folder):
     for name, value in result.items():
         if not isinstance(value, (int, float)):
             raise Fault(f'result.json: {name} is {value}')
+    if result['step'] != 2:
+        raise Fault(f'{result["step"]} steps')
 
 
 def _check_resumed(config, folder, whole):
     run = pathlib.Path(folder, 'run')
-    kept = sorted((run / 'checkpoints').iterdir(), key=lambda path: int(path.name))
-    if [int(path.name) for path in kept] != [1, 2]:
-        raise Fault(f'checkpoints are {[path.name for path in kept]}')
-    shutil.rmtree(kept[-1])
+    shutil.rmtree(run / 'checkpoints' / '2')
     (run / 'result.json').unlink()
     again = _train(config, str(run), 1)
     for (path, x), y in zip(
