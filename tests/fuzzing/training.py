@@ -22,6 +22,9 @@ MODELS = (*configs.TINY, *4 * ('resnet8', 'wrn10_1'), 'wrn11_1', 'vit-tiny0', 'l
 # Of a step with this much rounding: what two orders of a sum may differ by, relatively.
 TOLERANCES = {'float64': 1e-6, 'float32': 2e-2, 'bfloat16': 2e-1}
 
+# Results that are NaN where they mean nothing, as `analysis.monitor` says.
+UNDEFINED = ('analysis/edge', 'analysis/lambda_ratio')
+
 
 @st.composite
 def cases(draw) -> dict:
@@ -98,7 +101,7 @@ def _train(config, workdir, devices):
 def _check_result(folder):
     result = run_log.read_json(f'{folder}/run/result.json')
     for name, value in result.items():
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, (int, float)) and name not in UNDEFINED:
             raise Fault(f'result.json: {name} is {value}')
     if result['step'] != 2:
         raise Fault(f'{result["step"]} steps')
