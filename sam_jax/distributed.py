@@ -41,10 +41,8 @@ def initialize(
         )
     if not (all(given) or cluster or _inside_cluster()):
         return
-    # Collectives between CPU processes; other platforms bring their own and ignore both. One
-    # program at a time, since those of two could meet; docs/faults.md has a hang that is left.
+    # Collectives between CPU processes; other platforms bring their own and ignore it.
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.config.update('jax_cpu_enable_async_dispatch', False)
     if all(given):
         # Not to be mixed with what a Slurm job around it says, one GPU a process for instance.
         options = dict(

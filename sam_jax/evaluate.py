@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from sam_jax import losses, metrics
-from sam_jax.replicas import AXIS, Layout
+from sam_jax.replicas import AXIS, Layout, paced
 
 
 def eval_step(
@@ -72,7 +72,7 @@ def evaluate(
     Returns:
       {metric: mean over the split's examples} as Python floats.
     """
-    sums = [step(params, batch_stats, arrays, layout.shard(feed)) for feed in feeds]
-    sums = jax.device_get(sums)
+    results = (step(params, batch_stats, arrays, layout.shard(feed)) for feed in feeds)
+    sums = jax.device_get(list(paced(results)))
     count = sum(float(s['count']) for s in sums)
     return {name: sum(float(s[name]) for s in sums) / count for name in sums[0] if name != 'count'}

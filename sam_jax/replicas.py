@@ -7,9 +7,10 @@ decide where a replica is computed: each holds a consecutive run of replicas, an
 lies within one device or covers several whole ones.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ AXIS = 'batch'
 
 # Ways to run one function on all devices, see `Layout.map`.
 BACKENDS = ('pmap', 'shard_map')
+
+# Programs that may be under way at once: enough to hide the host, few enough to stop at a signal
+# and to hold few batches. With more than 32 of several CPU devices XLA hangs (docs/faults.md).
+IN_FLIGHT = 2
 
 # jax.Device, of which jaxlib tells type checkers nothing.
 Device = Any
@@ -161,6 +166,20 @@ class Layout:
 
 def _spec(axis):
     return PartitionSpec() if axis is None else PartitionSpec(AXIS)
+
+
+def paced(results: Iterable[Any]) -> Iterator[Any]:
+    """Yields results of programs; no more than `IN_FLIGHT` and the newest are under way at once.
+
+    Args:
+      results: pytrees of arrays; a program is dispatched whenever the next one is asked for.
+    """
+    waiting = collections.deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > IN_FLIGHT:
+            yield jax.block_until_ready(waiting.popleft())
+    yield from waiting
 
 
 def free_memory(devices: Sequence[Device]) -> tuple[float, int]:

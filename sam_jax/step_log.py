@@ -10,9 +10,7 @@ import jax
 
 from sam_jax import sharpness
 from sam_jax.errors import NOT_FINITE, UserError
-
-# Steps that may be under way at once: enough to hide the host, few enough to stop at a signal.
-_IN_FLIGHT = 2
+from sam_jax.replicas import IN_FLIGHT
 
 
 class StepLog:
@@ -29,7 +27,7 @@ class StepLog:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step just dispatched; handles those that are ready."""
         self._waiting.append((step, metrics))
-        while len(self._waiting) > _IN_FLIGHT:
+        while len(self._waiting) > IN_FLIGHT:
             self._take()
 
     def flush(self, refuse_bad: bool = False) -> None:

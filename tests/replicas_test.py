@@ -1,12 +1,17 @@
 """How a global batch is cut, what is refused, and which TPU devices are neighbours."""
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+import quick
+from helpers import ROOT
 
 from sam_jax import replicas
 from sam_jax.errors import UserError
@@ -343,3 +348,66 @@ def test_layout_groups_neighbours(mesh, num_replicas, group, extents):
 def test_two_slices_keep_their_order():
     devices = _tpu(2, 2, 1) + _tpu(2, 2, 1)  # a slice has coordinates of its own
     assert replicas.neighbour_order(devices, 2) == devices
+
+
+class UnderWay:
+    """A result that is computed when it is waited for, or after all others."""
+
+    def __init__(self, counts):
+        self._counts, self._done = counts, False
+        counts['now'] += 1
+        counts['most'] = max(counts['most'], counts['now'])
+
+    def block_until_ready(self):
+        self._counts['now'] -= not self._done
+        self._done = True
+        return self
+
+
+def test_the_host_does_not_run_far_ahead_and_results_keep_their_order():
+    counts = {'now': 0, 'most': 0}
+    all_results = []
+
+    def dispatched():
+        for i in range(50):
+            all_results.append((UnderWay(counts), np.array(i)))
+            yield all_results[-1]
+
+    assert list(replicas.paced(dispatched())) == all_results
+    assert counts == {'now': replicas.IN_FLIGHT, 'most': replicas.IN_FLIGHT + 1}
+
+
+# XLA's CPU client waits for itself if more than 32 programs that exchange anything are under way.
+MANY_BATCHES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax import lax
+from sam_jax import evaluate, replicas
+
+layout, _ = replicas.make_layout(4, 1, 1, devices=jax.devices())
+slow = lambda x: lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y @ x), x)
+step = layout.map(
+    lambda params, stats, arrays, feed: lax.psum(
+        {'loss': jnp.sum(slow(params)) * feed, 'count': jnp.ones(())}, replicas.AXIS
+    ),
+    in_axes=(None, None, None, 0),
+)
+params = layout.replicate(np.eye(200, dtype=np.float32))
+feeds = [np.full(4, i, np.float32) for i in range(100)]
+print(evaluate.evaluate(step, params, {}, {}, feeds, layout)['loss'])
+"""
+
+
+def test_an_evaluation_of_many_batches_ends():
+    result = subprocess.run(
+        [sys.executable, '-c', MANY_BATCHES],
+        cwd=ROOT,
+        env={**os.environ, 'XLA_FLAGS': quick.flags(devices=4)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    value = 1.0
+    for _ in range(20):
+        value = np.tanh(value)
+    np.testing.assert_allclose(float(result.stdout), 200 * value * 49.5, rtol=1e-5)

@@ -142,6 +142,7 @@ class Objective:
         )
         for feed in self.feeds:
             total = self.steps[kind](total, params, self.batch_stats, self.arrays, feed, vectors)
+            jax.block_until_ready(total)  # not ahead of the devices, see `replicas.paced`
         return total
 
 

@@ -19,7 +19,7 @@ from jax import lax
 
 from sam_jax import metrics, rngs
 from sam_jax.analysis import objective as objectives
-from sam_jax.replicas import AXIS
+from sam_jax.replicas import AXIS, paced
 from sam_jax.sharpness.ascent import Ascent, lp_ball
 from sam_jax.sharpness.direction import random_like
 from sam_jax.sharpness.trees import lp_norm, move
@@ -236,8 +236,9 @@ def _make_groups_at_once(objective, m, ascent):
 
     def measure(params, batch_stats):
         size = sum(x.size for x in jax.tree.leaves(params))
-        parts = [step(params, batch_stats, objective.arrays, feed) for feed in feeds(size)]
-        sums = {name: sum(float(p[name]) for p in jax.device_get(parts)) for name in parts[0]}
+        results = (step(params, batch_stats, objective.arrays, feed) for feed in feeds(size))
+        parts = jax.device_get(list(paced(results)))
+        sums = {name: sum(float(p[name]) for p in parts) for name in parts[0]}
         n = sums.pop('count')
         if not n:
             return _NO_GROUPS
