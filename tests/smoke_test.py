@@ -67,6 +67,9 @@ SLOW_ROWS = [
         )
     ),
 ]
+# One of each class of the datasets whose classes are parted in two, see `prompts`.
+TEST = 10
+
 SHAPES = {'digits': (8, 8, 1), 'fashion_mnist': (28, 28, 1)}
 
 
@@ -96,7 +99,7 @@ class _FakeStream:
                 (_jpeg(image), i % self._num_classes, f'example {i}')
                 for i, image in enumerate(_images(n, (80, 100, 3)))
             ]
-            for n in (self._num_train, 3)
+            for n in (self._num_train, TEST)
         )
         return train, test, self._num_classes
 
@@ -115,7 +118,7 @@ def _fake(monkeypatch, name, num_train):
                 _images(n, SHAPES.get(name, (32, 32, 3))),
                 np.arange(n, dtype=np.int32) % source.num_classes,
             )
-            for n in (num_train, 3)
+            for n in (num_train, TEST)
         )
 
     monkeypatch.setitem(
