@@ -106,6 +106,17 @@ def test_every_link_and_anchor_leads_somewhere(sources):
     assert not dead and seen > 100
 
 
+def _torn_tables(text):
+    """First lines of blocks of table rows that have no head."""
+    blocks = re.findall(r'(?:^\|.*\n?)+', _prose(text), re.MULTILINE)
+    return [b.splitlines()[0] for b in blocks if not re.match(r'.*\n\|[-:| ]+\|(\n|$)', b)]
+
+
+def test_no_table_is_torn(sources):
+    assert {name: torn for name, text in sources.items() if (torn := _torn_tables(text))} == {}
+    assert _torn_tables('| a |\n|---|\n| b |\n\n| c |\n') == ['| c |']
+
+
 def test_the_pages_of_the_methods_say_it_all(sources):
     """Settings with defaults, cost, source, and the figures where there are some."""
     for name, entry in sharpness.METHODS.items():
