@@ -260,3 +260,20 @@ def run_processes(flags, workdir, num_processes=2, devices_each=2, config='confi
     outputs = [p.communicate(timeout=300)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * num_processes, outputs
     return outputs
+
+
+class UnderWay:
+    """A result of a program that is under way until it is waited for.
+
+    `counts`, {'now', 'most'}, holds how many are under way and how many were at once.
+    """
+
+    def __init__(self, counts):
+        self._counts, self._done = counts, False
+        counts['now'] += 1
+        counts['most'] = max(counts['most'], counts['now'])
+
+    def block_until_ready(self):
+        self._counts['now'] -= not self._done
+        self._done = True
+        return self

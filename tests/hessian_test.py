@@ -1,12 +1,14 @@
 """Products, Lanczos, density and trace against dense Hessians and known spectra."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from analysed import examples, layout, network, objective
 from flax import linen as nn
-from helpers import relative_distance
+from helpers import UnderWay, relative_distance
 from jax.flatten_util import ravel_pytree
 
 from sam_jax.analysis import hessian
@@ -150,6 +152,14 @@ def test_one_device_and_four_find_the_same(x64):
 def symmetric(n, seed=0):
     a = np.random.RandomState(seed).randn(n, n)
     return (a + a.T) / np.sqrt(2 * n)
+
+
+def test_no_batch_is_dispatched_before_the_one_before_it_is_done(x64):
+    counts = {'now': 0, 'most': 0}
+    loss, params = objective(batch_size=8)
+    steps = {'gradient': lambda *_: UnderWay(counts), 'gradient_mean': lambda total, *_: total}
+    dataclasses.replace(loss, steps={**loss.steps, **steps}).gradient(params)
+    assert counts == {'now': 0, 'most': 1}
 
 
 def test_lanczos_reduces_a_matrix_to_its_tridiagonal_form():

@@ -37,10 +37,23 @@ OBJECTIVE, HESSIAN, SHARPNESS, LANDSCAPE = (
 )
 STREAM, AUGMENT = 'sam_jax/data/streaming.py', 'sam_jax/data/augment.py'
 CONVOLUTIONS, CONVOLUTIONS_TEST = 'sam_jax/convolutions.py', 'tests/convolutions_test.py'
+AHEAD = 'tests/replicas_test.py::test_the_host_does_not_run_far_ahead_and_results_keep_their_order'
 STEP_TEST = 'tests/train_step_test.py'
 ALGORITHM_1 = f'{STEP_TEST}::test_step_is_algorithm_1_with_clean_statistics_and_one_dropout_mask'
 
 MUTANTS = {
+    'batches dispatched far ahead of the devices': (
+        'sam_jax/replicas.py',
+        'len(waiting) > IN_FLIGHT',
+        'len(waiting) > 1000',
+        AHEAD,
+    ),
+    'an analysis that runs ahead of the devices': (
+        OBJECTIVE,
+        'jax.block_until_ready(total)',
+        'total',
+        'tests/hessian_test.py::test_no_batch_is_dispatched_before_the_one_before_it_is_done',
+    ),
     'sign of the perturbation': (
         TREES,
         'promote(w) + sign * e',

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import quick
-from helpers import ROOT
+from helpers import ROOT, UnderWay
 
 from sam_jax import replicas
 from sam_jax.errors import UserError
@@ -348,20 +348,6 @@ def test_layout_groups_neighbours(mesh, num_replicas, group, extents):
 def test_two_slices_keep_their_order():
     devices = _tpu(2, 2, 1) + _tpu(2, 2, 1)  # a slice has coordinates of its own
     assert replicas.neighbour_order(devices, 2) == devices
-
-
-class UnderWay:
-    """A result that is computed when it is waited for, or after all others."""
-
-    def __init__(self, counts):
-        self._counts, self._done = counts, False
-        counts['now'] += 1
-        counts['most'] = max(counts['most'], counts['now'])
-
-    def block_until_ready(self):
-        self._counts['now'] -= not self._done
-        self._done = True
-        return self
 
 
 def test_the_host_does_not_run_far_ahead_and_results_keep_their_order():
