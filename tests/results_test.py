@@ -44,6 +44,11 @@ def test_interval(pair, digits, text):
     assert results.interval(pair, digits) == text
 
 
+def test_interval_of_a_difference():
+    assert results.interval((0.284, 0.15), 1, sign=True) == '+0.3 ± 0.1'
+    assert results.interval((-0.001, math.nan), sign=True) == '+0.00'
+
+
 def test_groups_are_runs_that_differ_in_seed_alone(tmp_path):
     for seed in range(3):
         config = digits_config(data__dir=f'/{seed}', eval__batch_size=64 + seed)

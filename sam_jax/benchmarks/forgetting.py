@@ -25,7 +25,7 @@ from sam_jax import sharpness, tables
 from sam_jax.benchmarks import quantize_language as small
 from sam_jax.cli import commands
 from sam_jax.errors import UserError
-from sam_jax.experiments.results import mean_and_interval
+from sam_jax.experiments.results import interval, mean_and_interval
 from sam_jax.language import texts, training
 
 FINE_RATE = 1e-3
@@ -44,16 +44,15 @@ class Outcome(NamedTuple):
 
 def rows(name: str, outcomes: list[Outcome], adam: list[Outcome] | None) -> list[tuple[str, ...]]:
     """Returns the rows of a method: its figures, and their differences from Adam's."""
-    shown = [(name, *(_cell(values, '.3f') for values in zip(*outcomes)))]
+
+    def cells(outcomes, sign=False):
+        return [interval(mean_and_interval(list(values)), 3, sign) for values in zip(*outcomes)]
+
+    shown = [(name, *cells(outcomes))]
     if adam:
         pairs = [[a - b for a, b in zip(o, p)] for o, p in zip(outcomes, adam)]
-        shown.append(('less Adam', *(_cell(values, '+.3f') for values in zip(*pairs))))
+        shown.append(('less Adam', *cells(pairs, sign=True)))
     return shown
-
-
-def _cell(values, form):
-    mean, half = mean_and_interval(list(values))
-    return f'{mean:{form}} ± {half:.3f}'
 
 
 def main() -> None:

@@ -180,9 +180,8 @@ def row(
     accuracies, distances = zip(*results)
     gain = ''
     if plain:
-        gain = '{:+z.2f} ± {:.2f}'.format(
-            *mean_and_interval([a - b for a, (b, _) in zip(accuracies, plain)])
-        )
+        pairs = [a - b for a, (b, _) in zip(accuracies, plain)]
+        gain = interval(mean_and_interval(pairs), sign=True)
     return (
         bits,
         name,

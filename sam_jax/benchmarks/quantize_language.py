@@ -206,16 +206,15 @@ def row(
 ) -> tuple[str, ...]:
     """Returns a row of the table; `full` and `plain` are of the same seeds."""
 
-    def pairs(others):
-        return [a.bits - b.bits for a, b in zip(results, others)]
+    def less(others):
+        return mean_and_interval([a.bits - b.bits for a, b in zip(results, others)])
 
-    signed = '{:+.4f} ± {:.4f}'
     return (
         setting,
         name,
         interval(mean_and_interval([r.bits for r in results]), 3),
-        '' if results is full else signed.format(*mean_and_interval(pairs(full))),
-        '' if plain is None else signed.format(*mean_and_interval(pairs(plain))),
+        '' if results is full else interval(less(full), 4, sign=True),
+        '' if plain is None else interval(less(plain), 4, sign=True),
         interval(mean_and_interval([r.kl for r in results]), 4),
     )
 

@@ -46,12 +46,16 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
-def interval(pair: tuple[float, float] | None, digits: int = 2) -> str:
-    """Returns '0.28 ± 0.15' of a (mean, half width); '0.28' where that is NaN; '' of None."""
+def interval(pair: tuple[float, float] | None, digits: int = 2, sign: bool = False) -> str:
+    """Returns '0.28 ± 0.15' of a (mean, half width); '0.28' where that is NaN; '' of None.
+
+    With a sign, of a difference, '+0.28 ± 0.15'.
+    """
     if pair is None:
         return ''
     mean, half = pair
-    return f'{mean:.{digits}f}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
+    form = f'{"+z" if sign else ""}.{digits}f'
+    return f'{mean:{form}}' + ('' if math.isnan(half) else f' ± {half:.{digits}f}')
 
 
 def shown(value: Any) -> str:

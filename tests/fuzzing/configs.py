@@ -196,13 +196,15 @@ def build(case: dict) -> ml_collections.ConfigDict:
     return config.lock()
 
 
-_PLACE = tempfile.TemporaryDirectory(prefix='fuzz-')
+@functools.cache
+def _folder():
+    return tempfile.TemporaryDirectory(prefix='fuzz-')  # removed when the process ends
 
 
 @functools.cache
 def places() -> dict[str, str]:
     """{data.name: data.dir} of tiny datasets in files, made once a process."""
-    root = pathlib.Path(_PLACE.name)
+    root = pathlib.Path(_folder().name)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (24, 8, 8, 3), np.uint8)
     labels = np.arange(24) % 4
