@@ -13,6 +13,8 @@ The rule below, which JAX asks how to write down a convolution for CPUs, rewrite
                           phase of the result, none of which multiplies the zeros in between;
   negative padding        (where XLA's fast kernels of jax 0.10 read memory that is not theirs) as a
                           smaller image;
+  few features            (a network's first layer, of images) with several neighbouring results
+                          as features of one: XLA's kernels are slow on one to four features;
   a window larger than    (whose operands XLA would swap, out of the fast form) as one product of
   the image               matrices, of the image's patches and the filter.
 
@@ -35,6 +37,9 @@ from jax.interpreters import mlir
 
 # What a part of a filter's gradient reads: about what stays in a core's own cache beside the rest.
 _PART_BYTES = 2**21
+
+# The most features of an image that are few, and of the results that are taken together.
+_FEW_FEATURES, _BLOCK_FEATURES = 4, 32
 
 # Settings of a convolution that the rule knows what to do with.
 _SETTINGS = {
@@ -128,6 +133,8 @@ def _rewriting(lhs, rhs, out, whole, settings):
             return _by_patches
         if whole and _is_filter_gradient(lhs, rhs, out, numbers):
             return _in_parts
+        if _has_few_features(lhs, rhs, out, settings):
+            return _in_blocks
     return None if numbers == _fast_numbers(lhs.ndim) else _transposed
 
 
@@ -201,6 +208,54 @@ def _in_parts(lhs, rhs, *, dimension_numbers, preferred_element_type, **settings
         part(0, first),
     )
     return total.astype(dtype)
+
+
+def _has_few_features(lhs, rhs, out, settings):
+    numbers = settings['dimension_numbers']
+    features, filters = lhs.shape[numbers.lhs_spec[1]], rhs.shape[numbers.rhs_spec[0]]
+    width, results = rhs.shape[numbers.rhs_spec[-1]], out.shape[numbers.out_spec[-1]]
+    return (
+        features <= _FEW_FEATURES
+        and 2 * filters <= _BLOCK_FEATURES
+        and 1 < width < results
+        and max(*settings['window_strides'], *settings['rhs_dilation']) == 1
+    )
+
+
+def _in_blocks(lhs, rhs, *, dimension_numbers, padding, **settings):
+    """`block` neighbours along the last dimension become features, of the image and of the results.
+
+    Result q of a block meets places q, ..., q + width - 1 of the image from the block's start on:
+    its filter is the given one, moved by q, with zeros around it.
+    """
+    fast = _fast_numbers(lhs.ndim)
+    lhs = _moved(lhs, dimension_numbers.lhs_spec, fast.lhs_spec)
+    rhs = _moved(rhs, dimension_numbers.rhs_spec, fast.rhs_spec)
+    *_, width, _, filters = rhs.shape
+    low, high = padding[-1]
+    results = lhs.shape[-2] + low + high - width + 1
+    block = 1 << min(3, (_BLOCK_FEATURES // filters).bit_length() - 1)  # 2, 4 or 8
+    blocks, window = -(-results // block), -(-(block + width - 1) // block)
+    whole = (blocks + window - 1) * block
+
+    def padded(x, axis, before, size):
+        spread = [(0, 0, 0)] * x.ndim
+        spread[axis] = (before, size - before - x.shape[axis], 0)
+        return lax.pad(x, jnp.zeros((), x.dtype), spread)
+
+    lhs = padded(lhs, lhs.ndim - 2, low, whole)
+    moved = [padded(rhs, rhs.ndim - 3, q, window * block) for q in range(block)]
+    rhs = jnp.stack(moved, -2)
+    result = lax.conv_general_dilated_p.bind(
+        lhs.reshape(*lhs.shape[:-2], blocks + window - 1, -1),
+        rhs.reshape(*rhs.shape[: lhs.ndim - 3], window, -1, block * filters),
+        dimension_numbers=fast,
+        padding=(*padding[:-1], (0, 0)),
+        **settings,
+    )
+    result = result.reshape(*result.shape[:-2], blocks * block, filters)
+    result = lax.slice_in_dim(result, 0, results, axis=result.ndim - 2)
+    return _moved(result, fast.out_spec, dimension_numbers.out_spec)
 
 
 def _is_dilated_input(settings):

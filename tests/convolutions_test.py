@@ -36,6 +36,7 @@ WINDOWS = {
     'strides beyond the window': ((9, 9), (2, 2), (3, 3), 'VALID', (1, 1), (1, 1)),
     'strides beyond the image': ((2, 2), (1, 1), (3, 3), ((0, 0), (0, 0)), (1, 1), (1, 1)),
     'valid': ((7, 7), (4, 3), (1, 1), 'VALID', (1, 1), (1, 1)),
+    'wide': ((5, 11), (2, 4), (1, 1), ((0, 1), (3, 2)), (1, 1), (1, 1)),
     'negative padding': ((8, 8), (3, 3), (1, 1), ((-1, 2), (0, -2)), (1, 1), (1, 1)),
     'wide padding': ((3, 3), (2, 2), (2, 2), ((4, 5), (3, 3)), (1, 1), (1, 1)),
     'dilated window': ((9, 9), (3, 2), (1, 1), 'SAME', (1, 1), (2, 3)),
@@ -196,6 +197,28 @@ def _forms(compiled):
         re.search(r'dim_labels=([\w>-]+)', line)[1] + ' reversed' * ('rhs_reversal' in line)
         for line in lines
     ]
+
+
+# (features, filters, results that are taken together; 1 where it would not help).
+BLOCKS = [(1, 6, 4), (3, 16, 2), (4, 1, 8), (2, 5, 4), (1, 3, 8), (5, 6, 1), (3, 17, 1)]
+
+
+@pytest.mark.parametrize('features,filters,block', BLOCKS)
+@pytest.mark.parametrize('window', ['3x3', 'wide', 'valid'])
+def test_few_features_are_taken_in_blocks(window, features, filters, block):
+    convolution, x, w = _convolution(window, channels=features, filters=filters)
+    _assert_same(*_both(functools.partial(_results, convolution), x, w))
+    text = jax.jit(convolution).lower(x, w).as_text()
+    kernel = re.search(r'stablehlo.convolution.*tensor<[^>]+>, tensor<([^>]+)>\)', text)[1]
+    assert [int(n) for n in kernel.split('x')[-3:-1]] == [block * features, block * filters]
+
+
+def test_blocks_of_other_layouts_and_types(x64):
+    for layout in (('NCHW', 'OIHW', 'NCHW'), ('CHWN', 'IHWO', 'NHWC')):
+        convolution, x, w = _convolution('wide', layout=layout, channels=3, dtype='float64')
+        _assert_same(*_both(functools.partial(_results, convolution), x, w), 'float64')
+    convolution, x, w = _convolution('wide', channels=3, dtype='bfloat16')
+    _assert_same(*_both(functools.partial(_results, convolution), x, w), 'bfloat16')
 
 
 @pytest.mark.parametrize('window', WINDOWS)

@@ -232,6 +232,18 @@ MUTANTS = {
         'return None',
         f'{CONVOLUTIONS_TEST} -k fast_form',
     ),
+    'filters of a block that are not moved': (
+        CONVOLUTIONS,
+        'padded(rhs, rhs.ndim - 3, q, window * block)',
+        'padded(rhs, rhs.ndim - 3, 0, window * block)',
+        f'{CONVOLUTIONS_TEST} -k few_features',
+    ),
+    'an image of few features that is moved': (
+        CONVOLUTIONS,
+        'padded(lhs, lhs.ndim - 2, low, whole)',
+        'padded(lhs, lhs.ndim - 2, 0, whole)',
+        f'{CONVOLUTIONS_TEST} -k few_features',
+    ),
     'taps of another phase': (
         CONVOLUTIONS,
         'first = (low - r) % d',

@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
     del argv
     wide = 16 * _WIDTH.value
     layers = (
+        (32, 3, 16, 1),
         (32, 16, wide, 1),
         (32, wide, wide, 1),
         (32, wide, 2 * wide, 2),
