@@ -137,12 +137,14 @@ def test_two_steps(stem, argument, tmp_path, monkeypatch):
     train.train_and_evaluate(config, str(tmp_path), devices=jax.devices()[:2])
     result = json.loads((tmp_path / 'result.json').read_text())
     assert result['step'] == 2
-    assert result['gradient_evaluations'] == 2 * sharpness.gradients(config.sam.method, 0)
+    method = config.sam.method
+    of_steps = [sharpness.gradients(method, step) for step in range(2)]
+    assert result['gradient_evaluations'] == sum(of_steps)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     norms = [line['train/perturbation_norm'] for line in lines if 'train/perturbation_norm' in line]
     assert np.isfinite(result['test/loss']) and len(norms) == 2
-    # At the second step, since momentum and warm-ups begin at 0.
-    assert (norms[1] > 0) == (config.sam.method not in ('sgd', 'mesa'))
+    # Momentum and warm-ups begin at 0, and a gate may be shut at the second step.
+    assert (max(norms) > 0) == bool(sharpness.METHODS[method].norm)
 
 
 @pytest.mark.parametrize('stem,argument', ROWS + SLOW_ROWS)
