@@ -18,6 +18,7 @@ STYLE = {
     'legend.fontsize': 8,
     'lines.markersize': 4,
     'figure.dpi': 120,
+    'axes.formatter.useoffset': False,
     'svg.fonttype': 'none',
     'svg.hashsalt': 'sam_jax',
     'figure.constrained_layout.use': True,
