@@ -27,7 +27,7 @@ AXIS = 'batch'
 BACKENDS = ('pmap', 'shard_map')
 
 # Programs that may be under way at once: enough to hide the host, few enough to stop at a signal
-# and to hold few batches. With more than 32 of several CPU devices XLA hangs (docs/faults.md).
+# and to hold few batches. XLA of jax 0.10 hangs with more than 32 of several CPU devices.
 IN_FLIGHT = 2
 
 # jax.Device, of which jaxlib tells type checkers nothing.

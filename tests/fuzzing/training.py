@@ -133,10 +133,10 @@ def _check_near(whole, other, tolerance):
             raise Fault(f'on two devices {name} are {distance:.2g} away')
 
 
-def minimal(method: str, model: str = 'lenet5', **changes) -> dict:
+def minimal(method: str, **changes) -> dict:
     """A case of its own for tests: {'section.key': value} on the digits."""
     return {
-        'model': model,
+        'model': 'resnet8',
         'method': method,
         'devices': 1,
         'changes': {
