@@ -169,7 +169,7 @@ def _spec(axis):
 
 
 def paced(results: Iterable[Any]) -> Iterator[Any]:
-    """Yields results of programs; no more than `IN_FLIGHT` and the newest are under way at once.
+    """Yields results of programs; each is waited for when `IN_FLIGHT` later ones are dispatched.
 
     Args:
       results: pytrees of arrays; a program is dispatched whenever the next one is asked for.
