@@ -223,12 +223,7 @@ class SlurmRun:
 
     def _goes_on(self):
         """Whether the job was not cancelled."""
-        shown = subprocess.run(
-            ['scontrol', 'show', 'job', os.environ['SLURM_JOB_ID']],
-            capture_output=True,
-            check=False,
-        )
-        return b'JobState=RUNNING' in shown.stdout
+        return 'JobState=RUNNING' in _show_job(os.environ['SLURM_JOB_ID'])
 
     def __submitit_checkpoint__(self):
         import submitit
@@ -301,7 +296,7 @@ class Slurm:
             else:
                 self._statuses[run.name] = Status(
                     'failed',
-                    f'job {job.job_id} {job.state}: {last_line(log_path(run))} ({log_path(run)})',
+                    f'job {job.job_id} {_end(job)}: {last_line(log_path(run))} ({log_path(run)})',
                 )
         return any(s.state in ('waiting', 'running') for s in self._statuses.values())
 
@@ -310,6 +305,20 @@ class Slurm:
         for name, status in self._statuses.items():
             if status.state in ('waiting', 'running'):
                 self._statuses[name] = Status('stopped', 'here only: the job goes on')
+
+
+def _end(job):
+    """The state in which a job has ended: by Slurm's accounting or, without, by its controller."""
+    if job.state != 'UNKNOWN':
+        return job.state
+    shown = _show_job(job.job_id)
+    return shown.partition('JobState=')[2].partition(' ')[0] or job.state
+
+
+def _show_job(job_id):
+    """What the controller says of a job; '' when it has forgotten it, after some minutes."""
+    shown = subprocess.run(['scontrol', 'show', 'job', job_id], capture_output=True, check=False)
+    return shown.stdout.decode()
 
 
 def _call(work):
