@@ -28,6 +28,9 @@ STYLE = {
 # Names of a legend within the axes; of one beside them in a column, and in all.
 _IN_LEGEND, _IN_COLUMN, _BESIDE = 6, 18, 54
 
+# Numbers that have room below an axis; more of them stand upright.
+_SIDE_BY_SIDE = 8
+
 
 class Curve(NamedTuple):
     """A line of a panel.
@@ -147,7 +150,8 @@ def _draw(ax, panel):
         places = sorted({x for curve in panel.curves for x in curve.x})
         # Zero has a place of its own, left of the smallest radius.
         ax.set_xscale('symlog', linthresh=min(filter(None, places)), linscale=0.5)
-        ax.set_xticks(places, [f'{x:g}' for x in places])
+        rotation = 90 if len(places) > _SIDE_BY_SIDE else 0
+        ax.set_xticks(places, [f'{x:g}' for x in places], rotation=rotation)
         ax.xaxis.set_minor_locator(ticker.NullLocator())
     if panel.dots:
         ax.set_xscale('log')
