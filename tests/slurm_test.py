@@ -145,7 +145,8 @@ def test_a_run_of_a_sweep_is_preempted_with_a_grace_period_and_goes_on_until_can
     wait_until(lambda: f'Resuming at step {step} of 20000' in _read(log), 600)
     subprocess.run(['scancel', job.partition('_')[0]], check=True)
     wait_until(lambda: not _queued(job.partition('_')[0]), 100)
-    assert sweep.wait(100) == 1 and 'CANCELLED' in sweep.stderr.read()
+    output = sweep.communicate(timeout=100)[1]
+    assert sweep.returncode == 1 and 'CANCELLED' in output, output
 
 
 def _take_the_node():

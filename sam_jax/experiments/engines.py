@@ -286,17 +286,17 @@ class Slurm:
 
     def working(self) -> bool:
         for run, job in self._jobs:
-            if self._statuses[run.name].state == 'stopped':
+            if self._statuses[run.name].state in ('stopped', 'failed'):
                 continue
             if not job.done():
                 state = 'running' if job.state == 'RUNNING' else 'waiting'
                 self._statuses[run.name] = Status(state, '' if state == 'running' else job.state)
             elif run.result():
                 self._statuses[run.name] = Status('finished')
-            else:
+            elif (end := _end(job)) not in _NOT_YET:
                 self._statuses[run.name] = Status(
                     'failed',
-                    f'job {job.job_id} {_end(job)}: {last_line(log_path(run))} ({log_path(run)})',
+                    f'job {job.job_id} {end}: {last_line(log_path(run))} ({log_path(run)})',
                 )
         return any(s.state in ('waiting', 'running') for s in self._statuses.values())
 
@@ -305,6 +305,10 @@ class Slurm:
         for name, status in self._statuses.items():
             if status.state in ('waiting', 'running'):
                 self._statuses[name] = Status('stopped', 'here only: the job goes on')
+
+
+# States of the controller's of a job whose process is gone.
+_NOT_YET = ('RUNNING', 'COMPLETING')
 
 
 def _end(job):
