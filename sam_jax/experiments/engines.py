@@ -307,7 +307,7 @@ class Slurm:
                 self._statuses[name] = Status('stopped', 'here only: the job goes on')
 
 
-# States of the controller's of a job whose process is gone.
+# What Slurm says for a while of a job whose process has ended.
 _NOT_YET = ('RUNNING', 'COMPLETING')
 
 
