@@ -1,5 +1,7 @@
 """The project's WideResNet and its SAM step in PyTorch, from the same weights; for benchmarks."""
 
+import time
+
 import jax
 import numpy as np
 import torch
@@ -11,6 +13,11 @@ def to_torch(x: np.ndarray) -> np.ndarray:
     """A kernel, matrix or vector of ours in PyTorch's order of dimensions."""
     order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[x.ndim]
     return np.ascontiguousarray(np.transpose(np.asarray(x), order))
+
+
+def _buffer(name):
+    """How PyTorch names the statistic."""
+    return name.replace('/', '_')
 
 
 class WideResNet(nn.Module):
@@ -31,10 +38,15 @@ class WideResNet(nn.Module):
         }
         self.names = [name for name in named if name.startswith('params/')]
         self.weights = nn.ParameterList([nn.Parameter(named[name]) for name in self.names])
-        self.stats = {name: x for name, x in named.items() if name.startswith('batch_stats/')}
+        for name, x in named.items():
+            if name.startswith('batch_stats/'):
+                self.register_buffer(_buffer(name), x)
 
     def _weight(self, name):
         return self.weights[self.names.index(f'params/{name}')]
+
+    def _statistic(self, name):
+        return self.get_buffer(_buffer(f'batch_stats/{name}'))
 
     def _conv(self, x, name, stride):
         # As TensorFlow pads: what is odd comes last.
@@ -47,8 +59,8 @@ class WideResNet(nn.Module):
         return functional.relu(
             functional.batch_norm(
                 x,
-                self.stats[f'batch_stats/{name}/mean'],
-                self.stats[f'batch_stats/{name}/var'],
+                self._statistic(f'{name}/mean'),
+                self._statistic(f'{name}/var'),
                 self._weight(f'{name}/scale'),
                 self._weight(f'{name}/bias'),
                 self.train_mode,
@@ -77,19 +89,31 @@ class WideResNet(nn.Module):
 class Stepper:
     """SAM steps on one batch: gradient of cross entropy and L2 penalty, ascent, gradient, descent.
 
+    In bfloat16 (`config.model.dtype`) by autocast, in float32 with TF32 where the device has it.
+    What goes over all weights does so in as few calls as PyTorch has for it, and nothing waits for
+    the device.
+
     Args:
       model, variables: as of `WideResNet`.
       images, labels: NumPy, (N, H, W, C) float32 and (N,).
       config: the run's config.
-      channels_last: how images lie in memory, which changes PyTorch's speed and no number.
+      form: of FORMS: how images lie in memory, and whether the network is compiled by
+        torch.compile. It changes PyTorch's speed, and numbers by rounding at most.
+      device: 'cpu' or 'cuda'.
     """
 
-    def __init__(self, model, variables, images, labels, config, channels_last):
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.net = WideResNet(model, variables, train=True).to(memory_format=layout)
-        self._images = torch.tensor(images.transpose(0, 3, 1, 2)).contiguous(memory_format=layout)
-        self._labels = torch.tensor(labels.astype(np.int64))
-        self._config = config
+    FORMS = ('default', 'channels_last', 'compiled')
+
+    def __init__(self, model, variables, images, labels, config, form, device):
+        torch.set_float32_matmul_precision('high')
+        torch.backends.cudnn.benchmark = True
+        layout = torch.contiguous_format if form == 'default' else torch.channels_last
+        self.net = WideResNet(model, variables, train=True).to(device, memory_format=layout)
+        self._call = torch.compile(self.net) if form == 'compiled' else self.net
+        images = torch.tensor(images.transpose(0, 3, 1, 2))
+        self._images = images.to(device).contiguous(memory_format=layout)
+        self._labels = torch.tensor(labels.astype(np.int64)).to(device)
+        self._config, self._device = config, device
         self._optimizer = torch.optim.SGD(
             self.net.parameters(),
             config.optimizer.learning_rate,
@@ -98,33 +122,48 @@ class Stepper:
         )
 
     def _backward(self):
+        """Leaves the gradients in the weights, and returns them."""
         self._optimizer.zero_grad()
+        half = self._config.model.dtype == 'bfloat16'
+        with torch.autocast(self._device, torch.bfloat16, enabled=half):
+            logits = self._call(self._images)
         loss = functional.cross_entropy(
-            self.net(self._images), self._labels, label_smoothing=self._config.label_smoothing
+            logits.float(), self._labels, label_smoothing=self._config.label_smoothing
         )
-        penalty = sum(w.square().sum() for w in self.net.parameters())
-        (loss + 0.5 * self._config.optimizer.weight_decay * penalty).backward()
+        loss.backward()
+        weights = list(self.net.parameters())
+        grads = [w.grad for w in weights]
+        with torch.no_grad():
+            torch._foreach_add_(grads, weights, alpha=self._config.optimizer.weight_decay)
+        return grads
 
     def step(self) -> None:
-        """Makes one SAM step, and returns once it is done."""
+        """Starts one SAM step; `time` waits for it."""
         weights = list(self.net.parameters())
-        self._backward()
+        grads = self._backward()
         with torch.no_grad():
-            norm = torch.sqrt(sum(w.grad.square().sum() for w in weights))
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             before = [w.clone() for w in weights]
-            for w in weights:
-                w.add_(w.grad, alpha=self._config.sam.rho / float(norm))
+            torch._foreach_add_(weights, torch._foreach_mul(grads, self._config.sam.rho / norm))
         self._backward()
         with torch.no_grad():
-            for w, old in zip(weights, before):
-                w.copy_(old)
+            torch._foreach_copy_(weights, before)
         nn.utils.clip_grad_norm_(weights, self._config.optimizer.clip_norm)
         self._optimizer.step()
+
+    def time(self, steps: int) -> float:
+        """Seconds a step, over a few."""
+        then = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        if self._device == 'cuda':
+            torch.cuda.synchronize()
+        return (time.perf_counter() - then) / steps
 
     def params(self) -> dict[str, np.ndarray]:
         """{our name: the parameter in our order of dimensions}."""
         back = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
         return {
-            name.removeprefix('params/'): np.transpose(w.detach().numpy(), back[w.ndim])
+            name.removeprefix('params/'): np.transpose(w.detach().cpu().numpy(), back[w.ndim])
             for name, w in zip(self.net.names, self.net.weights)
         }

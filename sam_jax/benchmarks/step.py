@@ -1,7 +1,7 @@
 """Speed, as ratios measured side by side in one run; a table, and JSON with --json=FILE.
 
     python -m sam_jax.benchmarks.step [--cases=digits,wrn16_4] [--rounds=10] [--json=FILE]
-    python -m sam_jax.benchmarks.step --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=pytorch
+    python -m sam_jax.benchmarks.step --cases=wrn16_4 --rounds=4 --epochs=-1 --peers=optax,pytorch
     taskset -c 0 python -m sam_jax.benchmarks.step --cases=digits --epochs=-1 \
         --methods=periodic_sam,rst,looksam,ae_sam
     python -m sam_jax.benchmarks.step --cases=wrn16_4 --rounds=4 --epochs=-1 --replicas=8
@@ -9,18 +9,20 @@
 Needs no TensorFlow and no dataset: images are random but for the digits. On an accelerator the case
 wrn28_10 (batch 256, bfloat16) is added. Per case:
 
-  step      median time of one compiled step, the kinds taking turns: SGD, SAM, SAM with two ascent
-            steps of rho / 2, the same model with optax.contrib.sam in opaque mode for either,
-            SAM behind a gate that is shut, and on CPU SAM with JAX's own rule for convolutions
+  step      median time of one compiled step, the kinds taking turns: SGD, SAM, SAM behind a gate
+            that is shut, and on CPU SAM with JAX's own rule for convolutions
             (docs/convolutions.md);
-  distance  ||a - b|| / ||b|| of the params after two steps from the same weights on the same
+  optax     unless --peers leaves it out: the same model with optax.contrib.sam in opaque mode, with
+            one step of ascent and with two of rho / 2, and ours over each; distance is
+            ||a - b|| / ||b|| of the params after two steps from the same weights on the same
             batches, ours (a) against optax's (b);
   epoch     a real run (input, augmentation, logging, one checkpoint) over steps x bare SAM step,
             the bare step being on one batch that already lies on the device, not augmented;
-  pytorch   with --peers, where it is installed, on CPU: the SAM step of the same network from the
-            same weights on the same batch, not augmented, in PyTorch with as many threads, its
-            images lying as they do by default and with the channels last; median times, ours over
-            each, and the distance of the params after two steps;
+  pytorch   with --peers=pytorch, where it is installed: the SAM step of the same network from the
+            same weights on the same batch, not augmented, in PyTorch; on CPU with as many threads,
+            its images lying as they do by default and with the channels last, on a GPU with the
+            channels last and compiled by torch.compile, too; median times, ours over each, and the
+            distance of the params after two steps;
   methods   with --methods: these over SGD, and the gradients a step that they took, which is what
             the ratio should be: of those, too, that climb at some steps only;
   replicas  with --replicas=N: SAM with the batch cut into N replicas on one device, unrolled and
@@ -62,9 +64,13 @@ _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Rounds of step timing.')
 _EPOCHS = flags.DEFINE_integer(
     'epochs', 0, 'Epochs of the real run; 0: 20 for digits, else 1; -1: no run.'
 )
-_PEERS = flags.DEFINE_list('peers', [], 'Of pytorch.')
+PEERS = 'optax', 'pytorch'
+_PEERS = flags.DEFINE_list('peers', ['optax'], f'Whose steps are timed, too: {", ".join(PEERS)}.')
 _METHODS = flags.DEFINE_list('methods', [], 'Methods to time over SGD.')
 _REPLICAS = flags.DEFINE_integer('replicas', 0, 'Time the step of so many replicas; 0: do not.')
+flags.register_validator(
+    'peers', lambda peers: set(peers) <= set(PEERS), f'they are {", ".join(PEERS)}'
+)
 _JSON = flags.DEFINE_string('json', '', 'Where the figures go as JSON.')
 
 
@@ -194,16 +200,19 @@ def _using(config, method, **options):
 
 def _steppers(config):
     using = functools.partial(_using, config)
-    two = using('multistep_sam', steps=2, step_size=0.5)
     steppers = {
         'sgd': Stepper(using('sgd'), train_step.make_train_step),
         'sam': Stepper(config, train_step.make_train_step),
-        'optax': Stepper(config, _make_optax_step, own_state=_optax_sam),
-        'two': Stepper(two, train_step.make_train_step),
-        'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
         # Open at step 0 alone, which the first call below takes.
         'shut': Stepper(using('periodic_sam', k=10**6), train_step.make_train_step),
     }
+    if 'optax' in _PEERS.value:
+        two = using('multistep_sam', steps=2, step_size=0.5)
+        steppers |= {
+            'optax': Stepper(config, _make_optax_step, own_state=_optax_sam),
+            'two': Stepper(two, train_step.make_train_step),
+            'optax_two': Stepper(two, _make_optax_step, own_state=_optax_sam),
+        }
     if jax.default_backend() == 'cpu':
         with convolutions.as_jax_does():
             steppers['sam_as_jax_does'] = Stepper(config, train_step.make_train_step)
@@ -239,7 +248,7 @@ def _step_times(steppers, rounds):
 
 
 def _against_pytorch(config, rounds):
-    """Figures of our SAM step and PyTorch's, the three taking turns; not augmented."""
+    """Figures of our SAM step and PyTorch's, taking turns; not augmented."""
     from sam_jax.benchmarks import pytorch_peer
 
     config = config.copy_and_resolve_references()
@@ -247,41 +256,35 @@ def _against_pytorch(config, rounds):
     ours = Stepper(config, train_step.make_train_step)
     variables = {'params': ours.state.params, 'batch_stats': ours.state.batch_stats}
     images, labels = ours.batch()
-    theirs = {
-        name: pytorch_peer.Stepper(
-            ours.model, jax.device_get(variables), images, labels, config, name == 'channels_last'
+    forms, device = (
+        (('default', 'channels_last'), 'cpu')
+        if jax.default_backend() == 'cpu'
+        else (('channels_last', 'compiled'), 'cuda')
+    )
+    steppers = {'ours': ours} | {
+        form: pytorch_peer.Stepper(
+            ours.model, jax.device_get(variables), images, labels, config, form, device
         )
-        for name in ('default', 'channels_last')
+        for form in forms
     }
-    ours.time(2)
-    for peer in theirs.values():
-        peer.step()
-        peer.step()
+    for stepper in steppers.values():
+        stepper.time(2)
     expected = {
         '/'.join(k.key for k in path): np.asarray(x)
         for path, x in jax.tree_util.tree_flatten_with_path(jax.device_get(ours.state.params))[0]
     }
-    distance = _distance(theirs['default'].params(), expected)
-    times = {'ours': [], **{name: [] for name in theirs}}
+    figures = {'pytorch_distance': _distance(steppers[forms[0]].params(), expected)}
+    steps = max(1, round(0.3 / ours.time(1)))
+    times = {name: [] for name in steppers}
     for _ in range(rounds):
-        times['ours'].append(ours.time(1))
-        for name, peer in theirs.items():
-            then = time.perf_counter()
-            peer.step()
-            times[name].append(time.perf_counter() - then)
+        for name, stepper in steppers.items():
+            times[name].append(stepper.time(steps))
     medians = {name: statistics.median(t) for name, t in times.items()}
-    return {
-        'sam_not_augmented_ms': 1e3 * medians['ours'],
-        'pytorch_distance': distance,
-        **{
-            figure: value
-            for name in theirs
-            for figure, value in (
-                (f'pytorch_{name}_ms', 1e3 * medians[name]),
-                (f'sam_over_pytorch_{name}', medians['ours'] / medians[name]),
-            )
-        },
-    }
+    figures['sam_not_augmented_ms'] = 1e3 * medians['ours']
+    for form in forms:
+        figures[f'pytorch_{form}_ms'] = 1e3 * medians[form]
+        figures[f'sam_over_pytorch_{form}'] = medians['ours'] / medians[form]
+    return figures
 
 
 def _of_replicas(config, count, rounds):
@@ -330,13 +333,12 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     config = _config(case)
     device = jax.devices()[0]
     steppers = _steppers(config)
+    ours_and_optax = {'sam': 'optax', 'two': 'optax_two'} if 'optax' in _PEERS.value else {}
     distances = {
-        'sam_optax_distance': _distance(
-            steppers['sam'].state.params, steppers['optax'].state.params
-        ),
-        'two_steps_optax_distance': _distance(
-            steppers['two'].state.params, steppers['optax_two'].state.params
-        ),
+        f'{ours}_optax_distance': _distance(
+            steppers[ours].state.params, steppers[theirs].state.params
+        )
+        for ours, theirs in ours_and_optax.items()
     }
     times = _step_times(steppers, rounds)
     figures = {
@@ -347,9 +349,11 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         'sgd_step_ms': 1e3 * times['sgd'],
         'sam_step_ms': 1e3 * times['sam'],
         'sam_over_sgd': times['sam'] / times['sgd'],
-        'sam_over_optax': times['sam'] / times['optax'],
-        'two_steps_over_optax': times['two'] / times['optax_two'],
         'shut_gate_over_sgd': times['shut'] / times['sgd'],
+        **{
+            f'{ours}_over_optax': times[ours] / times[theirs]
+            for ours, theirs in ours_and_optax.items()
+        },
         **distances,
         'sam_images_per_second': config.batch_size / times['sam'],
     }
