@@ -13,5 +13,10 @@ if [ "$platform" = gpu ]; then platform=cuda; fi
 # The CPU is there to be compared with. Several workers share a GPU's memory; a TPU takes one.
 export SAM_JAX_TEST_PLATFORMS="$platform,cpu" XLA_PYTHON_CLIENT_PREALLOCATE=false
 workers=0
-if [ "$platform" = cuda ]; then workers=$(( $(nproc) < 12 ? $(nproc) : 12 )); fi
-exec python -m pytest -n "$workers" --max-worker-restart=0 -m 'accelerator and not slow' "$@"
+if [ "$platform" = cuda ]; then
+  workers=$(( $(nproc) < 12 ? $(nproc) : 12 ))
+  # Sums of GPUs may be in any order; one test resumes runs, which must be the same bit for bit.
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true"
+fi
+# A plugin for benchmarks, where there is one, warns of the workers, and warnings are errors.
+exec python -m pytest -p no:benchmark -n "$workers" --max-worker-restart=0 -m 'accelerator and not slow' "$@"

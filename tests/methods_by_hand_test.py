@@ -384,7 +384,9 @@ def test_the_adaptive_gate_is_one_for_all_groups():
         previous = state.sharpness_state.memory.gate
         mean = square if step == 0 else 0.9 * previous.mean + 0.1 * square
         np.testing.assert_allclose(gate.mean, mean, rtol=1e-8)
-        assert opened[-1] == (square >= gate.mean + 0.3 * jnp.sqrt(gate.variance))
+        # At first both are the same, but for the rounding of this test's own sum.
+        threshold = gate.mean + 0.3 * jnp.sqrt(gate.variance)
+        assert opened[-1] == (square >= threshold * (1 - 1e-10))
         results = (
             groups
             if not opened[-1]

@@ -92,7 +92,7 @@ def _continue(session, state, first, last, **hparams):
 
 
 # One of each kind by default, all of them with `-m slow`: the others go through the same lines.
-KINDS = {'rst', 'ae_looksam', 'saf', 'mesa', 'esam', 'functional_sam'}
+KINDS = {'ae_looksam', 'saf', 'mesa', 'esam', 'functional_sam'}
 
 
 @pytest.mark.bitwise

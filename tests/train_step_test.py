@@ -317,7 +317,7 @@ def test_cosines_are_those_of_the_logged_step():
         *(('sam', group, devices, 'unroll') for group in (2, 8) for devices in (4, 8)),
         ('sam', 2, 1, 'scan'),
         pytest.param('second_order_sam', 2, 8, 'unroll', marks=pytest.mark.slow),
-        ('second_order_sam', 2, 4, 'scan'),
+        pytest.param('second_order_sam', 2, 4, 'scan', marks=pytest.mark.slow),
     ],
 )
 def test_what_is_logged_knows_no_devices(method, replicas_per_group, num_devices, loop, x64):

@@ -464,7 +464,7 @@ def test_killed_processes(tmp_path):
         reached.append(max(steps()))
     assert 'Stopped by SIGTERM at step' in output and 'the state is saved' in output
     assert reached == sorted(set(reached)) and reached[-1] < 80, reached
-    process = _start(workdir, cache)
+    process = _start(workdir, cache, lean=True)
     output = process.communicate(timeout=300)[0]
     assert f'Resuming at step {reached[-1]} of 80' in output and 'Finished.' in output
     assert_trees_equal(_final_arrays(workdir), _final_arrays(tmp_path / 'undisturbed'))
