@@ -33,8 +33,13 @@ _PROFILE = flags.DEFINE_string(
 _DEBUG_NANS = flags.DEFINE_bool(
     'debug_nans', False, 'Whether to look for the first layer that is not finite; slower.'
 )
-
-
+_HANG = flags.DEFINE_float(
+    'hang_minutes',
+    0.0,
+    'After so long without a step the process prints its stacks and ends, to be started again; '
+    'more than compilation, an evaluation or an analysis takes. 0: never.',
+    0.0,
+)
 _UNTIL = flags.DEFINE_integer(
     'until_epoch', 0, 'Stop after this epoch, saved; without it the run goes on. 0: the end.', 0
 )
@@ -49,6 +54,7 @@ def main() -> None:
         tuple(filter(None, _TRACKER.value)),
         profiling.Steps.parse(_PROFILE.value),
         _DEBUG_NANS.value,
+        _HANG.value,
     )
     try:
         train.train_and_evaluate(

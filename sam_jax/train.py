@@ -22,6 +22,7 @@ from sam_jax import (
     run_log,
     settings,
     trackers,
+    watchdog,
 )
 from sam_jax.data import pictures
 from sam_jax.errors import Preempted, UserError, told
@@ -67,11 +68,13 @@ class Watch(NamedTuple):
       trackers: of `trackers.NAMES`, where metrics go besides metrics.jsonl.
       profile: steps that are traced, or None.
       debug_nans: whether the first layer that is not finite is looked for.
+      hang_minutes: after how long without a step the process ends, see `watchdog`; 0 for never.
     """
 
     trackers: Sequence[str] = ('tensorboard',)
     profile: profiling.Steps | None = None
     debug_nans: bool = False
+    hang_minutes: float = 0.0
 
 
 def train_and_evaluate(
@@ -109,7 +112,11 @@ def train_and_evaluate(
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
     memory.check(experiment)
-    with experiment.checkpoints(workdir) as checkpoints, _Signal() as stop:
+    with (
+        watchdog.Watchdog(watch.hang_minutes) as dog,
+        experiment.checkpoints(workdir) as checkpoints,
+        _Signal() as stop,
+    ):
         until_epoch = _checked_until(until_epoch, config.total_epochs)
         last_step = (until_epoch or config.total_epochs) * experiment.steps_per_epoch
         state, first_step, wall_before = experiment.restore_from(checkpoints)
@@ -142,7 +149,7 @@ def train_and_evaluate(
                 last_step,
             )
             _announce(run, state, first_step)
-            state, result = _loop(run, state, first_step, stop, watch)
+            state, result = _loop(run, state, first_step, stop, watch, dog)
             if main:
                 run_log.write_json(result_path, result)
                 progress.say(
@@ -196,7 +203,7 @@ def _announce(run, state, first_step):
         )
 
 
-def _loop(run, state, first_step, stop, watch):
+def _loop(run, state, first_step, stop, watch, dog):
     """Trains from a step on; returns (final state, content of result.json)."""
     experiment = run.experiment
     step_fn, constants = experiment.train_step, experiment.constants
@@ -219,7 +226,9 @@ def _loop(run, state, first_step, stop, watch):
             profiler.after(done, state)
             run.log.add(done, metrics)
             for action in actions:
+                dog.alive()
                 action(done, state)
+            dog.alive()
     except Exception as e:
         said = told(e)
         if said is None:
@@ -244,6 +253,7 @@ def _loop(run, state, first_step, stop, watch):
         'gradient_evaluations': run.last_step + int(state.sharpness_state.evaluations),
     }
     for action in actions:
+        dog.alive()
         result |= action.results(state)
     return state, {
         **result,

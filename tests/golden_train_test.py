@@ -170,9 +170,11 @@ def _assert_agrees(name, num_devices, loop, dtype, rtol, steps=3):
 
 
 # EfficientNet takes minutes in float64, and the zoo's tests hold its arithmetic. One replica has
-# nobody to synchronise with, what clips or decays on four does so on one, smoothing is a term of the
-# loss wherever it stands, and without a perturbation there is less to compute.
-SLOW = re.compile('tinyeffnet|(sync.*|wrnsmall_.*)_dev1|(sync_|rho0_)ls0.1|rho0_ls0_|ls0.1_dev1|clip0_')
+# nobody to synchronise with, what clips or decays on four does so on one, smoothing is a term of
+# the loss wherever it stands, and without a perturbation there is less to compute.
+SLOW = re.compile(
+    'tinyeffnet|(sync.*|wrnsmall_.*)_dev1|(sync_|rho0_)ls0.1|rho0_ls0_|ls0.1_dev1|clip0_'
+)
 
 
 @pytest.mark.parametrize(

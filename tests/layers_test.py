@@ -36,7 +36,7 @@ FLOORS = [
     {'settings'},
     {'experiment', 'experiments', 'memory', 'step_log', 'provenance', 'trackers'},
     {'analysis', 'targets', 'trained'},
-    {'periodic', 'nans', 'profiling'},
+    {'periodic', 'nans', 'profiling', 'watchdog'},
     {'train'},
     {'cli'},
     {'main', 'benchmarks'},

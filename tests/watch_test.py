@@ -2,6 +2,7 @@
 
 import collections
 import json
+import subprocess
 import sys
 import time
 import types
@@ -10,9 +11,9 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from helpers import Net, assert_trees_equal, small_config
+from helpers import ROOT, Net, assert_trees_equal, lean_environment, small_config
 
-from sam_jax import models, nans, profiling, run_log, trackers, train
+from sam_jax import models, nans, profiling, run_log, trackers, train, watchdog
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
 
@@ -266,3 +267,123 @@ def test_a_run_says_what_is_not_finite(tiny, tmp_path, changes, words):
     with pytest.raises(UserError, match=f'the first that is not: .*({words})') as e:
         train.train_and_evaluate(_config(**changes), str(tmp_path), jax.devices()[:2], watch)
     assert f'In {tmp_path} no checkpoint was written yet.' in str(e.value)
+
+
+# A run that stands still.
+
+STANDS = """
+import os
+import time
+
+from sam_jax import main, periodic, watchdog
+
+evaluate, alive, soon = periodic.Evaluation.__call__, watchdog.Watchdog.alive, []
+
+
+def impatient(dog):
+    if soon:
+        dog._seconds, dog._next = 1.0, 0.0
+    alive(dog)
+
+
+def stands_still(action, done, state):
+    if done == 3:
+        soon.append(done)
+    while done == 4:
+        time.sleep(1000)
+    evaluate(action, done, state)
+
+
+if os.environ['STANDS'] == 'still':
+    watchdog.Watchdog.alive = impatient
+    periodic.Evaluation.__call__ = stands_still
+main.run()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_stands_still_ends_and_goes_on(tmp_path):
+    """With its stacks, as long after its last sign of life as was said; then it resumes."""
+
+    def started(how):
+        return subprocess.run(
+            [
+                sys.executable,
+                '-c',
+                STANDS,
+                '--config=digits:smoke',
+                f'--workdir={tmp_path / "run"}',
+                '--config.total_epochs=2',
+                '--config.batch_size=640',
+                '--config.replica_batch_size=640',
+                '--config.checkpoint.every_epochs=1',
+                '--hang_minutes=5',
+            ],
+            cwd=ROOT,
+            env=lean_environment(tmp_path, STANDS=how),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    hung = started('still')
+    assert hung.returncode == 1, hung.stderr
+    assert 'Timeout (0:00:01)!' in hung.stderr and 'in stands_still' in hung.stderr
+    again = started('not')
+    assert again.returncode == 0 and 'Resuming at step 2 of 4' in again.stderr, again.stderr
+    assert 'Timeout' not in again.stderr
+
+
+def test_a_process_that_stands_still_ends():
+    program = (
+        'import time\nfrom sam_jax import watchdog\n'
+        'with watchdog.Watchdog(0.01) as dog:\n    dog.alive()\n    time.sleep(1000)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stderr.startswith('Timeout (0:00:00.600000)!'), done
+
+
+def test_a_run_says_at_every_step_that_it_is_alive(tmp_path, monkeypatch):
+    """And before what may take long: an evaluation, an analysis, a save."""
+    heard = []
+    monkeypatch.setattr(
+        watchdog.Watchdog, '__init__', lambda dog, minutes: heard.append(minutes) or None
+    )
+    for name in ('__enter__', '__exit__', 'alive'):
+
+        def noted(dog, *_, name=name):
+            heard.append(name)
+            return dog if name == '__enter__' else None
+
+        monkeypatch.setattr(watchdog.Watchdog, name, noted)
+    config = small_config(total_epochs=1)
+    state = train.train_and_evaluate(
+        config, str(tmp_path), jax.devices()[:1], train.Watch((), hang_minutes=7)
+    )
+    steps, actions = int(state.step), 2
+    assert heard[:2] == [7, '__enter__'] and heard[-1] == '__exit__'
+    assert heard.count('alive') == steps * (actions + 1) + actions
+
+
+def test_a_watchdog_that_hears_of_life_does_nothing(monkeypatch):
+    """It begins anew at each sign, but not at each of many; one of 0 minutes sleeps."""
+    armed, now = [], [100.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(
+        watchdog.faulthandler,
+        'dump_traceback_later',
+        lambda seconds, exit, file: armed.append((now[0], seconds, exit)),
+    )
+    monkeypatch.setattr(
+        watchdog.faulthandler, 'cancel_dump_traceback_later', lambda: armed.append('off')
+    )
+    with watchdog.Watchdog(2) as dog:
+        for now[0] in (100.5, 101.5, 101.75, 102.5):
+            dog.alive()
+    assert armed == [(100.0, 120, True), (101.5, 120, True), (102.5, 120, True), 'off']
+    with watchdog.Watchdog(0) as dog:
+        dog.alive()
+    assert len(armed) == 4
