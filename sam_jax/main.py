@@ -7,8 +7,8 @@ or, in a checkout, `python -m sam_jax.main` with the same.
 
 from absl import flags
 
-from sam_jax import distributed, profiling, trackers, train
-from sam_jax.cli import commands
+from sam_jax import distributed, profiling, train
+from sam_jax.cli import commands, watching
 
 _CONFIG = commands.define_config(
     'A config by name, digits:noise=0.4, or a file with get_config(): my/config.py:noise=0.4.'
@@ -22,23 +22,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'Processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'Number of this process.')
-_TRACKER = flags.DEFINE_list(
-    'tracker',
-    ['tensorboard'],
-    f'Where metrics go besides metrics.jsonl: {", ".join(trackers.NAMES)}; empty for nowhere.',
-)
 _PROFILE = flags.DEFINE_string(
     'profile_steps', '', 'Steps to trace, such as 10:15; the trace is in WORKDIR/profile.'
 )
 _DEBUG_NANS = flags.DEFINE_bool(
     'debug_nans', False, 'Whether to look for the first layer that is not finite; slower.'
-)
-_HANG = flags.DEFINE_float(
-    'hang_minutes',
-    0.0,
-    'After so long without a step the process prints its stacks and ends, to be started again; '
-    'more than compilation, an evaluation or an analysis takes. 0: never.',
-    0.0,
 )
 _UNTIL = flags.DEFINE_integer(
     'until_epoch', 0, 'Stop after this epoch, saved; without it the run goes on. 0: the end.', 0
@@ -51,10 +39,10 @@ def main() -> None:
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
     )
     watch = train.Watch(
-        tuple(filter(None, _TRACKER.value)),
+        watching.named_trackers(),
         profiling.Steps.parse(_PROFILE.value),
         _DEBUG_NANS.value,
-        _HANG.value,
+        watching.HANG_MINUTES.value,
     )
     try:
         train.train_and_evaluate(

@@ -200,12 +200,14 @@ def test_the_command():
         *('--name=run', '--image=i:1', '--target=tpu:v5e:4x4', '--claim=disk'),
         *('--workdir=/data/run', '--config=cifar:smoke', '--config.sam.rho=0.2'),
         *('--grace_seconds=25', '--node_selector=cloud.google.com/gke-spot=true'),
+        *('--hang_minutes=45', '--tracker='),
     )
     assert done.returncode == 0, done.stderr
     made = yaml.safe_load(done.stdout)
     assert _faults(made, SCHEMA) == []
     assert _container(made)['args'] == [
-        *('--config=cifar:smoke', '--workdir=/data/run', '--config.sam.rho=0.2', '--distributed')
+        *('--config=cifar:smoke', '--workdir=/data/run', '--config.sam.rho=0.2'),
+        *('--tracker=', '--hang_minutes=45.0', '--distributed'),
     ]
     pod = made['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
     assert pod['terminationGracePeriodSeconds'] == 25

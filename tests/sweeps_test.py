@@ -177,7 +177,8 @@ def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
         'def get_hyper(h):\n'
         '    return h.product([h.sweep("config.sam.rho", [0.1, 0.2]), h.fixed("sam.p", 3.0)])\n'
     )
-    done = _sweep(tmp_path / 'out', '--seeds=2', '--engine=print', config=file)
+    watched = ['--tracker=tensorboard,wandb', '--hang_minutes=60']
+    done = _sweep(tmp_path / 'out', '--seeds=2', '--engine=print', *watched, config=file)
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert [line[4].rpartition('/')[2] for line in lines] == [
@@ -187,6 +188,7 @@ def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
     assert {'--config.sam.rho=0.2', '--config.sam.p=3.0', '--config.total_epochs=2'} <= set(
         lines[3]
     )
+    assert lines[3][-2:] == ['--tracker=tensorboard,wandb', '--hang_minutes=60.0']
     assert not (tmp_path / 'out').exists()
 
 
@@ -195,6 +197,7 @@ def test_get_hyper_of_a_config_and_printed_commands(tmp_path):
     [
         (['--sweep=sam.rho=1'], 'must name the folder of the sweep'),
         (['--workdir=DIR'], 'Nothing is swept'),
+        (['--workdir=DIR', '--sweep=sam.rho=1', '--tracker=wandbb'], "--tracker has 'wandbb'"),
         (['--workdir=DIR', '--sweep=sam.rho'], 'must be of the form'),
         (['--workdir=DIR', '--sweep=sam.roh=1'], 'Unknown config key sam.roh'),
         (['--workdir=DIR', '--sweep=sam.rho=1', '--config.bathc_size=1'], 'bathc_size'),

@@ -8,7 +8,8 @@ gpu:h100:2x8 has 2. IMAGE holds this package and the config; CLAIM is a volume t
 write to, at /data. Needs JobSet on the cluster, https://jobset.sigs.k8s.io, and on TPUs GKE.
 
 A preempted pod saves within --grace_seconds, and all pods start again from the last checkpoint, as
-often as that happens; after other failures they do --retries times.
+often as that happens; after other failures they do --retries times. --tracker and --hang_minutes
+are handed on to the run.
 """
 
 import os
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sam_jax import settings
-from sam_jax.cli import commands
+from sam_jax.cli import commands, watching
 from sam_jax.errors import UserError
 from sam_jax.settings import shipped
 from sam_jax.targets import jobset
@@ -76,6 +77,7 @@ def main() -> None:
         f'--config={_in_the_image(config_flags.get_config_filename(flags.FLAGS["config"]))}',
         f'--workdir={_WORKDIR.value}',
         *(f'--config.{key}={value}' for key, value in overrides.items()),
+        *watching.handed_on(),
     ]
     made = jobset.manifest(
         _NAME.value,

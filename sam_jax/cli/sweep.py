@@ -16,11 +16,14 @@ commands. Ends with status 1 if a run failed, and names it.
 With --search=halving most runs end early, and one setting is chosen by the validation split: see
 sam_jax/experiments/halving.py. Where it was stopped, the same command goes on to the same choice.
 
+--tracker and --hang_minutes are handed on to the runs.
+
 Meanwhile WORKDIR/index.html, one file that loads itself anew, shows how far the runs are.
 `tensorboard --logdir=WORKDIR` compares them in its HParams tab.
 """
 
 import collections
+import dataclasses
 import shlex
 import sys
 
@@ -28,7 +31,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sam_jax import settings
-from sam_jax.cli import commands
+from sam_jax.cli import commands, watching
 from sam_jax.errors import UserError
 from sam_jax.experiments import engines, grid, halving
 
@@ -81,7 +84,11 @@ def main() -> None:
             f'Nothing is swept: give --sweep or --seeds, or define get_hyper(h) in {config_flag}.'
         )
     overrides = config_flags.get_override_values(flags.FLAGS['config'])
-    runs = grid.make_runs(config_flag, grid.product(hyper), overrides, _WORKDIR.value)
+    watched = watching.handed_on()
+    runs = [
+        dataclasses.replace(run, flags=(*run.flags, *watched))
+        for run in grid.make_runs(config_flag, grid.product(hyper), overrides, _WORKDIR.value)
+    ]
     if _ENGINE.value == 'print' and _SEARCH.value == 'halving':
         raise UserError(
             '--engine is print, but what --search=halving runs next is known only when runs have '
