@@ -323,10 +323,44 @@ for name in sharpness.METHODS:
 task = 'fashion_mnist:small,fraction=0.1,noise=0.4'
 told = methods.make_run('gsam', 0.1, 3, 'runs', 7, task).config
 assert (told.total_epochs, told.data.fraction, told.sam.method) == (7, 0.1, 'gsam')
+
+
+class Made:
+    done = {}
+
+    def __init__(self, value, seed):
+        self.name = f'{value},{seed}'
+
+    def result(self):
+        return self.done.get(self.name)
+
+
+def names(method):
+    return [run.name for run in method.next_runs()]
+
+
+sam = methods.Method('sam', 'runs', 20, task, 0.1)
+sam._run = Made
+assert names(sam) == ['0.05,0', '0.1,0', '0.2,0']
+Made.done = {f'{rho},0': {'validation/error_rate': rho} for rho in (0.05, 0.1)}
+assert names(sam) == ['0.2,0']
+sam.failures['0.2,0'] = 'it diverged'
+assert names(sam) == ['0.025,0']  # the best was at an end
+sam.failures['0.025,0'] = 'it diverged'
+assert names(sam) == [f'0.05,{seed}' for seed in (1, 2, 3, 4)] and not sam.is_lost()
+sam.failures['0.05,3'] = 'the disk is full'
+assert names(sam) == [] and sam.is_lost()
+Made.done = {}
+lost = methods.Method('sam_on', 'runs', 20, task, 2.0)
+lost._run = Made
+lost.failures = dict.fromkeys(names(lost), 'nothing normalises')
+assert names(lost) == [] and lost.is_lost()
+assert methods.start_of('random_sam', 0.1)[1] == (0.1, 0.2, 0.5, 1.0, 2.0)
+assert methods.start_of('saf', 0.1) == ('sam.lam', (0.1, 0.3, 1.0))
 """
 
 
-def test_a_budget_of_gradients():
+def test_a_budget_of_gradients_and_a_search_in_which_runs_fail():
     """Each method takes the gradients of SAM's epochs; in a process, since commands share flags."""
     done = subprocess.run(
         [sys.executable, '-c', BUDGETS], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -12,14 +12,16 @@ it was stopped, and both budgets share the runs of as many epochs.
 
 Prints errors on the test split with the 95 % t-interval of the mean, the largest eigenvalue of the
 Hessian of the training loss (median over the seeds 1 to 4; of 300 examples with the labels trained
-on) and the gradients a step. A method of which a run fails, as SAM-ON's where nothing normalises,
-has no row; the others go on, and the command ends with an error that names it. What a step takes:
+on) and the gradients a step. A value with which a run fails, since it diverges, is as bad as can
+be. A method whose best is such a one, as SAM-ON's where nothing normalises, has no row, and the
+command ends with an error that names it. What a step takes:
 `python -m sam_jax.benchmarks.step --methods=...`.
 
 The digits: a WideResNet-10-1, batches of 64 examples in one group, m = 64. All methods train for
 20 epochs, or, with --budget=gradients, for as many as take the gradients of 20 epochs of SAM.
 """
 
+import math
 import statistics
 from typing import Any
 
@@ -137,7 +139,8 @@ def search(
         if missing:
             return values, None, missing
         best = min(values, key=errors.__getitem__)
-        if len(values) in (1, MOST_VALUES) or best not in (values[0], values[-1]):
+        at_an_end = best in (values[0], values[-1])
+        if len(values) in (1, MOST_VALUES) or not at_an_end or math.isinf(errors[best]):
             return values, best, []
         if best == values[0]:
             values.insert(0, _beyond(*values[:2]))
@@ -158,19 +161,34 @@ class Method:
         self.key, self._start = start_of(name, scale)
         self._run = lambda value, seed: make_run(name, value, seed, workdir, epochs, task)
         self._errors = {}
+        self.failures = {}
 
     def next_runs(self) -> list[grid.Run]:
-        """Returns the runs that are to be made before more is known; none at the end."""
+        """Returns the runs that are to be made before more is known; none at the end.
+
+        `failures` is {name of a run: what it said} of those that cannot be made.
+        """
         self.values, self.best, missing = search(self._start, self._errors)
         while missing:
             runs = {value: self._run(value, SEARCH_SEED) for value in missing}
-            results = {value: run.result() for value, run in runs.items()}
-            if not all(results.values()):
-                return [run for value, run in runs.items() if not results[value]]
-            self._errors |= {value: result[VALIDATION] for value, result in results.items()}
+            errors = {value: self._error(run) for value, run in runs.items()}
+            if None in errors.values():
+                return [run for value, run in runs.items() if errors[value] is None]
+            self._errors |= errors
             self.values, self.best, missing = search(self._start, self._errors)
         self.runs = [self._run(self.best, seed) for seed in SEEDS]
-        return [run for run in self.runs if not run.result()]
+        return [] if self.is_lost() else [run for run in self.runs if not run.result()]
+
+    def is_lost(self) -> bool:
+        """Whether a run of the best value failed."""
+        return any(run.name in self.failures for run in self.runs)
+
+    def _error(self, run):
+        """On the validation split; infinite of a run that failed, None of one not made yet."""
+        if run.name in self.failures:
+            return math.inf
+        result = run.result()
+        return result[VALIDATION] if result else None
 
     def row(self) -> tuple[str, ...]:
         """Returns its row of the table, once there are no more runs to be made."""
@@ -202,8 +220,7 @@ def main() -> None:
     for name in _METHODS.value:
         epochs = epochs_of(name, _EPOCHS.value, _BUDGET.value)
         methods.append(Method(name, _WORKDIR.value, epochs, _TASK.value, _SCALE.value))
-    failed = {}
-    while runs := {run.name: (m.name, run) for m in methods for run in m.next_runs()}:
+    while runs := {run.name: (m, run) for m in methods for run in m.next_runs()}:
         statuses = engines.execute(
             engines.Local(_PARALLEL.value, retries=1), [run for _, run in runs.values()]
         )
@@ -211,16 +228,22 @@ def main() -> None:
             if status.state == 'stopped':
                 raise UserError('It was stopped; the same command goes on.')
             if status.state != 'finished':
-                failed[runs[name][0]] = f'{name}: {status.line}'
-        methods = [method for method in methods if method.name not in failed]
+                runs[name][0].failures[name] = status.line
+    lost = [method for method in methods if method.is_lost()]
     print(
         tables.markdown(
             ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
-            sorted((method.row() for method in methods), key=lambda row: float(row[1].split()[0])),
+            sorted(
+                (method.row() for method in methods if method not in lost),
+                key=lambda row: float(row[1].split()[0]),
+            ),
         )
     )
-    if failed:
-        raise UserError(f'{len(failed)} methods are left out: {" ".join(failed.values())}')
+    if lost:
+        raise UserError(
+            'Without a row: '
+            + ' '.join(f'{method.name}: {next(iter(method.failures.values()))}' for method in lost)
+        )
 
 
 if __name__ == '__main__':
