@@ -216,6 +216,8 @@ def main() -> None:
             raise UserError(
                 f'--methods has {name!r}; it must be some of {", ".join(sharpness.METHODS)}.'
             )
+    if not _SCALE.value > 0:
+        raise UserError(f'--scale is {_SCALE.value}; it must be positive.')
     methods = []
     for name in _METHODS.value:
         epochs = epochs_of(name, _EPOCHS.value, _BUDGET.value)
