@@ -14,14 +14,10 @@ from sam_jax import settings, sharpness, train
 from sam_jax.data import records, sources
 from sam_jax.data.resident import Split
 
-ROWS = [
-    ('cifar', ''),
-    ('fashion_mnist', 'augment=cutout'),
-    ('ablations', 'figure=landscape,method=sgd'),
-    ('ablations', 'figure=m,m=1'),
-]
+ROWS = [('cifar', ''), ('ablations', 'figure=landscape,method=sgd'), ('ablations', 'figure=m,m=1')]
 # Longer to compile, of parts that other tests have as well.
 SLOW_ROWS = [
+    ('fashion_mnist', 'augment=cutout'),
     ('fashion_mnist', 'small,noise=0.4'),
     ('imagenet', 'model=vit-s16,method=gsam'),
     ('label_noise', 'noise=0.4,mixup=8,validation'),

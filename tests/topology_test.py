@@ -54,7 +54,9 @@ def _run(replicas_per_group, num_devices, dtype, model='tiny', **overrides):
             return jax.device_get((state.params, state.batch_stats)), json.load(f)
 
 
-@pytest.mark.parametrize('num_devices', [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    'num_devices', [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 8]
+)
 @pytest.mark.parametrize('replicas_per_group', [1, pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_float64(replicas_per_group, num_devices, x64):
     reference, expected = _run(replicas_per_group, 1, 'float64')
