@@ -40,9 +40,7 @@ _EPOCHS = flags.DEFINE_integer('epochs', 20, 'Length of a run, see --budget.', 1
 _TASK = flags.DEFINE_string(
     'task', 'digits:noise=0.4', 'Config of the runs; it takes the arguments method and seed.'
 )
-_SCALE = flags.DEFINE_float(
-    'scale', 1.0, 'Factor of the values of rho with which a search starts.', 0.0
-)
+_SCALE = flags.DEFINE_float('scale', 1.0, 'Factor of the values of rho with which a search starts.')
 _BUDGET = flags.DEFINE_enum(
     'budget',
     'epochs',
