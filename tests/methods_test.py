@@ -64,6 +64,15 @@ ON_THE_SPHERE = {
     'momentum_sam',
     'functional_sam',
 }
+GATED = {
+    'looksam',
+    'look_layersam',
+    'ae_sam',
+    'ae_looksam',
+    'periodic_sam',
+    'late_phase_sam',
+    'rst',
+}
 NO_RADIUS = {'sgd', 'saf', 'mesa'}
 NOT_FIRST_ORDER = {'det_sam', 'frob_sam', 'bsam', 'sampa', 'looksam', 'look_layersam', 'ae_looksam'}
 
@@ -142,6 +151,17 @@ def test_state_keeps_its_type_and_the_step_compiles_once(method):
     # The three laws above call it with Python numbers, all of one kind.
     assert method.step._cache_size() == 1
     assert state.count == 3
+
+
+def test_outside_of_jit_an_update_is_compiled_once(method):
+    """Where nothing is gated: a branch that is a closure would be compiled at each call."""
+    if method.name in GATED or method.name == 'second_order_sam':
+        pytest.skip('the two ways of a gate, and what a jvp makes of a branch, are closures')
+    tx, state = method(), method().init(method.params)
+    for _ in range(2):
+        with helpers.compilations() as compiled:
+            _, state = drive(tx, method.loss, method.params, state, 1)
+    assert not compiled
 
 
 def test_gradient_evaluations(method):

@@ -76,17 +76,14 @@ def sparse(
             ball.init(params),
         )
 
-    def top(squares):
-        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(squares)])
-        index = jnp.floor(jnp.asarray(sparsity, float) * flat.size).astype(int)
-        threshold = jnp.sort(flat)[jnp.minimum(index, flat.size - 1)]
-        return jax.tree.map(lambda x: x >= threshold, squares)
-
     def update(updates, state, params=None, **extra_args):
         mask = jax.lax.cond(
             (state.count > 0) & (state.count % period == 0),
-            lambda: top(state.squares),
-            lambda: state.mask,
+            _largest_entries,
+            _same_entries,
+            state.squares,
+            state.mask,
+            sparsity,
         )
         age = state.count % period
         squares = jax.tree.map(
@@ -102,6 +99,17 @@ def sparse(
         return eps, SparseState(optax.safe_increment(state.count), squares, mask, ball_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest_entries(squares, mask, sparsity):
+    flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(squares)])
+    index = jnp.floor(jnp.asarray(sparsity, float) * flat.size).astype(int)
+    threshold = jnp.sort(flat)[jnp.minimum(index, flat.size - 1)]
+    return jax.tree.map(lambda x: x >= threshold, squares)
+
+
+def _same_entries(squares, mask, sparsity):
+    return mask
 
 
 def random_leaves(beta: float) -> optax.GradientTransformationExtraArgs:

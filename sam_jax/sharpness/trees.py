@@ -94,17 +94,7 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     The factor is 1 but where the squares leave the float range: then a power of two, so that
     nothing is rounded, and the sum is taken once more.
     """
-
-    def sum_of_squares(tree, factor):
-        return sum(
-            (
-                jnp.sum(jnp.square(jnp.abs(factor.astype(promote(x).dtype) * promote(x))))
-                for x in jax.tree.leaves(tree)
-            ),
-            jnp.zeros(()),
-        )
-
-    total = sum_of_squares(tree, np.ones(()))
+    total = _sum_of_squares(tree, np.ones(()))
     # Of the narrowest leaf: where float64 is on, the sum of float32 leaves is of that.
     limits = min(
         (jnp.finfo(promote(x).dtype) for x in jax.tree.leaves(tree)),
@@ -114,8 +104,27 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     far = 2.0 ** (limits.maxexp * 3 // 4)
     small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
     factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
-    total = jax.lax.cond(small | huge, sum_of_squares, lambda tree, factor: total, tree, factor)
+    # The branches are no closures: outside of jit, each call of such would be compiled anew.
+    total = jax.lax.cond(small | huge, _squares_again, _squares_are_known, tree, factor, total)
     return factor, jnp.sqrt(total)
+
+
+def _sum_of_squares(tree, factor):
+    return sum(
+        (
+            jnp.sum(jnp.square(jnp.abs(factor.astype(promote(x).dtype) * promote(x))))
+            for x in jax.tree.leaves(tree)
+        ),
+        jnp.zeros(()),
+    )
+
+
+def _squares_again(tree, factor, total):
+    return _sum_of_squares(tree, factor)
+
+
+def _squares_are_known(tree, factor, total):
+    return total
 
 
 def _largest(tree):
