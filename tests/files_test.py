@@ -380,6 +380,23 @@ def test_missing_tables(tmp_path):
     _refused('huggingface', tmp_path, 'in several folders')
 
 
+def test_the_name_of_the_folder_is_of_no_split(tmp_path):
+    arrays = _arrays()
+    _write_tables(tmp_path, arrays, shards=1)
+    for name in ('train-v2', 'test'):
+        (tmp_path / 'data').rename(tmp_path / name)
+        _assert_holds(_load('huggingface', f'{tmp_path}/{name}/'), arrays, num_classes=4)
+        (tmp_path / name).rename(tmp_path / 'data')
+
+
+@pytest.mark.parametrize('name', ['test.parquet', 'validation-00000-of-00001.parquet'])
+def test_a_table_of_two_splits(name, tmp_path):
+    _write_tables(tmp_path, _arrays(), shards=1)
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'data' / 'test-00000-of-00001.parquet').rename(tmp_path / 'train' / name)
+    _refused('huggingface', tmp_path, name, 'belongs to train by its folder', 'one of them')
+
+
 def test_columns_that_are_not_clear(tmp_path):
     pa = pytest.importorskip('pyarrow')
     encoded = pa.array([b'x'], pa.binary())

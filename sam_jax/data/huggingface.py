@@ -32,14 +32,15 @@ _SHARD = re.compile(r'(.*)-(\d+)-of-(\d+)\.(arrow|parquet)')
 def read_huggingface(data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
     """Reads a dataset of a folder, of which all images have one size.
 
-    A file belongs to a split if its name, or that of its folder, begins with the split's:
-    `train/data-00000-of-00001.arrow`, `data/train-00000-of-00002.parquet`, `test.parquet`.
+    A file belongs to a split if its name, or that of its folder within `data_dir`, begins with the
+    split's: `train/data-00000-of-00001.arrow`, `data/train-00000-of-00002.parquet`, `test.parquet`.
 
     Returns:
       (train Split, test Split, names of the classes of the feature ClassLabel, () without one).
 
     Raises:
-      UserError: pyarrow, a split, a file of it or a column is not there, or something is damaged.
+      UserError: pyarrow, a split, a file of it or a column is not there, a file belongs to two
+        splits, or something is damaged.
     """
     root = folder_of(
         data_dir,
@@ -51,7 +52,11 @@ def read_huggingface(data_dir: str) -> tuple[Split, Split, tuple[str, ...]]:
             "data.name is 'huggingface', which needs pyarrow: pip install 'sam_jax[huggingface]'."
         )
     files = _files(root)
-    by_split = {split: [f for f in files if _is_of(split, f)] for split in ('train', *TEST_SPLITS)}
+    splits = {path: _split_of(path, root) for path in files}
+    by_split = {
+        split: [path for path in files if splits[path] == split]
+        for split in ('train', *TEST_SPLITS)
+    }
     test = next((split for split in TEST_SPLITS if by_split[split]), None)
     if not by_split['train'] or test is None:
         raise UserError(
@@ -85,9 +90,18 @@ def _files(root):
     return []
 
 
-def _is_of(split, path):
-    names = (os.path.basename(os.path.dirname(path)), os.path.basename(path))
-    return any(re.split(r'[-_.]', name)[0] == split for name in names)
+def _split_of(path, root):
+    """The split that a file belongs to by its name and its folder's; None for none."""
+    # Below `root`: what the folder of the dataset is called says nothing.
+    names = os.path.relpath(path, root).split(os.sep)[-2:]
+    begins = [re.split(r'[-_.]', name)[0] for name in names]
+    found = list(dict.fromkeys(x for x in begins if x in ('train', *TEST_SPLITS)))
+    if len(found) > 1:
+        raise UserError(
+            f'{path} belongs to {found[0]} by its folder and to {found[1]} by its name; it must '
+            'belong to one of them.'
+        )
+    return found[0] if found else None
 
 
 def _check_shards(paths):
