@@ -222,6 +222,9 @@ def test_all_runs_of_a_folder(folders, tmp_path):
                     command,
                     [*command, f'--workdir={tmp_path / "runs" / "sgd"}'],
                     [*command, '--what=order', '--epoch=1'],
+                    [*command, '--what=order', '--epoch=1'],
+                    [*command, '--examples=0'],
+                    [*command, '--examples=0'],
                 ]
             ),
         ],
@@ -231,11 +234,11 @@ def test_all_runs_of_a_folder(folders, tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ['0', '0', '2', '0'], done.stderr
-    # Once each, and once after the first epoch: the second call measures nothing.
+    assert done.stdout.split() == ['0', '0', '2', '0', '0', '0', '0'], done.stderr
+    # Once each, once after the first epoch, and once on all examples, however often they are asked.
     assert [done.stderr.count(f'{name} is measured.') for name in ('sam', 'sgd', 'unfinished')] == [
-        2,
-        2,
+        3,
+        3,
         0,
     ]
     assert '--workdir is ' in done.stderr and 'give one of them' in done.stderr
@@ -252,11 +255,30 @@ def test_all_runs_of_a_folder(folders, tmp_path):
         (run,) = json.loads(file.read_text())['runs']
         rise = run['sharpness']['m = 16']['sharpness']
         assert rows['rise of the loss: m = 16'][name] == f'{rise:.4g}'
-    settings = study.Settings(what=('sharpness',), m=(16,))
-    out = str(tmp_path / 'runs' / 'sam' / 'analysis')
-    assert study.is_done(out, settings, 'train', 50)
-    assert not study.is_done(out, dataclasses.replace(settings, rho=0.1), 'train', 50)
-    assert not study.is_done(out, settings, 'test', 50)
+
+
+def test_only_the_same_measurements_of_the_same_step_are_done(tmp_path):
+    """What an older version has written, without `asked`, stands for what it certainly answers."""
+    settings = study.Settings(what=('spectrum',))
+    run = {'step': 40, 'split': 'train', 'examples': 90, 'weight_decay': 0.0}
+
+    def is_done(*asked, now=settings, **noted):
+        said = {'settings': dataclasses.asdict(settings), 'runs': [{**run, **noted}]}
+        (tmp_path / 'analysis.json').write_text(json.dumps(said))
+        return study.is_done(str(tmp_path), now, *asked)
+
+    for noted in ({}, {'asked': {'examples': 90, 'penalty': False}}):
+        assert is_done(40, 'train', 90, **noted)
+        for asked in ((20, 'train', 90), (40, 'test', 90), (40, 'train', 0), (40, 'train', 50)):
+            assert not is_done(*asked, **noted), asked
+        assert not is_done(40, 'train', 90, True, **noted)
+        assert not is_done(40, 'train', 90, now=dataclasses.replace(settings, rho=0.1), **noted)
+        assert not is_done(40, 'train', 90, now=study.Settings(what=('landscape',)), **noted)
+    # More than there are, and all there are.
+    for examples in (1000, 0):
+        assert is_done(40, 'train', examples, asked={'examples': examples, 'penalty': False})
+    # A penalty of a run whose weight decay is 0.
+    assert is_done(40, 'train', 0, True, asked={'examples': 0, 'penalty': True})
 
 
 def test_a_landscape_goes_on_where_it_stopped(folders, tmp_path, monkeypatch):

@@ -87,6 +87,7 @@ class Run(NamedTuple):
       split: of which the examples are.
       objective: objective.Objective.
       params: on the devices.
+      asked: {'examples', 'penalty'} as `open_run` was told them; None of a Run made otherwise.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Run(NamedTuple):
     split: str
     objective: Any
     params: Any
+    asked: dict[str, Any] | None = None
 
 
 def open_run(
@@ -150,7 +152,7 @@ def open_run(
         decay_norm_and_bias=config.optimizer.decay_norm_and_bias,
     )
     name = f'{config.sam.method}, {os.path.basename(os.path.normpath(workdir))}'
-    return Run(name, step, split, objective, params)
+    return Run(name, step, split, objective, params, {'examples': examples, 'penalty': penalty})
 
 
 def measure_spectrum(
@@ -340,6 +342,7 @@ def analyze(
                 'dataset': r.objective.dataset.name,
                 'split': r.split,
                 'examples': len(r.objective),
+                'asked': r.asked,
                 'weight_decay': r.objective.weight_decay,
                 'label_smoothing': r.objective.label_smoothing,
                 **r.objective.value(r.params),
@@ -372,6 +375,9 @@ def analyze(
     said['path'] = (
         len(runs) == 2 and len({str(jax.tree.map(np.shape, r.params)) for r in runs}) == 1
     )
+    picture = os.path.join(out, 'landscape.png')
+    if 'landscape' in settings.what and os.path.exists(picture):
+        os.remove(picture)  # of an earlier command; `is_done` asks for it
     # Written before what may take longest.
     run_log.write_json(os.path.join(out, 'analysis.json'), said)
     with open(os.path.join(out, 'report.md'), 'w') as file:
@@ -383,33 +389,30 @@ def analyze(
     return said
 
 
-def is_done(out: str, settings: Settings, split: str, examples: int) -> bool:
-    """Whether a folder holds the same measurements, whole."""
+def is_done(
+    out: str, settings: Settings, step: int, split: str, examples: int, penalty: bool = False
+) -> bool:
+    """Whether a folder holds the same measurements of the same step, whole; see `open_run`."""
     said = run_log.read_json(os.path.join(out, 'analysis.json'))
     if not said:
         return False
     run = said['runs'][0]
+    # Older versions noted no question: of them only what certainly answers this one stands.
+    known = {'examples': run['examples'], 'penalty': run['weight_decay'] > 0}
     drawn = 'landscape' not in settings.what or os.path.exists(os.path.join(out, 'landscape.png'))
     return (
         drawn
         and json.loads(json.dumps(dataclasses.asdict(settings))) == said['settings']
-        and run['split'] == split
-        and examples in (0, run['examples'])
+        and (run['step'], run['split']) == (step, split)
+        and (run.get('asked') or known) == {'examples': examples, 'penalty': penalty}
     )
 
 
 def _identity(run):
     """What a surface of a run depends on, besides its directions and places."""
-    checksum = _checksum([run.params, run.objective.batch_stats, run.objective.split.index])
-    return [
-        run.name,
-        run.step,
-        run.split,
-        checksum,
-        run.objective.weight_decay,
-        run.objective.loss,
-        run.objective.label_smoothing,
-    ]
+    on = run.objective
+    checksum = _checksum([run.params, on.batch_stats, on.split.index])
+    return [run.name, run.step, run.split, checksum, on.weight_decay, on.loss, on.label_smoothing]
 
 
 def _checksum(tree):

@@ -118,16 +118,24 @@ def _all_of(folder, settings, bars):
             raise UserError(
                 f'--{flag.name} is {flag.value!r} and --runs is {folder!r}; give one of them.'
             )
-    finished = [record.workdir for record in results.find([folder]) if record.result]
+    finished = [record for record in results.find([folder]) if record.result]
     if not finished:
         raise UserError(f'--runs is {folder!r}; none of the runs in it is finished.')
-    for workdir in finished:
+    asked = _SPLIT.value, _EXAMPLES.value, _PENALTY.value
+    for record in finished:
         # Each epoch in a folder of its own: they are drawn beside each other.
         parts = [] if _EPOCH.value is None else [f'epoch={_EPOCH.value}']
-        out = os.path.join(workdir, 'analysis', *parts)
-        if not study.is_done(out, settings, _SPLIT.value, _EXAMPLES.value):
-            study.analyze([_open(workdir, settings)], out, settings, bars)
-            _log.info('%s is measured.', os.path.relpath(workdir))
+        out = os.path.join(record.workdir, 'analysis', *parts)
+        if not study.is_done(out, settings, _step(record), *asked):
+            study.analyze([_open(record.workdir, settings)], out, settings, bars)
+            _log.info('%s is measured.', os.path.relpath(record.workdir))
+
+
+def _step(record):
+    """Returns the step of the checkpoint that is asked for."""
+    if _EPOCH.value is None:
+        return record.result['step']
+    return round(_EPOCH.value / record.epochs_per_step)
 
 
 def run() -> None:
