@@ -311,7 +311,7 @@ def test_a_sweep_compiles_once(tmp_path):
 
 
 BUDGETS = """
-from sam_jax import sharpness
+from sam_jax import errors, sharpness
 from sam_jax.benchmarks import methods
 
 assert methods.epochs_of('sgd', 20, 'gradients') == 40
@@ -344,17 +344,24 @@ sam._run = Made
 assert names(sam) == ['0.05,0', '0.1,0', '0.2,0']
 Made.done = {f'{rho},0': {'validation/error_rate': rho} for rho in (0.05, 0.1)}
 assert names(sam) == ['0.2,0']
-sam.failures['0.2,0'] = 'it diverged'
+diverged = f'status 2: error: The loss {errors.NOT_FINITE} 7.'
+sam.failures['0.2,0'] = diverged
 assert names(sam) == ['0.025,0']  # the best was at an end
-sam.failures['0.025,0'] = 'it diverged'
-assert names(sam) == [f'0.05,{seed}' for seed in (1, 2, 3, 4)] and not sam.is_lost()
-sam.failures['0.05,3'] = 'the disk is full'
-assert names(sam) == [] and sam.is_lost()
+sam.failures['0.025,0'] = diverged
+assert names(sam) == [f'0.05,{seed}' for seed in (1, 2, 3, 4)] and not sam.lost()
+sam.failures['0.05,3'] = diverged
+assert names(sam) == [] and sam.lost() == diverged
 Made.done = {}
 lost = methods.Method('sam_on', 'runs', 20, task, 2.0)
 lost._run = Made
-lost.failures = dict.fromkeys(names(lost), 'nothing normalises')
-assert names(lost) == [] and lost.is_lost()
+lost.failures = dict.fromkeys(names(lost), diverged)
+assert names(lost) == [] and lost.lost() == diverged
+# Of a value with which a run broke nothing is known: no other is chosen in its place.
+Made.done = {f'{rho},0': {'validation/error_rate': rho} for rho in (0.05, 0.1)}
+broken = methods.Method('sam', 'runs', 20, task, 0.1)
+broken._run = Made
+broken.failures['0.2,0'] = 'status 1: the disk is full'
+assert names(broken) == [] and broken.lost() == 'status 1: the disk is full'
 assert methods.start_of('random_sam', 0.1)[1] == (0.1, 0.2, 0.5, 1.0, 2.0)
 assert methods.start_of('saf', 0.1) == ('sam.lam', (0.1, 0.3, 1.0))
 """

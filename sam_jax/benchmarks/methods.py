@@ -12,10 +12,10 @@ it was stopped, and both budgets share the runs of as many epochs.
 
 Prints errors on the test split with the 95 % t-interval of the mean, the largest eigenvalue of the
 Hessian of the training loss (median over the seeds 1 to 4; of 300 examples with the labels trained
-on) and the gradients a step. A value with which a run fails, since it diverges, is as bad as can
-be. A method whose best is such a one, as SAM-ON's where nothing normalises, has no row, and the
-command ends with an error that names it. What a step takes:
-`python -m sam_jax.benchmarks.step --methods=...`.
+on) and the gradients a step. A value with which a run diverges is as bad as can be. A method whose
+best is such a one, or of which a run failed otherwise (SAM-ON's where nothing normalises; a full
+disk), has no row, and the command ends with an error that names it and what the run said. What a
+step takes: `python -m sam_jax.benchmarks.step --methods=...`.
 
 The digits: a WideResNet-10-1, batches of 64 examples in one group, m = 64. All methods train for
 20 epochs, or, with --budget=gradients, for as many as take the gradients of 20 epochs of SAM.
@@ -29,7 +29,7 @@ from absl import flags
 
 from sam_jax import sharpness, tables
 from sam_jax.cli import commands
-from sam_jax.errors import UserError
+from sam_jax.errors import NOT_FINITE, UserError
 from sam_jax.experiments import engines, grid
 from sam_jax.experiments.results import TEST, VALIDATION, interval, mean_and_interval
 
@@ -160,12 +160,15 @@ class Method:
         self._run = lambda value, seed: make_run(name, value, seed, workdir, epochs, task)
         self._errors = {}
         self.failures = {}
+        self.runs = []
 
     def next_runs(self) -> list[grid.Run]:
         """Returns the runs that are to be made before more is known; none at the end.
 
         `failures` is {name of a run: what it said} of those that cannot be made.
         """
+        if self.lost():
+            return []
         self.values, self.best, missing = search(self._start, self._errors)
         while missing:
             runs = {value: self._run(value, SEARCH_SEED) for value in missing}
@@ -175,14 +178,20 @@ class Method:
             self._errors |= errors
             self.values, self.best, missing = search(self._start, self._errors)
         self.runs = [self._run(self.best, seed) for seed in SEEDS]
-        return [] if self.is_lost() else [run for run in self.runs if not run.result()]
+        return [] if self.lost() else [run for run in self.runs if not run.result()]
 
-    def is_lost(self) -> bool:
-        """Whether a run of the best value failed."""
-        return any(run.name in self.failures for run in self.runs)
+    def lost(self) -> str:
+        """Returns why it has no row, what a run said, or ''.
+
+        A run of the best value failed; or any did that has not diverged, which says nothing of its
+        value.
+        """
+        of_best = {run.name for run in self.runs}
+        lines = (x for name, x in self.failures.items() if name in of_best or NOT_FINITE not in x)
+        return next(lines, '')
 
     def _error(self, run):
-        """On the validation split; infinite of a run that failed, None of one not made yet."""
+        """On the validation split; infinite of a run that diverged, None of one not made yet."""
         if run.name in self.failures:
             return math.inf
         result = run.result()
@@ -229,20 +238,19 @@ def main() -> None:
                 raise UserError('It was stopped; the same command goes on.')
             if status.state != 'finished':
                 runs[name][0].failures[name] = status.line
-    lost = [method for method in methods if method.is_lost()]
+    lost = {method.name: method.lost() for method in methods if method.lost()}
     print(
         tables.markdown(
             ('method', 'test error (%)', 'lambda_max', 'gradients a step', 'searched, chosen'),
             sorted(
-                (method.row() for method in methods if method not in lost),
+                (method.row() for method in methods if method.name not in lost),
                 key=lambda row: float(row[1].split()[0]),
             ),
         )
     )
     if lost:
         raise UserError(
-            'Without a row: '
-            + ' '.join(f'{method.name}: {next(iter(method.failures.values()))}' for method in lost)
+            'Without a row: ' + ' '.join(f'{name}: {line}' for name, line in lost.items())
         )
 
 
