@@ -286,6 +286,38 @@ def test_a_run_in_use_is_not_started_twice(tmp_path):
     assert done.returncode == 1 and 'in use by another process' in done.stderr, done.stderr
 
 
+def _made_up(folder, names, command, monkeypatch):
+    """Runs of which each is a command of the shell, in its folder."""
+    monkeypatch.setattr(
+        engines, 'command', lambda run: ['sh', '-c', f'cd {run.workdir}; {command}']
+    )
+    return [grid.Run(name, str(folder / name), None, ()) for name in names]
+
+
+def test_a_run_that_cannot_start_does_not_end_the_sweep(tmp_path, monkeypatch):
+    (tmp_path / 'a').write_text('no folder')
+    finish = """echo '{"test/error_rate": 0.5}' > result.json"""
+    runs = _made_up(tmp_path, 'abc', finish, monkeypatch)
+    statuses = engines.execute(engines.Local(1, retries=0), runs)
+    assert [statuses[name].state for name in 'abc'] == ['failed', 'finished', 'finished']
+    assert statuses['a'].line == f'{tmp_path / "a"}: File exists.'
+
+
+def test_an_error_of_the_sweep_itself_leaves_no_runs_behind(tmp_path, monkeypatch):
+    runs = _made_up(tmp_path, 'ab', 'touch begun; exec sleep 100', monkeypatch)
+
+    def break_down(display):
+        wait_until((tmp_path / 'a' / 'begun').exists)
+        raise RuntimeError('the terminal is gone')
+
+    monkeypatch.setattr(engines.Display, 'update', break_down)
+    engine = engines.Local(1, retries=0)
+    with pytest.raises(RuntimeError, match='the terminal is gone'):
+        engines.execute(engine, runs)
+    wait_until(lambda: not engine.working())
+    assert not (tmp_path / 'b').exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_compiles_once(tmp_path):
     """rho, learning rate, weight decay and seed are arguments of one compiled program."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sam_jax
-from sam_jax.errors import EXIT_USER_ERROR, UserError
+from sam_jax.errors import EXIT_USER_ERROR, UserError, told
 from sam_jax.experiments import grid
 
 # Of a GPU's memory this much is for arrays where several runs share it. Each process takes some
@@ -153,8 +153,8 @@ class Local:
                     log_path(run),
                     {**os.environ, **python_path(), **environment},
                 )
-            except BlockingIOError as e:
-                return Status('failed', str(e))
+            except OSError as e:  # a file in the place of its folder, say: the others go on
+                return Status('failed', told(e) or str(e))
             self._processes[run.name] = process
             if self._stopping:  # since it was looked at above
                 process.terminate()
@@ -421,6 +421,9 @@ def execute(
             time.sleep(0.2)
         display.update()
         live.update()
+    except BaseException:  # of the sweep itself: it leaves no runs behind
+        engine.stop()
+        raise
     finally:
         display.close()
         live.close()
