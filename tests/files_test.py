@@ -600,6 +600,25 @@ def test_the_fingerprint_of_a_folder(change, tmp_path):
     assert _load('folder', other, image_size=8).fingerprint != first
 
 
+def test_labels_from_a_file_are_those_of_a_folder(tmp_path):
+    """They are refused for other images, wherever those lie; and the fingerprint is theirs, too."""
+    one, other = (_folder(tmp_path / name) for name in ('one', 'other'))
+    path, first = tmp_path / 'p.npz', _load('folder', one, image_size=8)
+    settings = {'image_size': 8, 'labels_from': str(path)}
+
+    def write(probabilities):
+        np.savez(path, probabilities=probabilities, dataset='folder', examples=first.train.checksum)
+
+    write(np.full((40, 4), 0.25, np.float32))
+    prints = [_load('folder', place, **settings).fingerprint for place in (one, other)]
+    assert prints[0] == prints[1] != first.fingerprint
+    assert prints[0].startswith(first.fingerprint)
+    write(np.eye(4, dtype=np.float32)[np.arange(40) % 4])
+    assert _load('folder', one, **settings).fingerprint != prints[0]
+    _renamed(other)
+    _refused('folder', other, 'other examples of folder', 'data.dir', **settings)
+
+
 def test_the_fingerprint_of_arrays(tmp_path):
     arrays = _arrays()
     for i, key in enumerate([None, *arrays]):

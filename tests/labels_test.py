@@ -13,6 +13,7 @@ from sam_jax import data, replicas, train
 from sam_jax.data import labels
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
+from sam_jax.targets import absent
 
 # Smallest p of a chi-square test that passes; seeds are fixed, so a test passes always or never.
 P_VALUE = 1e-3
@@ -128,8 +129,8 @@ def test_clean_and_noisy_examples_are_told_apart():
 # Labels predicted by a run.
 
 
-def _write(path, probabilities, dataset='digits'):
-    np.savez(path, probabilities=probabilities, dataset=dataset)
+def _write(path, probabilities, dataset='digits', **more):
+    np.savez(path, probabilities=probabilities, dataset=dataset, **more)
     return str(path)
 
 
@@ -177,6 +178,19 @@ def test_files_that_do_not_fit(tmp_path):
         assert words in str(e.value) and 'data.labels_from' in str(e.value), str(e.value)
 
 
+@pytest.mark.parametrize('part', [{'fraction': 0.1}, {'shots': 5}], ids=['fraction', 'shots'])
+def test_predictions_for_other_examples_are_refused(part, tmp_path):
+    first = _load(label_noise=0.4, **part).train
+    of = {'dataset': 'digits', 'examples': first.checksum}
+    path = _write(tmp_path / 'p.npz', np.full((len(first), 10), 0.1, np.float32), **of)
+    _load(labels_from=path, **part)
+    with pytest.raises(UserError, match='other examples of digits .* data.fraction_seed'):
+        _load(labels_from=path, fraction_seed=1, **part)
+    settings = small_config(data__labels_from=path, data__fraction_seed=1, data__soft_labels=True)
+    settings.data.update(part)
+    absent.load_dataset(settings.data)  # of zeros, which are no examples
+
+
 # Its parts are other tests' as well.
 @pytest.mark.slow
 def test_bootstrap(tmp_path):
@@ -206,6 +220,7 @@ def test_bootstrap(tmp_path):
         )
         np.testing.assert_array_equal(file['labels'], dataset.train.labels)
         assert file['step'] == int(state.step)
+        assert file['examples'] == dataset.train.checksum
         predicted = file['probabilities'].argmax(1)
     config = small_config(
         data__labels_from=str(out),

@@ -107,7 +107,7 @@ def test_no_file_of_arrays_runs_code(name, plant, tmp_path):
     model, variables = fuzzed.network('own')
     readers = [
         lambda: pretrained.load(path, model, variables),
-        lambda: labels.predicted(str(path), 'x', 12, 3, True),
+        lambda: labels.predicted(str(path), 'x', range(12), 3, True),
         lambda: files.idx_array(str(path)),
     ]
     if name.endswith('.npz'):
@@ -279,7 +279,7 @@ def test_packed_arrays_are_unpacked_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, 'free_host_memory', lambda: 100.0)
     for read in (
         lambda: files.read_npz(str(tmp_path / 'x.npz')),
-        lambda: labels.predicted(str(tmp_path / 'y.npz'), 'x', 12, 3, True),
+        lambda: labels.predicted(str(tmp_path / 'y.npz'), 'x', range(12), 3, True),
         lambda: files.idx_array(str(tmp_path / 'z')),
         lambda: pretrained.read(tmp_path / 'x.npz'),
     ):
@@ -397,7 +397,7 @@ def test_odd_predictions(tmp_path):
     for array in (np.zeros(36), np.array('x'), np.full((12, 3), 'x'), -np.ones((12, 3))):
         np.savez(tmp_path / 'x.npz', probabilities=array, dataset='x')
         with pytest.raises(UserError, match='probabilities'):
-            labels.predicted(str(tmp_path / 'x.npz'), 'x', 12, 3, True)
+            labels.predicted(str(tmp_path / 'x.npz'), 'x', range(12), 3, True)
 
 
 def test_odd_configs_of_language_models(tmp_path):

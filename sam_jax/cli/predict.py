@@ -55,7 +55,8 @@ def predictions(experiment: Experiment, workdir: str) -> dict[str, Any]:
 
     Returns:
       {'probabilities': float32 (N, classes) in the order of the training set, 'labels': those that
-      the run was trained on, 'dataset', 'step', 'error_rate': against these labels}.
+      the run was trained on, 'dataset', 'examples': the checksum of the training set, by which
+      another run knows it, 'step', 'error_rate': against these labels}.
 
     Raises:
       UserError: there is no checkpoint.
@@ -75,6 +76,7 @@ def predictions(experiment: Experiment, workdir: str) -> dict[str, Any]:
         'probabilities': probabilities,
         'labels': labels,
         'dataset': dataset.name,
+        'examples': dataset.train.checksum,
         'step': model.step,
         'error_rate': float(np.mean(probabilities.argmax(-1) != true)),
     }

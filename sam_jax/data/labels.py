@@ -3,6 +3,8 @@
 A relabelling is a function (positions in the training set, their true labels) -> labels.
 """
 
+import dataclasses
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -56,16 +58,38 @@ def noise(
     return relabel
 
 
-def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: bool) -> Relabelling:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The relabelling that takes the labels from a table, whatever the true ones are.
+
+    Attributes:
+      table: classes int32 (N,), or distributions float32 (N, classes).
+    """
+
+    table: np.ndarray
+
+    def __call__(self, index: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        del labels
+        return self.table[index]
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits of the table."""
+        return hashlib.sha256(self.table.tobytes()).hexdigest()[:16]
+
+
+def predicted(path: str, name: str, examples: Any, num_classes: int, soft: bool) -> Given:
     """Returns the relabelling by a file of predictions, as `sam-jax-predict` writes it.
 
     Args:
-      path: .npz with 'probabilities' (N, classes) and 'dataset'.
-      name, num_examples, num_classes: of the training set, which must be the file's.
+      path: .npz with 'probabilities' (N, classes), 'dataset', and the checksum 'examples', which
+        older files lack.
+      name, num_classes: of the training set, which must be the file's.
+      examples: its split: has len, and `checksum`, '' where that is not known.
       soft: whether the labels are the probabilities themselves, or their largest class.
 
     Raises:
-      UserError: no such file, or one of another dataset.
+      UserError: no such file, or one of other examples.
     """
     key = f'data.labels_from is {path!r}'
     try:
@@ -74,6 +98,7 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
             size = sum(member.file_size for member in file.zip.infolist())
             limits.check_unpacked(f'data.labels_from, {path!r},', size)
             probabilities, dataset = file['probabilities'], str(file['dataset'])
+            checksum = str(file['examples']) if 'examples' in file else ''
     except UserError:
         raise
     except FileNotFoundError as e:
@@ -85,34 +110,39 @@ def predicted(path: str, name: str, num_examples: int, num_classes: int, soft: b
             f'{key}; its probabilities are {probabilities.dtype} {probabilities.shape}, and must '
             'be numbers (N, classes).'
         )
-    if (dataset, *probabilities.shape) != (name, num_examples, num_classes):
+    if (dataset, *probabilities.shape) != (name, len(examples), num_classes):
         n, classes = probabilities.shape
         raise UserError(
             f'{key}; it holds predictions for {n} examples of {dataset} in {classes} classes, and '
-            f'the training set is {num_examples} examples of {name} in {num_classes} classes.'
+            f'the training set is {len(examples)} examples of {name} in {num_classes} classes.'
+        )
+    if checksum and examples.checksum not in ('', checksum):
+        raise UserError(
+            f'{key}; it holds predictions for {len(examples)} other examples of {name} than those '
+            'of the training set: what chooses them, such as data.dir, data.fraction, data.shots '
+            'and data.fraction_seed, must be as in the run that predicted.'
         )
     if not (np.isfinite(probabilities).all() and (probabilities >= 0).all()):
         raise UserError(f'{key}; some of its probabilities are not finite, or below 0.')
     table = (
         probabilities.astype(np.float32) if soft else probabilities.argmax(axis=1).astype(np.int32)
     )
-    return lambda index, labels: table[index]
+    return Given(table)
 
 
-def create(settings: Any, name: str, num_examples: int, num_classes: int) -> Relabelling:
+def create(settings: Any, name: str, examples: Any, num_classes: int) -> Relabelling:
     """Returns the relabelling that `config.data` asks for.
 
     Args:
       settings: `config.data`.
-      name, num_examples, num_classes: of the training set.
+      name, num_classes: of the training set.
+      examples: its split, as `predicted` takes it.
     """
     if settings.labels_from:
-        return predicted(
-            settings.labels_from, name, num_examples, num_classes, settings.soft_labels
-        )
+        return predicted(settings.labels_from, name, examples, num_classes, settings.soft_labels)
     if settings.label_noise:
         return noise(
-            num_examples,
+            len(examples),
             settings.label_noise,
             num_classes,
             settings.label_noise_seed,

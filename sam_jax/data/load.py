@@ -66,7 +66,7 @@ def _resident(settings, source):
     if settings.validation:
         train, evals['validation'] = _held_out(train, source.validation_size)
     train = _part(train, settings)
-    relabel = labels.create(settings, settings.name, len(train), source.num_classes)
+    relabel = labels.create(settings, settings.name, train, source.num_classes)
     true = train
     if relabel is not labels.unchanged:
         train = true.relabelled(relabel(np.arange(len(true)), true.labels))
@@ -99,7 +99,7 @@ def _streaming(settings, stream):
     if settings.validation:
         train, evals['validation'] = _held_out(train)
     train = _part(train, settings)
-    relabel = labels.create(settings, settings.name, len(train), num_classes)
+    relabel = labels.create(settings, settings.name, train, num_classes)
     if relabel is not labels.unchanged:
         evals['train_true_labels'] = train
         train = train.relabelled(relabel)

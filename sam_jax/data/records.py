@@ -51,6 +51,13 @@ class Records:
         """True classes, int32 (n,); only of a source that knows them without reading its images."""
         return self.source.labels[self.index]
 
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits of which examples these are; '' where the source does not say."""
+        source = getattr(self.source, 'checksum', '')
+        index = np.asarray(self.index, '<i8').tobytes()
+        return source and hashlib.sha256(source.encode() + index).hexdigest()[:16]
+
     def part(self, chosen: slice | np.ndarray) -> 'Records':
         return dataclasses.replace(self, index=self.index[chosen])
 
@@ -171,6 +178,11 @@ class TfdsSource:
     def __len__(self):
         return int(self._starts[-1])
 
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits of what this is a split of."""
+        return hashlib.sha256(self._what.encode()).hexdigest()[:16]
+
     def __getitem__(self, i):
         part = int(np.searchsorted(self._starts, i, side='right')) - 1
         try:
@@ -223,6 +235,12 @@ class FolderSource:
 
     def __len__(self):
         return len(self._files)
+
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits of the names of the files, classes in them, as first listed."""
+        names = (os.fsencode(path[len(self._folder) :]) for path, _ in self._files)
+        return hashlib.sha256(b'\n'.join(names)).hexdigest()[:16]
 
     def fingerprint(self) -> str:
         """Returns 16 hexadecimal digits of the names and sizes of the files, classes in the names.

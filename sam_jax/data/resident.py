@@ -34,9 +34,16 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def checksum(self) -> str:
+        """16 hexadecimal digits of the images of a whole split: which examples it holds."""
+        return hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()[:16]
+
     def part(self, chosen: slice | np.ndarray) -> 'Split':
         """Returns the chosen examples of a whole split, as a split with images of its own."""
-        return Split(self.images[chosen], self.labels[chosen])
+        return dataclasses.replace(
+            self, images=self.images[chosen], labels=self.labels[chosen], index=None
+        )
 
     def subset(self, chosen: slice | np.ndarray) -> 'Split':
         """Returns the chosen examples, on the same images."""

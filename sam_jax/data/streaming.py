@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sam_jax import rngs
-from sam_jax.data import decode, records
+from sam_jax.data import decode, labels, records
 from sam_jax.data.dataset import Dataset
 from sam_jax.errors import UserError
 
@@ -44,11 +44,14 @@ class StreamingDataset(Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the names and sizes of the files of a folder; '' of other datasets."""
+        """Of the names and sizes of a folder's files, and of labels from a file; else ''."""
         sources = (split.source for split in (self.train, self.evals['test']))
-        return '-'.join(
+        prints = [
             source.fingerprint() for source in sources if isinstance(source, records.FolderSource)
-        )
+        ]
+        if isinstance(self.train.relabel, labels.Given):
+            prints.append(self.train.relabel.checksum)
+        return '-'.join(prints)
 
     def device_arrays(self, split: records.Records) -> dict[str, np.ndarray]:
         """Nothing of a split lies on the devices."""

@@ -194,7 +194,7 @@ def _predictions():
 
 
 def _read_labels(path):
-    relabel = labels.predicted(path, 'x', 12, 3, True)
+    relabel = labels.predicted(path, 'x', range(12), 3, True)
     table = relabel(np.arange(12), np.zeros(12, np.int32))
     if table.shape != (12, 3) or not np.isfinite(table).all():
         raise Fault(f'labels {table.shape}')
