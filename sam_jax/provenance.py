@@ -23,13 +23,6 @@ def hparams(config: Any) -> dict[str, int | float | str]:
 
 def provenance(config: Any, layout: Layout) -> dict[str, Any]:
     """Content of config.json: settings, versions, revision, hardware."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    git = subprocess.run(
-        ['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         'config': settings.jsonable(config),
         'versions': {
@@ -38,11 +31,29 @@ def provenance(config: Any, layout: Layout) -> dict[str, Any]:
             'flax': flax.__version__,
             'optax': optax.__version__,
         },
-        'git_revision': git.stdout.strip() or 'unknown',
+        'git_revision': _revision(),
         'device_kind': layout.devices[0].device_kind,
         'device_count': len(layout.devices),
         'process_count': jax.process_count(),
     }
+
+
+def _revision():
+    """The revision of this checkout; 'unknown' of an installed package, or without git."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # Of a package in somebody else's checkout git would tell theirs.
+    if not os.path.exists(os.path.join(root, '.git')):
+        return 'unknown'
+    try:
+        git = subprocess.run(
+            ['git', '-C', root, 'describe', '--always', '--dirty', '--abbrev=40'],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return 'unknown'
+    return git.stdout.strip() or 'unknown'
 
 
 def summary(result: dict[str, Any], workdir: str) -> str:
