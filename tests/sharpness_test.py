@@ -409,7 +409,20 @@ def test_cosines_of_a_quadratic(open_at, x64):
         assert not unseen.cosines
     if open_at == 'every other':
         (_, seen), _ = tx.update(None, state, params, loss=loss, with_report=True)
-        assert set(map(float, seen.cosines.values())) == {1.0}, 'behind the shut gate'
+        np.testing.assert_allclose([seen.cosines[name] for name in COSINES], [0, 1, 1], rtol=1e-12)
+
+
+def test_the_cosine_of_a_step_that_reuses_an_ascent(x64):
+    """LookSAM then hands on g + alpha (|g| / |g_v|) g_v, with g_v orthogonal to g."""
+    params, grad_fn, _ = quadratic(np.float64)
+    loss = sharpness.Loss(
+        lambda tree, **which: sharpness.Evaluation(grad_fn(tree)), compare=sharpness.trees.cosine
+    )
+    tx = sharpness.looksam(RHO, k=2, alpha=0.7)
+    _, state = tx.update(None, tx.init(params), params, loss=loss)
+    (_, seen), _ = tx.update(None, state, params, loss=loss, with_report=True)
+    expected = [0, 1, 1 / np.sqrt(1 + 0.7**2)]
+    np.testing.assert_allclose([seen.cosines[name] for name in COSINES], expected, rtol=1e-12)
 
 
 def test_the_cosine_of_tiny_huge_and_no_gradients():

@@ -244,8 +244,12 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
             own = loss.uncounted()
             grads, state, report = step(own)
             cosines = own.compared(report, grads).cosines
-            if own.compare is not None and not cosines:  # both ways tell as much
-                cosines = dict.fromkeys(COSINES, jnp.ones((), float))
+            if own.compare is not None and not cosines:  # nothing was moved; both ways tell as much
+                cosines = {
+                    'ascent': jnp.zeros((), float),
+                    'perturbed': jnp.ones((), float),
+                    'descent': own.compare(report.perturbed.grads, grads),
+                }
             # A gradient and what a network keeps would be copied out of the branch for nothing.
             seen = report.perturbed._replace(grads=(), aux=(), cosines={})
             return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken), cosines)
