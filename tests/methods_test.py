@@ -273,7 +273,6 @@ def test_a_link_is_given_gradients_or_a_loss(method):
                 gate_key=gate_key,
                 momentum=params,
                 learning_rate=0.1,
-                value=loss(params),
             )
             return state[0], updates
 

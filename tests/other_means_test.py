@@ -28,12 +28,7 @@ def _probes(tx, loss, params, n, draws, key=7):
     @jax.vmap
     def one(key):
         updates, _ = tx.update(
-            grads,
-            tx.init(params),
-            params,
-            value=loss(params),
-            loss=sharpness.from_loss_fn(loss),
-            key=key,
+            grads, tx.init(params), params, loss=sharpness.from_loss_fn(loss), key=key
         )
         return ravel(updates)
 

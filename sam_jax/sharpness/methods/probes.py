@@ -104,8 +104,7 @@ def probing(rho: Rho, n: int, draw: Draw, weigh: Weigh) -> Link:
     result = sum_i a_i (g_i - g) + g + sum_i b_i g_i, with g the gradient at w, g_i that at
     w + rho z_i, and weights (a, b) = weigh(L, [L_1 ... L_n], rho). Where rho = 0 it is g.
 
-    In a chain it is given `loss=sharpness.from_loss_fn(loss_fn)`, `value=loss_fn(params)` (or no
-    grads, which then are computed too) and `key`.
+    In a chain it is given `loss=sharpness.from_loss_fn(loss_fn)` and `key`.
 
     Args:
       rho: a number, a traced scalar or a schedule of the number of updates.
@@ -146,7 +145,7 @@ def probing(rho: Rho, n: int, draw: Draw, weigh: Weigh) -> Link:
 def _told(value):
     if value is None:
         raise TypeError(
-            'This method compares losses: tx.update(grads, state, params, value=loss_fn(params), '
+            'This method compares losses: tx.update(grads, state, params, '
             'loss=sharpness.from_loss_fn(loss_fn), key=key).'
         )
     return promote(value)
