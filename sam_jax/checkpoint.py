@@ -114,7 +114,9 @@ class Checkpoints:
                 f'A checkpoint cannot be written to {self._directory}: {of_system(e)}.'
             ) from e
 
-    def restore_newest(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore_newest(
+        self, target: Any, without: tuple[str, ...] = ()
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns (step, state, meta) of the newest whole checkpoint, or None if there is none.
 
         A damaged checkpoint is named in the log and moved to `damaged/`, and the one before it is
@@ -122,6 +124,7 @@ class Checkpoints:
 
         Args:
           target: pytree of arrays of the wanted structure and shapes.
+          without: leaves whose path begins so are left out.
 
         Raises:
           UserError: there are checkpoints and all are damaged, or the newest whole one is of
@@ -139,7 +142,7 @@ class Checkpoints:
                 continue
             for other in damaged if not self._read_only else ():
                 self._set_aside(other)
-            return step, _unflatten(arrays, target, step), meta
+            return step, _unflatten(arrays, target, step, without), meta
         if damaged:
             raise UserError(
                 f'All checkpoints in {self._directory} are damaged (steps '
@@ -148,8 +151,10 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int, target: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Returns (step, state, meta) of one checkpoint.
+    def restore(
+        self, step: int, target: Any, without: tuple[str, ...] = ()
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Returns (step, state, meta) of one checkpoint; arguments as of `restore_newest`.
 
         Raises:
           UserError: there is none of that step, it is damaged, or it is of another model.
@@ -162,10 +167,12 @@ class Checkpoints:
         try:
             arrays, meta = self.read(step)
         except Exception as e:  # whatever orbax or the file system raise at damaged files
+            if is_memory(e):
+                raise  # which says nothing of the file
             raise UserError(
                 f'Checkpoint {step} in {self._directory} is damaged: {first_line(e)}.'
             ) from e
-        return step, _unflatten(arrays, target, step), meta
+        return step, _unflatten(arrays, target, step, without), meta
 
     def read_meta(self, step: int) -> dict[str, Any] | None:
         """Returns the meta dict of a checkpoint, or None if it cannot be read."""
@@ -264,8 +271,9 @@ def _check_meta(meta):
         raise ValueError('the checksum of its meta does not fit')
 
 
-def _unflatten(arrays, target, step):
+def _unflatten(arrays, target, step, without):
     wanted, structure = _flatten(target)
+    arrays = {name: x for name, x in arrays.items() if not name.startswith(without)}
     # A sum of the log that an older version did not keep is unknown until the next line.
     unknown = {
         name: np.full_like(x, np.nan) for name, x in wanted.items() if name.startswith('sums.')

@@ -102,6 +102,7 @@ class Experiment:
             config.replica_loop,
             devices,
             config.replica_backend,
+            to_train,
         )
         if to_train:
             settings.check_with_layout(config, layout)
@@ -380,7 +381,8 @@ class Experiment:
         Args:
           checkpoints: of `checkpoints`.
           step: of which step; default the newest whole one, or the beginning where there is none.
-          to_train: False where it is only evaluated, which may be on other data.
+          to_train: False where it is only evaluated, which may be on other data; the state then
+            has no memory of the images.
 
         Raises:
           UserError: it is not there, or of other settings, or, to train, of other data.
@@ -394,16 +396,14 @@ class Experiment:
                 settings.check_same_data(self.dataset, meta.get('data', ''))
                 settings.check_same_frozen(self.frozen_checksum, meta.get('frozen', ''))
         beginning = self.create_state()
-        target = self.whole(beginning)
-        found = (
-            checkpoints.restore_newest(target)
-            if step is None
-            else checkpoints.restore(step, target)
-        )
+        # What a method remembers of images is of no use to an evaluation, perhaps of others.
+        target = self.whole(beginning) if to_train else beginning.replace(memory=None)
+        of = target, () if to_train else ('memory.',)
+        found = checkpoints.restore_newest(*of) if step is None else checkpoints.restore(step, *of)
         if not found:
             return self._begun(beginning), 0, 0.0
         step, state, meta = found
-        if self.host_memory:
+        if to_train and self.host_memory:
             self.host_memory.load(state.memory)
             state = state.replace(memory=None)
         return self.on_devices(state), step, meta['wall_time']

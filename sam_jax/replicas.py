@@ -231,6 +231,7 @@ def make_layout(
     loop: str = 'auto',
     devices: Sequence[Device] | None = None,
     backend: str = 'pmap',
+    to_train: bool = True,
 ) -> tuple[Layout, str]:
     """Cuts the batch and chooses the devices.
 
@@ -242,6 +243,7 @@ def make_layout(
         docs/compile.md finds no step that is worth more.
       devices: default all devices of all processes.
       backend: of the layout.
+      to_train: False where nothing is trained: then as many devices are used as fit.
 
     Returns:
       (layout, note): note is a sentence if fewer devices are used than there are, else ''.
@@ -263,10 +265,9 @@ def make_layout(
     devices = list(devices if devices is not None else jax.devices())
     available = len(devices)
     note = ''
-    if num_replicas < available:
-        used = max(
-            n for n in range(1, num_replicas + 1) if _fits(num_replicas, replicas_per_group, n)
-        )
+    fits = functools.partial(_fits, num_replicas, replicas_per_group)
+    if num_replicas < available or not (to_train or fits(available)):
+        used = max(filter(fits, range(1, min(num_replicas, available) + 1)))
         fix = (
             f'batch_size {batch_size} has {num_replicas} replicas of {replica_batch_size} for '
             f'{available} devices'
@@ -277,7 +278,7 @@ def make_layout(
                 f'{max(batch_size // available, 1)} or use fewer processes.'
             )
         devices, note = devices[:used], f'{fix}: {used} of them are used.'
-    elif not _fits(num_replicas, replicas_per_group, available):
+    elif not fits(available):
         raise UserError(
             f'The {num_replicas} replicas (batch_size {batch_size} / replica_batch_size '
             f'{replica_batch_size}) in groups of {replicas_per_group} cannot be shared equally by '

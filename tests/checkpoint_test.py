@@ -1,9 +1,11 @@
 """Checkpoints: what is saved is what is read, damage is seen, nothing else is lost."""
 
+import functools
 import json
 import logging
 import os
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -368,3 +370,29 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
 def test_names_are_paths_of_the_tree():
     names = list(checkpoint._flatten({'a': {'b': 1}, 'c': (2, [3]), 'd': None})[0])
     assert names == ['a.b', 'c.0', 'c.1.0']
+
+
+def test_what_is_left_out_is_not_compared(tmp_path):
+    """A method's memory of images, whose shape is that of the data it was trained on."""
+    memory = {'epoch': np.zeros((2, 50), np.int32)}
+    with _open(tmp_path) as checkpoints:
+        checkpoints.save(3, {'params': _params(), 'memory': memory}, {})
+        target = {'params': _zeros(_params()), 'memory': None}
+        for restored in (
+            checkpoints.restore(3, target, ('memory.',)),
+            checkpoints.restore_newest(target, ('memory.',)),
+        ):
+            assert_trees_equal(restored[1], {'params': _params(), 'memory': None})
+        with pytest.raises(UserError, match='memory.epoch is not in this one'):
+            checkpoints.restore(3, target)
+
+
+def test_want_of_memory_is_no_damage(tmp_path, monkeypatch):
+    with _open(tmp_path) as checkpoints:
+        checkpoints.save(3, _params(), {})
+        checkpoints.wait()
+        read = mock.Mock(side_effect=MemoryError())
+        monkeypatch.setattr(checkpoints, 'read', read)
+        for restore in (checkpoints.restore_newest, functools.partial(checkpoints.restore, 3)):
+            with pytest.raises(MemoryError):
+                restore(_params())

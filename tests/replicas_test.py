@@ -147,6 +147,13 @@ def test_fewer_replicas_than_devices(given, used):
         assert part in note
 
 
+def test_what_is_not_trained_takes_the_devices_that_fit():
+    for of, used in (((64, 8, 1), 2), ((24, 2, 4), 3), ((64, 8, 8), 2)):
+        layout, note = replicas.make_layout(*of, devices=jax.devices()[:3], to_train=False)
+        assert layout.devices == tuple(jax.devices()[:used])
+        assert bool(note) == (used < 3)
+
+
 def test_fewer_replicas_than_devices_on_several_processes(monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(UserError, match='2 replicas of 32 for 8 devices.*replica_batch_size to 8 '):
