@@ -76,13 +76,6 @@ def broadcast(value: float) -> float:
     return multihost_utils.broadcast_one_to_all(np.asarray(value)).item()
 
 
-def any_process(flag: bool) -> bool:
-    """Returns whether `flag` is true on any process; a collective."""
-    if jax.process_count() == 1:
-        return bool(flag)
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
-
-
 def abandon(status: int) -> None:
     """Ends a process of several at once with a status; does nothing where it is alone.
 

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from sam_jax import losses, metrics
+from sam_jax.errors import UserError
 from sam_jax.replicas import AXIS, Layout, paced
 
 
@@ -71,8 +72,13 @@ def evaluate(
 
     Returns:
       {metric: mean over the split's examples} as Python floats.
+
+    Raises:
+      UserError: there are none, since all of its images are damaged.
     """
     results = (step(params, batch_stats, arrays, layout.shard(feed)) for feed in feeds)
     sums = jax.device_get(list(paced(results)))
     count = sum(float(s['count']) for s in sums)
+    if not count:
+        raise UserError('All images of a split to evaluate are damaged; mend the dataset.')
     return {name: sum(float(s[name]) for s in sums) / count for name in sums[0] if name != 'count'}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from sam_jax import replicas
+from sam_jax import replicas, train_state
 from sam_jax.errors import UserError
 from sam_jax.models.layers import Network
 
@@ -65,6 +65,8 @@ def needs(experiment: Any) -> Needs:
     state = jax.eval_shape(experiment.create_state)
     params = _size(state.params)
     copies = (config.sam.method != 'sgd') + 1 + (layout.replicas_per_device > 1)
+    if train_state.create_method(config, 0.0).gate_norm:
+        copies += layout.groups_per_device - 1  # all groups' gradients are there before an ascent
     # Each set of images lies on the device once, see `Experiment.arrays`.
     arrays = {
         (x.ctypes.data, x.shape): x

@@ -94,8 +94,12 @@ class Finder:
             # Not computed anew: what a layer returns must be there to be looked at.
             model = model.clone(remat=False)
         training = gradients.Training.from_config(
-            config, model, optimizers.penalty_factor(config.optimizer, hparams.weight_decay)
+            config,
+            model,
+            optimizers.penalty_factor(config.optimizer, hparams.weight_decay),
+            frozen=arrays.get('frozen'),
         )
+        ball = sharpness.ascent.lp_ball(rho)
 
         def of_replica(_, replica):
             self._names, found = [], []
@@ -109,8 +113,8 @@ class Finder:
                 note(f'{name} before the step', x)
             grads = _pass(training, state.params, state, replica, '', note)
             if config.sam.method != 'sgd':
-                norm = sharpness.trees.lp_norm(grads)
-                up = jax.tree.map(lambda w, g: w + rho * g / norm, state.params, grads)
+                eps = ball.update(grads, ball.init(state.params), state.params)[0]
+                up = sharpness.trees.move(state.params, eps)
                 note('the ascent, which divides by the norm of the gradient', up)
                 _pass(training, up, state, replica, ' at the perturbed params', note)
             return _, jnp.stack(found)

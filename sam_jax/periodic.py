@@ -48,8 +48,8 @@ class Run(NamedTuple):
         return position == 0 and period > 0 and epoch % period == 0
 
     def due(self, done: int, period: int) -> bool:
-        """Whether an action of so many epochs is due: at the end of the run, too."""
-        return done == self.experiment.total_steps or self.epoch_ends(done, period)
+        """Whether an action of so many epochs is due: after the last step, too."""
+        return done == self.last_step or self.epoch_ends(done, period)
 
     def report(self, done: int, results: dict[str, float], form: str) -> None:
         """Writes results and shows them; the time since the step was no training."""
@@ -77,7 +77,7 @@ class Evaluation:
 
     def __call__(self, done: int, state: TrainState) -> None:
         period = self._run.experiment.config.eval.every_epochs
-        if done == self._run.last_step or self._run.epoch_ends(done, period):
+        if self._run.due(done, period):
             self._run.log.flush()
             self._latest = self._run.experiment.evaluate(state)
             self._run.report(done, self._latest, '.4f')
@@ -144,13 +144,16 @@ class Saving:
             position == 0 and epoch in config.checkpoint.keep_epochs
         ):
             return True
-        # The clocks of processes differ, so one of them decides, now and then.
-        minutes = config.checkpoint.every_minutes
-        if not minutes or done % config.log_every_steps:
+        minutes, several = config.checkpoint.every_minutes, jax.process_count() > 1
+        if not minutes or several and done % config.log_every_steps:
             return False
-        # On CPUs of several hosts its message must not meet those of a step that is under way.
+        overdue = time.monotonic() - self._saved_at > 60 * minutes
+        if not several:
+            return overdue
+        # The clocks of processes differ, so one of them decides, now and then. On CPUs of several
+        # hosts its message must not meet those of a step that is under way.
         jax.block_until_ready(state)
-        return bool(distributed.broadcast(time.monotonic() - self._saved_at > 60 * minutes))
+        return bool(distributed.broadcast(overdue))
 
     def results(self, state: TrainState) -> dict[str, Any]:
         return {}

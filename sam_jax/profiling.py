@@ -47,7 +47,7 @@ class Profiler:
     def __init__(self, steps: Steps, workdir: str, say: Callable[[str], None]) -> None:
         self._steps, self._say = steps, say
         self._folder = os.path.join(workdir, FOLDER)
-        self._on = False
+        self._on = self._traced = False
 
     def before(self, step: int, state: Any) -> None:
         """Called before a step, counted from 1, with the state that it gets."""
@@ -55,7 +55,7 @@ class Profiler:
         if not self._on and self._steps.first <= step <= self._steps.last:
             jax.block_until_ready(state)
             jax.profiler.start_trace(self._folder)
-            self._on = True
+            self._on = self._traced = True
             self._began = step
 
     def after(self, step: int, state: Any) -> None:
@@ -67,6 +67,9 @@ class Profiler:
     def close(self, step: int | None = None) -> None:
         """Ends the trace, if it goes on; with the step that was the last one says what it shows."""
         if not self._on:
+            if self._steps != NO_STEPS and not self._traced:
+                first, last = self._steps
+                self._say(f'--profile_steps is {first}:{last}; no step of these was made.')
             return
         self._on = False
         jax.profiler.stop_trace()

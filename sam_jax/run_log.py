@@ -199,7 +199,11 @@ class RunWriter:
         if active:
             self._trackers = [TensorBoard(workdir)] if trackers is None else trackers
             path = os.path.join(workdir, 'metrics.jsonl')
-            self._metrics = MetricsFile(path, resume_step, mark)
+            try:
+                self._metrics = MetricsFile(path, resume_step, mark)
+            except BaseException:
+                self.close()  # the trackers, which are open
+                raise
 
     @property
     def mark(self) -> dict[str, int] | None:

@@ -21,7 +21,8 @@ class StepLog:
         self._steps_per_epoch, self._first_step = steps_per_epoch, first_step
         self._began = time.monotonic()
         self._waiting = collections.deque()
-        self._checked = first_step > 0
+        # Of a method that begins late it may not have been seen before.
+        self._checked = first_step > 0 and not sharpness.METHODS[config.sam.method].late
         self._bad_step = 0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:

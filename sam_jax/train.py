@@ -108,6 +108,7 @@ def train_and_evaluate(
     """
     began, watch = time.monotonic(), watch or Watch()
     settings.check(config)
+    until_epoch = _checked_until(until_epoch, config.total_epochs)
     trackers.check(watch.trackers)
     _check_workdir(workdir)
     experiment = Experiment.from_config(config, devices)
@@ -117,7 +118,6 @@ def train_and_evaluate(
         experiment.checkpoints(workdir) as checkpoints,
         _Signal() as stop,
     ):
-        until_epoch = _checked_until(until_epoch, config.total_epochs)
         last_step = (until_epoch or config.total_epochs) * experiment.steps_per_epoch
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()
@@ -164,7 +164,7 @@ def train_and_evaluate(
 def _checked_until(until_epoch, total_epochs):
     if not 0 <= until_epoch <= total_epochs:
         raise UserError(
-            f'--until_epoch is {until_epoch}; it must be at most total_epochs, {total_epochs}.'
+            f'--until_epoch is {until_epoch}; it must be from 0 to total_epochs, {total_epochs}.'
         )
     return until_epoch % total_epochs
 

@@ -3,7 +3,10 @@
 import faulthandler
 import time
 
+from sam_jax.errors import UserError
+
 STDERR = 2  # of the process, whatever Python's sys.stderr is now
+MAX_MINUTES = 1e6  # two years, which the clock can count
 REARM_SECONDS = 1.0  # how often at most, since each time takes a thread
 
 
@@ -14,10 +17,15 @@ class Watchdog:
     status 1. The clock is a thread in C, made before: it needs neither Python's lock nor memory.
 
     Args:
-      minutes: of silence; 0 for a dog that sleeps.
+      minutes: of silence, at most MAX_MINUTES; 0 for a dog that sleeps.
+
+    Raises:
+      UserError: it is no such number.
     """
 
     def __init__(self, minutes: float) -> None:
+        if not 0 <= minutes <= MAX_MINUTES:
+            raise UserError(f'hang_minutes is {minutes}; it must be between 0 and {MAX_MINUTES:g}.')
         self._seconds = 60 * minutes
         self._next = 0.0
 

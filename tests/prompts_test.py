@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_trees_equal, at_step
 
 from configs import prompts as config
-from sam_jax import data, metrics, models, settings, train
+from sam_jax import data, metrics, models, nans, settings, train
 from sam_jax.data.load import few_shots
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -432,3 +432,11 @@ def test_a_run_resumes_and_is_the_same_on_four_devices(tmp_path):
 def test_sizes_of_openai(name, count):
     shapes = clip_files.shapes(models.create_model(name, 2).clip, (224, 224, 3))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+def test_they_are_looked_at_for_what_is_not_finite():
+    experiment = Experiment.from_config(run_config(), jax.devices()[:1])
+    feed = experiment.layout.shard(experiment.dataset.train_feed(0, 0, experiment.layout))
+    state, finder = jax.eval_shape(experiment.create_state), nans.Finder(experiment)
+    found = jax.eval_shape(finder._look, state, feed, *experiment.constants)
+    assert found.shape[-1] == len(finder._names) > 10

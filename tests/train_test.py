@@ -1,5 +1,7 @@
 """Whole runs: what they leave behind, how they resume, how they stop."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -26,7 +28,7 @@ from helpers import (
     small_config,
 )
 
-from sam_jax import data, models, step_log, train, train_step
+from sam_jax import data, evaluate, models, replicas, settings, step_log, train, train_step
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
@@ -123,8 +125,6 @@ def test_evaluation_is_exact_on_any_device_count(tmp_path):
         'test/error_rate': np.mean(order[:, 0] != test.labels),
         'test/top5_error_rate': np.mean((order[:, :5] != test.labels[:, None]).all(1)),
     }
-    from sam_jax import evaluate, replicas
-
     for n in (1, 3, 8):
         layout, _ = replicas.make_layout(64 * n, 64, 1, devices=jax.devices()[:n])
         step = evaluate.make_eval_step(Net(), layout, dataset, top5=True)
@@ -205,7 +205,7 @@ def test_epochs_that_a_run_has_reached_and_those_it_cannot_stop_after(tmp_path, 
     assert 'has reached epoch 1; nothing to do' in caplog.text
     _run(small_config(), tmp_path)
     (tmp_path / 'result_at_1.json').unlink()
-    for epoch, words in ((1, 'is beyond that, at step 40'), (3, 'at most total_epochs, 2')):
+    for epoch, words in ((1, 'is beyond that, at step 40'), (3, 'from 0 to total_epochs, 2')):
         with pytest.raises(UserError, match=f'--until_epoch is {epoch}; .*{words}'):
             _run(small_config(), tmp_path, until_epoch=epoch)
 
@@ -469,3 +469,42 @@ def test_killed_processes(tmp_path):
     assert f'Resuming at step {reached[-1]} of 80' in output and 'Finished.' in output
     assert_trees_equal(_final_arrays(workdir), _final_arrays(tmp_path / 'undisturbed'))
     assert _metrics(workdir) == _metrics(tmp_path / 'undisturbed')
+
+
+def test_a_split_of_damaged_images_alone_is_no_evaluation():
+    layout, _ = replicas.make_layout(8, 8, 1, devices=jax.devices()[:1])
+    sums = {'count': 0.0, 'loss': 0.0}
+    with pytest.raises(UserError, match='All images of a split to evaluate are damaged'):
+        evaluate.evaluate(lambda *_: sums, {}, {}, {}, [np.zeros((1, 8))], layout)
+
+
+@pytest.mark.parametrize('until', [-1, 3])
+def test_where_to_stop_is_looked_at_first(until, tmp_path):
+    config = small_config(data__name='npz', data__dir=str(tmp_path / 'nowhere'))
+    with pytest.raises(UserError, match=f'--until_epoch is {until}; it must be from 0 to'):
+        _run(config, tmp_path / 'run', until_epoch=until)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_late_phase_without_a_step_is_refused():
+    config = small_config(sam__method='late_phase_sam')
+    for start, end, refused in ((0.99, 1.0, True), (0.975, 1.0, False), (0.51, 0.52, True)):
+        config.sam.start, config.sam.end = start, end
+        with pytest.raises(UserError) if refused else contextlib.nullcontext() as e:
+            Experiment.from_config(config, jax.devices()[:1])
+        assert not refused or 'none of the 40 steps of the run lies between them' in str(e.value)
+
+
+def test_the_memory_of_a_method_is_not_compared_where_nothing_is_trained(tmp_path):
+    config = small_config(sam__method='saf', total_epochs=4)
+    config.sam.start_epoch, config.sam.epochs_ago = 0, 2
+    experiment = Experiment.from_config(config, jax.devices()[:1])
+    state = experiment.create_state()
+    meta = {'config': settings.jsonable(config), 'wall_time': 0.0}
+    with experiment.checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(20, state, meta)
+    dataset = experiment.dataset
+    fewer = dataclasses.replace(dataset, train=dataset.train.part(slice(0, 800)))
+    opened, step = dataclasses.replace(experiment, dataset=fewer).restore(str(tmp_path))
+    assert step == 20 and opened.memory is None
+    assert_trees_equal(jax.device_get(opened.params), jax.device_get(state.params))

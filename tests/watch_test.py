@@ -66,6 +66,14 @@ def test_trackers_are_told_what_metrics_jsonl_is_told(tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / 'run').iterdir() if 'tfevents' in path.name]
 
 
+def test_trackers_are_closed_where_metrics_cannot_be_written(tmp_path):
+    (tmp_path / 'metrics.jsonl').mkdir()
+    tracker = Noted()
+    with pytest.raises((OSError, UserError)):
+        run_log.RunWriter(str(tmp_path), True, 0, [tracker])
+    assert tracker.told[-1] == 'close'
+
+
 def test_a_tracker_that_fails_does_not_end_the_run(caplog):
     noted = Noted(fails=True)
     guarded = trackers.Guarded('wandb', noted)
@@ -178,6 +186,18 @@ def _event(name, start, duration, **stats):
     return types.SimpleNamespace(
         start_ns=start, duration_ns=duration, stats=[('hlo_op', name), *stats.items()]
     )
+
+
+def test_steps_that_are_not_made_are_no_trace(tmp_path):
+    said = []
+    profiler = profiling.Profiler(profiling.Steps(90, 95), str(tmp_path), said.append)
+    for step in range(1, 20):
+        profiler.before(step, None)
+        profiler.after(step, None)
+    profiler.close()
+    assert said == ['--profile_steps is 90:95; no step of these was made.']
+    profiling.Profiler(profiling.NO_STEPS, str(tmp_path), said.append).close()
+    assert len(said) == 1 and not list(tmp_path.iterdir())
 
 
 def test_operations_count_without_those_within_them():
@@ -387,3 +407,11 @@ def test_a_watchdog_that_hears_of_life_does_nothing(monkeypatch):
     with watchdog.Watchdog(0) as dog:
         dog.alive()
     assert len(armed) == 4
+
+
+@pytest.mark.parametrize('minutes', [-1.0, 1e9, np.inf, np.nan])
+def test_minutes_that_no_clock_counts(minutes):
+    with pytest.raises(
+        UserError, match=f'hang_minutes is {minutes}; it must be between 0 and 1e.06'
+    ):
+        watchdog.Watchdog(minutes)

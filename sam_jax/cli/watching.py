@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from sam_jax import trackers
+from sam_jax import trackers, watchdog
 
 TRACKER = flags.DEFINE_list(
     'tracker',
@@ -15,6 +15,7 @@ HANG_MINUTES = flags.DEFINE_float(
     'After so long without a step the process prints its stacks and ends, to be started again; '
     'more than compilation, an evaluation or an analysis takes. 0: never.',
     0.0,
+    watchdog.MAX_MINUTES,
 )
 
 

@@ -1,5 +1,6 @@
 """Checks of a run's settings, all before any long work: types, names, ranges, and changes."""
 
+import math
 from typing import Any
 
 from sam_jax import data, models, sharpness
@@ -233,7 +234,8 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
 
     Raises:
       UserError: fewer training examples than a batch, more steps than are counted, a warm-up longer
-        than the run, a shift wider than the image, top-5 of fewer than six classes.
+        than the run, a window of `late_phase_sam` without a step, a shift wider than the image,
+        top-5 of fewer than six classes.
     """
     n = dataset.num_train_examples
     if config.batch_size > n:
@@ -247,6 +249,13 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
             f'optimizer.warmup_steps is {config.optimizer.warmup_steps}; it must not exceed the '
             f'steps of the run, {total_steps}.'
         )
+    if config.sam.method == 'late_phase_sam':
+        start, end = config.sam.start, config.sam.end
+        if math.ceil(start * total_steps) >= math.ceil(end * total_steps):
+            raise UserError(
+                f'sam.start is {start} and sam.end is {end}; none of the {total_steps} steps of '
+                'the run lies between them: choose a wider window.'
+            )
     if total_steps > WHOLE:
         raise UserError(
             f'total_epochs is {config.total_epochs}, which are {total_steps} steps of '
