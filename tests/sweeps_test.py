@@ -139,6 +139,29 @@ def test_bad_runs_are_refused_before_any_starts(hyper, words):
     assert str(e.value).endswith('.')
 
 
+@pytest.mark.parametrize(
+    'hyper,overrides,words',
+    [
+        (grid.sweep(':seed', range(3)), {'seed': 7}, 'seed is set to 7 in both'),
+        (grid.parse(':rho=0.1,0.2'), {'sam.rho': 0.5}, 'sam.rho is set to 0.5 in both'),
+        (
+            grid.product([grid.parse(':rho=0.1,0.2'), grid.parse('sam.rho=0.5')]),
+            {},
+            'sam.rho is set to 0.5 in both',
+        ),
+        (grid.parse('sam.rho=0.1,0.10'), {}, 'mean the same'),
+    ],
+)
+def test_runs_of_two_names_that_are_the_same_are_refused(hyper, overrides, words):
+    with pytest.raises(UserError, match=f'^Runs .* and .* are the same: .*{words}.*[.]$'):
+        _make(hyper, overrides=overrides)
+
+
+def test_seeds_of_noise_tell_runs_apart_where_there_is_noise():
+    runs = _make(grid.sweep(':seed', range(2)), f'{DIGITS}:noise=0.4', {'seed': 7})
+    assert [run.config.data.label_noise_seed for run in runs] == [0, 1]
+
+
 # The command.
 
 

@@ -10,9 +10,11 @@ config's ('sam.rho', or 'config.sam.rho'), or ':' and the name of an argument of
 (':model'), for what decides other settings as well.
 """
 
+import collections
 import copy
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -22,7 +24,7 @@ import ml_collections
 
 from sam_jax import run_log
 from sam_jax.errors import UserError
-from sam_jax.settings import check, check_same_mathematics, load, override, short_names
+from sam_jax.settings import check, check_same_mathematics, jsonable, load, override, short_names
 
 # A dict {key: value} for each run.
 Sweep = list[dict[str, Any]]
@@ -135,11 +137,12 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
       workdir: folder of the sweep; a run's folder in it has the run's name.
 
     Raises:
-      UserError: no run, two runs of one name, or bad settings in one of them, which is named.
+      UserError: no run, two runs of one name or of the same settings, or bad settings in one of
+        them, which is named.
     """
     if not hyper:
         raise UserError('The sweep has no runs.')
-    runs = []
+    runs, of_files = [], []
     for name, settings in zip(_names(hyper), hyper):
         arguments = [f'{k[1:]}={v}' for k, v in settings.items() if k.startswith(':')]
         changes = {**overrides, **{k: v for k, v in settings.items() if not k.startswith(':')}}
@@ -149,6 +152,7 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
             flag = f'{path}:{",".join([*filter(None, [given]), *arguments])}'
         try:
             config = copy.deepcopy(load(flag)[1])
+            of_files.append(jsonable(config))
             for key, value in changes.items():
                 override(config, key, value)
             check(config)
@@ -161,12 +165,41 @@ def make_runs(config_flag: str, hyper: Sweep, overrides: dict[str, Any], workdir
             *(f'--config.{k}={v}' for k, v in changes.items()),
         ]
         runs.append(Run(name, folder, config, tuple(flags)))
-    seen = set()
-    for run in runs:
-        if run.name in seen:
-            raise UserError(f'Two runs of the sweep are the same, {run.name}.')
-        seen.add(run.name)
+    _check_different(runs, of_files)
     return runs
+
+
+SEEDS = ('seed', 'data.label_noise_seed', 'data.fraction_seed')
+
+
+def seeds_of(flat: dict[str, Any]) -> tuple[int, int, int]:
+    """Returns the SEEDS of flat settings; 0 in the place of one that decides nothing in them."""
+    in_part = flat['data.fraction'] < 1 or flat['data.shots']
+    used = True, flat['data.label_noise'], in_part
+    seed, noise, part = (flat[key] if there else 0 for key, there in zip(SEEDS, used))
+    return seed, noise, part
+
+
+def _check_different(runs, of_files):
+    """Refuses two runs that are the same; of_files are their settings before any was changed."""
+    names = collections.Counter(run.name for run in runs)
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise UserError(f'Two runs of the sweep are the same, {repeated[0]}.')
+    seen = {}
+    for run, before in zip(runs, of_files):
+        flat = jsonable(run.config)
+        rest = {key: value for key, value in flat.items() if key not in SEEDS}
+        identity = json.dumps([rest, seeds_of(flat)], sort_keys=True)
+        first, of_first, before_first = seen.setdefault(identity, (run, flat, before))
+        if first is run:
+            continue
+        undone = [k for k in before if before[k] != before_first.get(k) and flat[k] == of_first[k]]
+        why = (
+            f'{undone[0]} is set to {flat[undone[0]]} in both, whatever the arguments of the config'
+            if undone
+            else 'the values of the sweep in which they differ mean the same'
+        )
+        raise UserError(f'Runs {first.name} and {run.name} of the sweep are the same: {why}.')
 
 
 def _names(hyper):
