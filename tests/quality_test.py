@@ -201,6 +201,16 @@ def test_a_published_network_is_measured(monkeypatch):
         quality.open_split(model, 'valid')
 
 
+def test_new_classes_are_no_split_of_a_network():
+    """Their labels count from 0 again, and the names of the network are of the others."""
+    model = sam_jax.load(ROOT / 'published' / 'digits_sgd')
+    model.config.data.base_to_new = True
+    with pytest.raises(UserError, match="split is 'new'; .* other classes"):
+        quality.open_split(model, 'new')
+    with pytest.raises(UserError, match="split is 'old'; it must be one of test, train"):
+        quality.open_split(model, 'old')
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     folders = [f'{ROOT}/published/digits_{name}' for name in ('sgd', 'sam')]

@@ -26,7 +26,7 @@ from sam_jax.data import decode, sources
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError
 from sam_jax.experiment import Experiment
-from sam_jax.trained import card, elsewhere, folders, programs
+from sam_jax.trained import card, elsewhere, folders, programs, quality
 
 PUBLISHED = sorted(path.parent for path in (ROOT / 'published').glob('*/config.json'))
 PER_EPOCH = 20  # steps
@@ -155,6 +155,25 @@ def test_other_images_are_refused(model, wrong, words):
     with pytest.raises(UserError) as e:
         model.predict(wrong)
     assert words in str(e.value) and 'must be uint8 (N, 8, 8, 1)' in str(e.value)
+
+
+def test_a_run_whose_file_of_labels_is_gone(tmp_path):
+    """It is loaded, published and measured; its training set alone is not."""
+    path, run, out = (tmp_path / name for name in ('labels.npz', 'run', 'published'))
+    labels = np.eye(10, dtype=np.float32)[np.arange(1297) % 10]
+    np.savez(path, probabilities=labels, dataset='digits')
+    _write_run(run, epochs=(1,), data__labels_from=str(path), data__soft_labels=True)
+    there = quality.open_split(sam_jax.load(run), 'train')
+    np.testing.assert_array_equal(next(there.batches(50)).labels, np.arange(50) % 10)
+    path.unlink()
+    model = sam_jax.load(run)
+    trained.write(model, str(out))
+    for network, name in ((model, str(path)), (sam_jax.load(out), 'labels.npz')):
+        assert network.config.data.labels_from == name
+        found = quality.measure(network, quality.open_split(network))
+        assert found['error_rate'] == pytest.approx(model.test_error)
+        with pytest.raises(UserError, match='no such file'):
+            quality.open_split(network, 'train')
 
 
 def test_which_weights(run, tmp_path):

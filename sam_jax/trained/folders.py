@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sam_jax import models, run_log, settings
+from sam_jax import data, models, run_log, settings
 from sam_jax.data.preprocessing import Preprocessing
 from sam_jax.errors import UserError, first_line
 from sam_jax.experiment import Experiment
@@ -71,8 +71,15 @@ def load(
     config = settings.of_run(folder)
     if data_dir:
         config.data.dir = data_dir
-    experiment = Experiment.of_any_size(config, here[:1], to_train=False)
+    experiment = Experiment.of_any_size(config, here[:1], to_train=False, load=_with_own_labels)
     return of_experiment(experiment, folder, epoch, ema, devices)
+
+
+def _with_own_labels(settings):
+    """The dataset of `config.data` with its own labels: a file of others may be gone."""
+    own = settings.copy_and_resolve_references()
+    own.labels_from = ''
+    return data.load_dataset(own)
 
 
 def of_experiment(

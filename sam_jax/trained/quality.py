@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     Attributes:
       numbers: of the images in the split, (n,).
       images: uint8 (n, H, W, C).
-      labels: their true classes, (n,).
+      labels: the classes that are right for them, (n,): the true ones, but of a training set with
+        noisy or predicted labels these.
     """
 
     numbers: np.ndarray
@@ -127,7 +128,7 @@ def open_split(
 
     Args:
       model: what `load` returns.
-      name: of the split: test, train, or another one that the run evaluates on.
+      name: of the split: test, train, or another one that the run evaluates on; not 'new'.
       examples: how many of it, drawn by the seed; 0 for all.
       seed: of the choice.
       data_dir: where the dataset lies; '' for the run's own place.
@@ -135,11 +136,19 @@ def open_split(
     Raises:
       UserError: there is no such dataset or split, or its images are of another shape.
     """
+    if name == 'new':
+        raise UserError(
+            "split is 'new'; the network answers with the names of the other classes: it must be a "
+            "split of those, such as 'test'."
+        )
     settings = model.config.data.copy_and_resolve_references()
     settings.dir = data_dir or settings.dir
+    if not name.startswith('train'):
+        settings.labels_from = ''  # that file may be elsewhere, and is of the training set alone
     dataset = data.load_dataset(settings)
-    if name not in dataset.evals:
-        raise UserError(f'split is {name!r}; it must be one of {", ".join(dataset.evals)}.')
+    known = [split for split in dataset.evals if split != 'new']
+    if name not in known:
+        raise UserError(f'split is {name!r}; it must be one of {", ".join(known)}.')
     if tuple(dataset.pixel_shape) != model.preprocessing.shape:
         raise UserError(
             f'The images of {settings.name} are {tuple(dataset.pixel_shape)}, and those of the '
