@@ -93,6 +93,18 @@ def test_the_same_run_twice_counts_once(tmp_path):
         results.find([str(tmp_path), str(tmp_path / 'b')])
 
 
+def test_runs_on_other_parts_of_the_data_are_in_the_mean(tmp_path):
+    """A seed of what there is none of tells no runs apart."""
+    for fraction, error in ((0.5, 1), (1.0, 5)):
+        for seed in (0, 1):
+            config = digits_config(data__fraction=fraction, data__fraction_seed=seed)
+            write_run(tmp_path / f'{fraction}-{seed}', config, error=error + seed)
+    groups, notes = _groups(tmp_path)
+    values = {g.settings['data.fraction']: g.values('test/error_rate') for g in groups}
+    assert values == {0.5: [0.01, 0.02], 1.0: [0.05]}
+    assert notes == ['1.0-1 is left out: 1.0-0 has the same settings and seeds.']
+
+
 def test_folders_of_images_are_data_sets(tmp_path):
     for name, error in (('birds', 1), ('planes', 2)):
         write_run(

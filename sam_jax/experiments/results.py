@@ -20,18 +20,13 @@ from scipy import stats
 
 from sam_jax import data, run_log
 from sam_jax.errors import UserError
+from sam_jax.experiments import grid
 from sam_jax.settings import FREE_AT_RESUME, completed, jsonable, load, override, short_names
 
 TEST, VALIDATION = 'test/error_rate', 'validation/error_rate'
 
 # What differs between the runs of one mean, and what does not change the result.
-_NOT_COMPARED = (
-    'seed',
-    'data.label_noise_seed',
-    'data.fraction_seed',
-    'log_every_steps',
-    *FREE_AT_RESUME,
-)
+_NOT_COMPARED = (*grid.SEEDS, 'log_every_steps', *FREE_AT_RESUME)
 # Their places differ from seed to seed and from machine to machine; whether there is one matters.
 _FILES = ('model.init_from', 'data.labels_from')
 # What may differ between a method and the baseline that it is compared with.
@@ -216,27 +211,27 @@ def read(path: str) -> Any:
 def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
     """Returns (groups, notes): a Group for all runs that differ in seed only, in order of settings.
 
-    Of two runs with the same settings, files and seed the later one is left out; a note says so.
+    Of two runs with the same settings, files and seeds the later one is left out; a note says so.
     Runs that start from files or learn the labels in them go together if each seed has one file;
     where a seed has several, each file is a group.
     """
     together, notes = collections.defaultdict(dict), []
     for record in records:
-        flat = record.written['config']
+        flat = completed(record.written['config'])
         runs = together[json.dumps(settings_of(flat), sort_keys=True)]
-        key = flat['seed'], flat['data.label_noise_seed'], *(record.near(flat[k]) for k in _FILES)
+        key = grid.seeds_of(flat), tuple(record.near(flat[k]) for k in _FILES)
         kept = runs.setdefault(key, record)
         if kept is not record:
             if record.result and not kept.result:
                 runs[key], record = record, kept
             notes.append(
-                f'{record.name} is left out: {runs[key].name} has the same settings and seed.'
+                f'{record.name} is left out: {runs[key].name} has the same settings and seeds.'
             )
     groups = []
     for settings, runs in together.items():
         settings = json.loads(settings)
-        files = sorted({key[2:] for key in runs})
-        if len({key[:2] for key in runs}) == len(runs):
+        files = sorted({own for _, own in runs})
+        if len({seeds for seeds, _ in runs}) == len(runs):
             groups.append(_make_group(settings, runs))
             if len(files) > 1:
                 each = ', '.join(' '.join(filter(None, own)) for own in files)
@@ -245,7 +240,7 @@ def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
             groups += [
                 _make_group(
                     {**settings, **dict(zip(_FILES, own))},
-                    {key: r for key, r in runs.items() if key[2:] == own},
+                    {key: r for key, r in runs.items() if key[1] == own},
                 )
                 for own in files
             ]
