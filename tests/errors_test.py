@@ -582,6 +582,33 @@ def test_commands(i, answers):
 
 
 @pytest.mark.parametrize(
+    'content,argument,words',
+    [
+        ('def get_config(:\n', '', ['it is not Python', 'line 1']),
+        ('import no_such_module\n', '', ['imports cannot be found', "'no_such_module'"]),
+        ('from configs import no_such\n', '', ['imports cannot be found', "'no_such'"]),
+        ('get_config = 1\n', '', ['must define get_config()']),
+        ('def get_config():\n  pass\n', ':x', ["with the argument 'x' (too many"]),
+        ('def get_config(arg):\n  pass\n', '', ['without an argument, FILE:ARGUMENT,', "'arg'"]),
+        ('def get_config():\n  pass\n', '', ['returns a NoneType', 'a ConfigDict']),
+    ],
+)
+def test_config_files_that_are_none(content, argument, words, tmp_path):
+    path = tmp_path / 'my.py'
+    path.write_text(content)
+    with pytest.raises(UserError) as e:
+        settings.load(f'{path}{argument}')
+    _assert_sentence(str(e.value), [f"--config is '{path}'", *words])
+
+
+def test_a_bug_in_a_config_file_is_told_as_one(tmp_path):
+    path = tmp_path / 'my.py'
+    path.write_text('def get_config(arg):\n  return len(5)\n')
+    with pytest.raises(TypeError, match='has no len'):
+        settings.load(f'{path}:x')
+
+
+@pytest.mark.parametrize(
     'argument,words',
     [
         ('--config.sam.roh=1', ['Unknown config key sam.roh (did you mean sam.rho?).']),

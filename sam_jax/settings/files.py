@@ -1,13 +1,16 @@
 """Where a config comes from: a file that --config names, or the folder of a run."""
 
 import importlib.util
+import inspect
 import json
 import os
 import re
 from collections.abc import Sequence
 from types import ModuleType
 
-from sam_jax.errors import UserError
+import ml_collections
+
+from sam_jax.errors import UserError, first_line
 from sam_jax.settings import shipped
 from sam_jax.settings.overrides import flatten, nearest, unflatten
 from sam_jax.settings.schema import Config, completed
@@ -69,22 +72,53 @@ def load(flag: str) -> tuple[ModuleType, Config]:
       (the file as a module, what its get_config returns).
 
     Raises:
-      UserError: no such file, no get_config in it, or a bad argument.
+      UserError: no such file, one that is not Python or imports what is not there, no get_config in
+        it, one that returns no ConfigDict, or a bad argument.
     """
     path, _, argument = shipped.resolve(flag).partition(':')
     if not os.path.isfile(path):
         raise UserError(
             f'--config is {path!r}: No such file; by name there are {", ".join(shipped.names())}.'
         )
+    module = _executed(path)
+    arguments = (argument,) if argument else ()
+    get_config = getattr(module, 'get_config', None)
+    if not callable(get_config):
+        raise UserError(f'--config is {path!r}; that file must define get_config().')
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as e:
+        given = (
+            f'with the argument {argument!r}' if argument else 'without an argument, FILE:ARGUMENT,'
+        )
+        raise UserError(
+            f'--config is {path!r}; its get_config() cannot be called {given} ({e}).'
+        ) from e
+    try:
+        config = get_config(*arguments)
+    except ValueError as e:
+        raise UserError(f'--config={path}:{argument}: {e}') from e
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f'--config is {path!r}; its get_config() returns a {type(config).__name__}, and must '
+            'return a ConfigDict.'
+        )
+    return module, config
+
+
+def _executed(path):
+    """The file of a config as a module."""
     spec = importlib.util.spec_from_file_location('checked_config', path)
     if not (spec and spec.loader):
         raise UserError(f'--config is {path!r}; it must be a file of Python, NAME.py.')
     module = importlib.util.module_from_spec(spec)
-    with shipped.importable(path):
-        spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
-        raise UserError(f'--config is {path!r}; that file must define get_config().')
     try:
-        return module, module.get_config(argument) if argument else module.get_config()
-    except ValueError as e:
-        raise UserError(f'--config={path}:{argument}: {e}') from e
+        with shipped.importable(path):
+            spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise UserError(f'--config is {path!r}; it is not Python: {first_line(e)}.') from e
+    except ImportError as e:
+        raise UserError(
+            f'--config is {path!r}; what it imports cannot be found: {first_line(e)}.'
+        ) from e
+    return module
