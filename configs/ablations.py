@@ -48,6 +48,7 @@ SIZES = (1, 4, 16, 64, 256)
 
 
 def get_config(arg=''):
+    given = common.given(arg)
     arg = common.parse_arg(
         arg, figure='m', m=16, steps=2, dataset='cifar10', method='', rho=-1.0, seed=0
     )
@@ -60,7 +61,10 @@ def get_config(arg=''):
     common.set_model(c, MODELS[arg.figure])
     c.data.name = arg.dataset
     common.set_method(c, arg.method or METHODS.get(arg.figure, 'sam'))
-    c.sam.rho = arg.rho if arg.rho >= 0 else 0.1 if arg.dataset == 'cifar100' else 0.05
+    c.sam.rho = common.rho(arg, 0.1 if arg.dataset == 'cifar100' else 0.05)
+    steps = arg.figure == 'steps' and 'steps' in c.sam
+    common.only_with('m', given, arg.figure == 'm', 'figure=m')
+    common.only_with('steps', given, steps, 'figure=steps and a method that has steps')
     if arg.figure == 'landscape':
         c.model.residual = False
     elif arg.figure == 'spectrum':
@@ -70,7 +74,7 @@ def get_config(arg=''):
     elif arg.figure == 'm':
         c.model.batch_norm = False
         c.replica_batch_size = arg.m
-    elif arg.figure == 'steps' and 'steps' in c.sam:
+    elif steps:
         c.sam.steps = arg.steps
     elif arg.figure == 'sync':
         c.sam.replicas_per_group = c.batch_size // c.replica_batch_size

@@ -86,5 +86,5 @@ def get_config(arg=''):
         common.set_adamw(c, 1e-3, 0.1)
         c.optimizer.warmup_steps = WARMUP_STEPS
     common.set_method(c, arg.method)
-    c.sam.rho = arg.rho if arg.rho >= 0 else rho[arg.dataset == 'cifar100']
+    c.sam.rho = common.rho(arg, rho[arg.dataset == 'cifar100'])
     return common.finish(c, arg)

@@ -9,8 +9,11 @@ __all__ = [
     'TABLE_7',
     'finish',
     'get_config',
+    'given',
     'one_of',
+    'only_with',
     'parse_arg',
+    'rho',
     'set_adamw',
     'set_method',
     'set_model',
@@ -26,8 +29,7 @@ def parse_arg(arg, **defaults):
     or a bad value.
     """
     values = dict(defaults, smoke=False)
-    for item in filter(None, (arg or '').split(',')):
-        name, equals, text = item.partition('=')
+    for name, equals, text in _items(arg):
         if name not in values:
             raise ValueError(
                 f'unknown config argument {name!r}; the arguments are {", ".join(values)}.'
@@ -42,6 +44,15 @@ def parse_arg(arg, **defaults):
                 f'config argument {name} is {text!r}; it must be of type {kind.__name__}.'
             ) from e
     return ml_collections.ConfigDict(values)
+
+
+def _items(arg):
+    return [item.partition('=') for item in (arg or '').split(',') if item]
+
+
+def given(arg):
+    """Returns the names in a config's string argument."""
+    return {name for name, _, _ in _items(arg)}
 
 
 def finish(c, arg):
@@ -90,6 +101,21 @@ def one_of(name, value, known):
         )
 
 
+def only_with(name, names, holds, wanted):
+    """Raises ValueError if the argument is among the given names, but not what it is read with."""
+    if name in names and not holds:
+        raise ValueError(f'config argument {name} is given; it is only read with {wanted}.')
+
+
+def rho(arg, default):
+    """Returns the argument rho, or the default where it is -1: not given."""
+    if arg.rho == -1:
+        return default
+    if not arg.rho >= 0:  # nor NaN
+        raise ValueError(f'config argument rho is {arg.rho}; it must be at least 0.')
+    return arg.rho
+
+
 def set_adamw(c, learning_rate, weight_decay):
     """Chooses Adam with decoupled decay of kernels alone, as Vision Transformers are trained."""
     c.optimizer.name = 'adamw'
@@ -128,7 +154,7 @@ def table_7(arg, dataset, table, epochs):
     set_model(c, model)
     c.data.name = dataset
     c.data.augment = arg.augment or 'basic'
-    c.optimizer.learning_rate, c.optimizer.weight_decay, rho = table[model]
+    c.optimizer.learning_rate, c.optimizer.weight_decay, own_rho = table[model]
     set_method(c, arg.method)
-    c.sam.rho = arg.rho if arg.rho >= 0 else rho
+    c.sam.rho = rho(arg, own_rho)
     return c

@@ -30,7 +30,7 @@ Arguments: model (wrn28_10, shake_shake_26_2x96d; small: wrn10_1; tiny: lenet5),
 method (sam, sgd, any of sam_jax.sharpness.METHODS), rho (default that of Table 7), epochs (default
 200; small: 10; tiny: 30), doubled (twice the epochs, as for the paper's baseline), noise (fraction
 of training labels drawn anew), mixup (alpha; 0 for none), fraction (of the training set, of each
-class alike; tiny: 0.1), small, tiny, seed, smoke.
+class alike; tiny: 0.1), small or tiny, seed, smoke.
 """
 
 from configs import common
@@ -46,6 +46,8 @@ def get_config(arg=''):
     arg = common.parse_arg(
         arg, **common.TABLE_7, noise=0.0, mixup=0.0, fraction=0.0, epochs=0, small=False, tiny=False
     )
+    if arg.small and arg.tiny:
+        raise ValueError('config arguments small and tiny are both given; it must be one of them.')
     table, epochs, fraction = TABLE_7, EPOCHS, 1.0
     if arg.small:
         table, epochs = SMALL, SMALL_EPOCHS

@@ -75,16 +75,19 @@ RHO, RHO_AT_END = 0.6, 0.1
 
 
 def get_config(arg=''):
+    given = common.given(arg)
     arg = common.parse_arg(
         arg, model='resnet50', epochs=0, recipe='plain', method='sam', rho=-1.0, augment='', seed=0
     )
+    vit = arg.model.startswith('vit-')
     common.one_of('recipe', arg.recipe, tuple(VIT))
+    common.only_with('recipe', given, vit, 'a Vision Transformer')
     c = common.get_config()
     c.seed = arg.seed
     common.set_model(c, arg.model)
     c.data.name = 'imagenet'
     c.data.image_size = 224
-    (_vit if arg.model.startswith('vit-') else _resnet)(c, arg)
+    (_vit if vit else _resnet)(c, arg)
     c.total_epochs = arg.epochs or c.total_epochs
     c.data.augment = arg.augment or c.data.augment
     c.eval.batch_size = 4096
@@ -101,7 +104,7 @@ def _resnet(c, arg):
     c.optimizer.learning_rate = 1.0
     c.optimizer.weight_decay = 1e-4
     common.set_method(c, arg.method)
-    c.sam.rho = arg.rho if arg.rho >= 0 else 0.05
+    c.sam.rho = common.rho(arg, 0.05)
 
 
 def _vit(c, arg):
@@ -124,7 +127,7 @@ def _vit(c, arg):
         c.optimizer.schedule, c.optimizer.end = 'linear', END
         c.loss, c.model.head_bias = 'sigmoid', HEAD_BIAS
     common.set_method(c, arg.method)
-    c.sam.rho = arg.rho if arg.rho >= 0 else RHO if arg.method == 'gsam' else 0.2
+    c.sam.rho = common.rho(arg, RHO if arg.method == 'gsam' else 0.2)
     if arg.method == 'gsam':
         c.sam.alpha = 0.6
         c.sam.schedule = 'learning_rate'

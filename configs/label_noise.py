@@ -48,6 +48,6 @@ def get_config(arg=''):
         c.data.label_noise = arg.noise
     c.data.label_noise_seed = arg.seed
     common.set_method(c, arg.method)
-    c.sam.rho = arg.rho if arg.rho >= 0 else (0.05 if arg.noise >= 0.8 else 0.1)
+    c.sam.rho = common.rho(arg, 0.05 if arg.noise >= 0.8 else 0.1)
     c.eval.train_set = True
     return common.finish(c, arg)

@@ -347,8 +347,7 @@ def get_config(arg=''):
     c.data.name = dataset
     common.set_method(c, method)
     c.update_from_flattened_dict({**settings, **methods[method]})
-    if arg.rho >= 0:
-        c.sam.rho = arg.rho
+    c.sam.rho = common.rho(arg, c.sam.rho)
     c.data.label_noise, c.data.label_noise_kind = arg.noise, 'other' if arg.noise else 'uniform'
     c.data.fraction = arg.fraction
     c.data.label_noise_seed = c.data.fraction_seed = arg.seed

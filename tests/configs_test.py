@@ -284,6 +284,24 @@ def test_every_row_of_the_relatives_is_a_run():
         ),
         ('relatives', 'paper=fsam,dataset=cifar10', ["dataset is 'cifar10'", 'cifar100']),
         ('relatives', 'paper=fsam,method=sgd', ["method is 'sgd'", 'friendly_sam, sam']),
+        ('ablations', 'figure=p_norm,m=1', ['m is given', 'figure=m']),
+        ('ablations', 'figure=steps,method=sam,steps=1', ['steps is given', 'figure=steps']),
+        ('ablations', 'figure=order,method=multistep_sam,steps=1', ['steps is given']),
+        ('imagenet', 'recipe=plain', ['recipe is given', 'a Vision Transformer']),
+        ('fashion_mnist', 'small,tiny', ['small and tiny', 'one of them']),
+        *(
+            (stem, f'rho={value}', [f'rho is {value}', 'at least 0'])
+            for stem in (
+                'ablations',
+                'cifar',
+                'fashion_mnist',
+                'imagenet',
+                'label_noise',
+                'relatives',
+            )
+            for value in ('nan', '-0.5')
+        ),
+        ('imagenet', 'model=vit-s16,rho=-inf', ['rho is -inf']),
         ('cifar', 'modle=wrn16_4', ["'modle'", 'model, dataset, epochs, augment, method, rho']),
     ],
 )

@@ -589,7 +589,7 @@ def test_commands(i, answers):
         ('from configs import no_such\n', '', ['imports cannot be found', "'no_such'"]),
         ('get_config = 1\n', '', ['must define get_config()']),
         ('def get_config():\n  pass\n', ':x', ["with the argument 'x' (too many"]),
-        ('def get_config(arg):\n  pass\n', '', ['without an argument, FILE:ARGUMENT,', "'arg'"]),
+        ('def get_config(arg):\n  pass\n', '', ['without an argument, FILE:ARGUMENT', "'arg'"]),
         ('def get_config():\n  pass\n', '', ['returns a NoneType', 'a ConfigDict']),
     ],
 )

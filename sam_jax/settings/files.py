@@ -89,7 +89,7 @@ def load(flag: str) -> tuple[ModuleType, Config]:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as e:
         given = (
-            f'with the argument {argument!r}' if argument else 'without an argument, FILE:ARGUMENT,'
+            f'with the argument {argument!r}' if argument else 'without an argument, FILE:ARGUMENT'
         )
         raise UserError(
             f'--config is {path!r}; its get_config() cannot be called {given} ({e}).'
