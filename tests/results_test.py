@@ -150,6 +150,44 @@ def test_no_best_rho_by_test_error(tmp_path):
     assert not results.best(groups) and not results.switches(groups)
 
 
+def _gsam(rho, rho_min, validation=True):
+    config = digits_config(f'rho={rho}', data__validation=validation, sam__rho_min=rho_min)
+    config.sam.schedule = 'learning_rate'
+    return config
+
+
+# (rho, rho_min): validation error; the best stands neither first nor at the smallest test error.
+RADII = {(0.1, 0.0): 5, (0.2, 0.0): 3, (0.2, 0.05): 2, (0.2, 0.1): 4}
+
+
+@pytest.fixture
+def radii(tmp_path):
+    for i, ((rho, rho_min), error) in enumerate(RADII.items()):
+        write_run(tmp_path / f'tried{i}', _gsam(rho, rho_min), error=10 - i, validation=error)
+        write_run(tmp_path / f'final{i}', _gsam(rho, rho_min, False), error=10 - i)
+    write_run(tmp_path / 'sgd', digits_config('method=sgd'), error=16)
+    return tmp_path
+
+
+def test_the_best_rho_is_with_its_rho_min(radii):
+    groups, _ = _groups(radii)
+    best = results.best(groups)
+    assert [g.radii for g in best] == [(0.2, 0.05), (0.2, 0.05)]
+    (switch,) = results.switches(groups)
+    assert switch.method.radii == (0.2, 0.05) and switch.reduction == pytest.approx(50)
+
+
+def test_curves_against_rho_are_of_one_rho_min_unless_it_follows_rho(radii, tmp_path):
+    (panel,) = report.rho_panels(
+        [g for g in _groups(radii)[0] if not g.settings['data.validation']]
+    )
+    assert [(c.label, c.x, list(c.mean)) for c in panel.curves] == [('sam', [0.1, 0.2], [10, 9])]
+    for rho in TRIED:
+        write_run(tmp_path / 'follows' / f'{rho}', _gsam(rho, rho / 2, False), error=10 * rho)
+    (panel,) = report.rho_panels(_groups(tmp_path / 'follows')[0])
+    assert [c.x for c in panel.curves] == [[*TRIED]]
+
+
 def _reductions(folder):
     return [
         (s.baseline.settings['sam.method'], s.method.settings['sam.rho'], s.reduction)

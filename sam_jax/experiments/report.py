@@ -137,13 +137,7 @@ def rho_panels(groups: list[results.Group]) -> Any:
     """Returns the Panels of test error against rho, and of validation error where there is one."""
     described = []
     for title, inside in by_panel(groups).items():
-        families = collections.defaultdict(list)
-        for g in inside:
-            if 'sam.rho' in g.settings and g.values(TEST):
-                families[g.without('sam.rho')].append(g)
-        families = [
-            sorted(f, key=lambda g: g.settings['sam.rho']) for f in families.values() if len(f) > 1
-        ]
+        families = _families([g for g in inside if 'sam.rho' in g.settings and g.values(TEST)])
         if not families:
             continue
         keys = [k for k in results.varying([f[0] for f in families]) if k != 'sam.rho']
@@ -171,6 +165,21 @@ def rho_panels(groups: list[results.Group]) -> Any:
             figures.Panel(title, 'rho', name, curves, level and ('sgd', *level), log_x=True)
         )
     return described
+
+
+def _families(groups):
+    """Returns lists of groups that differ in rho, ascending, and in rho_min where it follows rho.
+
+    Where a rho has several rho_min, each of those has a list of its own.
+    """
+    together, families = collections.defaultdict(list), collections.defaultdict(list)
+    for g in groups:
+        together[g.without('sam.rho')].append(g)
+    for rest, tried in together.items():
+        rhos = {rho for rho, _ in (g.radii for g in tried)}
+        for g in tried:
+            families[rest, g.radii[1] if len(rhos) < len(tried) else None].append(g)
+    return [sorted(f, key=lambda g: g.radii) for f in families.values() if len(f) > 1]
 
 
 class Drawn(NamedTuple):

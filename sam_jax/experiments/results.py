@@ -167,6 +167,11 @@ class Group:
         )
 
     @property
+    def radii(self) -> tuple[float, float]:
+        """(rho, rho_min) of an ascent."""
+        return self.settings['sam.rho'], self.settings.get('sam.rho_min', 0.0)
+
+    @property
     def is_baseline(self) -> bool:
         """Whether it descends along the plain gradient."""
         return self.settings['sam.method'] == 'sgd' or self.settings['sam.rho'] == 0
@@ -262,7 +267,7 @@ def _order(group):
         settings['sam.method'],
         settings['total_epochs'],
         group.without('sam.rho'),
-        settings.get('sam.rho', 0.0),
+        group.radii if 'sam.rho' in settings else (),
     )
 
 
@@ -290,9 +295,9 @@ def varying(groups: list[Group]) -> list[str]:
 def best(groups: list[Group]) -> list[Group]:
     """Returns the groups whose rho is the best of those tried, by the held-out validation split.
 
-    Tried are the groups with data.validation that differ in rho alone. Those that train on all data
-    with the rho found are best as well. A rho with unfinished runs, which may have diverged, is not
-    chosen; nor is any by its test error.
+    Tried are the groups with data.validation that differ in rho alone, or in rho_min, which may
+    follow it. Those that train on all data with the rho and rho_min found are best as well. A rho
+    with unfinished runs, which may have diverged, is not chosen; nor is any by its test error.
     """
     tried = collections.defaultdict(list)
     for g in groups:
@@ -302,14 +307,13 @@ def best(groups: list[Group]) -> list[Group]:
     for key, candidates in tried.items():
         complete = [g for g in candidates if g.values(VALIDATION) and not g.unfinished]
         if len(candidates) > 1 and complete:
-            chosen[key] = min(
-                complete, key=lambda g: (g.percent(VALIDATION)[0], g.settings['sam.rho'])
-            ).settings['sam.rho']
+            found = min(complete, key=lambda g: (g.percent(VALIDATION)[0], g.radii))
+            chosen[key] = found.radii
     return [
         g
         for g in groups
         if 'sam.rho' in g.settings
-        and chosen.get(g.without('sam.rho', 'data.validation')) == g.settings['sam.rho']
+        and chosen.get(g.without('sam.rho', 'data.validation')) == g.radii
     ]
 
 
