@@ -409,6 +409,19 @@ def test_table_11(steps):
     ]  # fmt: skip
 
 
+def test_table_11_has_a_row_for_each_rho_of_a_dataset(tmp_path):
+    """But not where each dataset has one of its own, as in the paper."""
+
+    def rows(of):
+        for dataset, rho, error in of:
+            config = ablations.get_config(f'figure=steps,steps=3,dataset={dataset},rho={rho}')
+            write_run(tmp_path / f'{dataset}-{rho}', config, error=error)
+        return [[*r.values()] for r in _table(_make('table-11', tmp_path).text, '## These')]
+
+    assert rows([('cifar10', 0.05, 2), ('cifar100', 0.1, 3)]) == [['3', '2', '3']]
+    assert rows([('cifar10', 0.1, 9)]) == [['3', '0.05', '2', ''], ['3', '0.1', '9', '3']]
+
+
 # The other tables.
 
 

@@ -3,6 +3,7 @@
 Rows and columns are settings, so that runs of any dataset and model have a place.
 """
 
+import collections
 import functools
 import os
 import re
@@ -385,7 +386,12 @@ def inner_steps(groups: list[Group], paper: list[PaperRow]) -> str:
     found = with_steps(groups)
     if not found:
         raise Lacking('no finished run has several steps of ascent')
-    found = sorted(found, key=lambda g: (g.settings['data.name'], g.settings['sam.steps']))
+    found = sorted(found, key=lambda g: (g.settings['data.name'], g.settings['sam.steps'], g.radii))
+    radii = collections.defaultdict(set)
+    for g in found:
+        radii[g.without('sam.rho', 'sam.steps')].add(g.radii[0])
+    # Each dataset of the paper has one rho of its own, which is no setting of its rows.
+    several = ('sam.rho',) if max(map(len, radii.values())) > 1 else ()
     here = []
     for g in found:
         rises = [told[-1][1] for told in map(rise, g.finished) if told]
@@ -397,7 +403,7 @@ def inner_steps(groups: list[Group], paper: list[PaperRow]) -> str:
         for steps, (a, b) in of_steps.items()
     ]
     rows, columns = ('sam.steps',), ('data.name',)
-    own = (*rows, *other_keys(found, (*rows, *columns)))
+    own = (*rows, *several, *other_keys(found, (*rows, *columns)))
     return both(
         arrange(here, own, columns, _deviations),
         arrange(theirs, rows, columns),
