@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import math
 import re
 
@@ -103,6 +104,28 @@ def test_runs_on_other_parts_of_the_data_are_in_the_mean(tmp_path):
     values = {g.settings['data.fraction']: g.values('test/error_rate') for g in groups}
     assert values == {0.5: [0.01, 0.02], 1.0: [0.05]}
     assert notes == ['1.0-1 is left out: 1.0-0 has the same settings and seeds.']
+
+
+@pytest.mark.parametrize(
+    'content,other',
+    [
+        ({'vision_config': {'hidden_size': 8}}, 'something else'),
+        ({'config': {'optimizer': 'adam'}}, 'something else'),
+        ([1, 2], 'something else'),
+        ({'config': settings.jsonable(digits_config()), 'weights': {}}, 'exported weights'),
+    ],
+    ids=['clip', 'config', 'list', 'exported'],
+)
+def test_what_is_no_run_is_left_out_and_named(content, other, tmp_path, caplog):
+    write_run(tmp_path / 'run', digits_config(), error=1)
+    place = tmp_path / 'other'
+    place.mkdir()
+    (place / 'config.json').write_text(json.dumps(content))
+    (place / 'result.json').write_text('of whatever it is')
+    assert [r.name for r in results.find([str(tmp_path)])] == ['run']
+    assert caplog.messages == [f'{place} is left out: its config.json is that of {other}.']
+    with pytest.raises(UserError, match='holds no run'):
+        results.find([str(place)])
 
 
 def test_folders_of_images_are_data_sets(tmp_path):
@@ -371,4 +394,4 @@ def test_bad_input_of_the_report(tmp_path):
     )
     for done, (_, words) in zip(run_reports(*(row for row, _ in cases)), cases):
         assert done.returncode == 2 and words in done.stderr, done.stderr
-        assert done.stderr.count('\n') == 1
+        assert done.stderr.count('\n') == 1 and done.stderr.count('is damaged') < 2

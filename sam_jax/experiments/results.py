@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import shlex
@@ -31,6 +32,8 @@ _NOT_COMPARED = (*grid.SEEDS, 'log_every_steps', *FREE_AT_RESUME)
 _FILES = ('model.init_from', 'data.labels_from')
 # What may differ between a method and the baseline that it is compared with.
 _OF_METHOD = ('sam.', 'total_epochs')
+
+_log = logging.getLogger(__name__)
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
@@ -180,6 +183,8 @@ class Group:
 def find(folders: Iterable[str]) -> list[Record]:
     """Returns the Records of all runs in the folders and below, in the order of their paths.
 
+    A folder whose config.json is of something else, such as weights, is left out; the log says so.
+
     Raises:
       UserError: a folder that is not there or without runs; a file that cannot be read.
     """
@@ -190,13 +195,14 @@ def find(folders: Iterable[str]) -> list[Record]:
         before = len(found)
         for place, subfolders, files in os.walk(folder):
             subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
-            if 'config.json' in files:
-                written, result = (
-                    read(os.path.join(place, f'{name}.json')) for name in ('config', 'result')
-                )
-                if not isinstance(written.get('config'), dict):
-                    raise UserError(f'{place}/config.json is not that of a run.')
-                found.setdefault(os.path.realpath(place), (place, written, result))
+            if 'config.json' not in files:
+                continue
+            written = read(os.path.join(place, 'config.json'))
+            if other := _no_run(written):
+                _log.warning('%s is left out: its config.json is that of %s.', place, other)
+                continue
+            result = read(os.path.join(place, 'result.json'))
+            found.setdefault(os.path.realpath(place), (place, written, result))
         if len(found) == before:
             raise UserError(f'{folder!r} holds no run (no config.json) that is not counted yet.')
     base = os.path.commonpath(
@@ -205,12 +211,17 @@ def find(folders: Iterable[str]) -> list[Record]:
     return [Record(*one, base) for one in found.values()]
 
 
+def _no_run(written):
+    """Returns what a config.json is of, if not of a run; else ''."""
+    config = written.get('config') if isinstance(written, dict) else None
+    if not isinstance(config, dict) or 'sam.method' not in config:
+        return 'something else'
+    return 'exported weights' if 'weights' in written else ''
+
+
 def read(path: str) -> Any:
     """Returns the content of a JSON file of a run, or None; UserError if it is damaged."""
-    try:
-        return run_log.read_json(path)
-    except ValueError as e:
-        raise UserError(f'{path} is damaged: {e}.') from e
+    return run_log.read_json(path)
 
 
 def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
