@@ -498,6 +498,15 @@ def test_folders_that_are_none(tmp_path):
     assert (_load(tmp_path).num_classes, _load(tmp_path).classes) == (2, ('cat', 'dog'))
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    for name in ('cat/1.jpg', 'dog/1.jpg', 'cat/._1.jpg', '.ipynb_checkpoints/1.jpg'):
+        for split in ('train', 'test'):
+            _write_image(tmp_path / split / name, (0, 0, 0))
+    dataset = _load(tmp_path)
+    assert dataset.classes == ('cat', 'dog')
+    assert (len(dataset.train), len(dataset.evals['test'])) == (2, 2)
+
+
 @pytest.fixture
 def damaged(folder, tmp_path):
     """The same folder with a training and a test image cut short and one that is no image."""

@@ -96,6 +96,11 @@ class Stream:
         return train, test, self.num_classes
 
 
+def _entries(folder):
+    """What is in a folder, but for hidden names: .ipynb_checkpoints, and ._1.png beside 1.png."""
+    return [e for e in os.scandir(folder) if not e.name.startswith('.')]
+
+
 class FolderStream:
     """A folder in the layout of TFDS's ImageFolder: train/CLASS/IMAGE and test/CLASS/IMAGE."""
 
@@ -107,7 +112,7 @@ class FolderStream:
                 f"data.dir is {data_dir!r}; with data.name='folder' it must be a folder with "
                 'train/CLASS/IMAGE and test/CLASS/IMAGE (or validation, or val).'
             )
-        splits = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        splits = sorted(e.name for e in _entries(root) if e.is_dir())
         test = next((s for s in ('test', 'validation', 'val') if s in splits), None)
         if 'train' not in splits or test is None:
             raise UserError(
@@ -118,7 +123,7 @@ class FolderStream:
             {
                 e.name
                 for split in ('train', test)
-                for e in os.scandir(os.path.join(root, split))
+                for e in _entries(os.path.join(root, split))
                 if e.is_dir()
             }
         )
@@ -223,7 +228,7 @@ class FolderSource:
             if os.path.isdir(place):
                 files += [
                     (e.path, label)
-                    for e in sorted(os.scandir(place), key=lambda e: e.name)
+                    for e in sorted(_entries(place), key=lambda e: e.name)
                     if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()
                 ]
         if not files:
