@@ -58,6 +58,8 @@ DATASETS = {
     'imagenet': ('imagenet', 1281167),
 }
 
+EVALUATIONS = 20  # about
+
 
 def get_config(arg=''):
     arg = common.parse_arg(
@@ -87,4 +89,5 @@ def get_config(arg=''):
         c.optimizer.learning_rate = 0.1
         c.optimizer.clip_norm = 1.0
         c.eval.top5 = True
+    c.eval.every_epochs = max(1, c.total_epochs // EVALUATIONS)  # an epoch may be a single step
     return common.finish(c, arg)

@@ -478,6 +478,7 @@ def test_finetuning(dataset, model, batch_size, cores, learning_rate, steps, pix
     assert config.data.image_size == pixels
     steps_per_epoch = SIZES[dataset] // batch_size
     assert steps <= config.total_epochs * steps_per_epoch < steps + steps_per_epoch
+    assert 20 <= config.total_epochs // config.eval.every_epochs < 40
     assert config.data.augment == ('autoaugment' if 'cifar' in dataset else 'none')
 
 

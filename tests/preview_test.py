@@ -87,6 +87,7 @@ def test_command(tmp_path):
 def test_command_refuses(tmp_path):
     for flags, words in [
         (['--out=grid.txt'], "--out is 'grid.txt'"),
+        (['--out=grid.psd'], "--out is 'grid.psd'; it must end in .png"),  # which is read alone
         ([f'--out={tmp_path}/no/where.png'], 'cannot be written'),
         (['--config.data.augment=none', '--config.data.mix_per_image=true'], 'data.mix_per_image'),
     ]:

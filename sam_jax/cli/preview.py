@@ -34,7 +34,8 @@ def main() -> None:
     from PIL import Image, ImageDraw
 
     config, out = _CONFIG.value, _OUT.value
-    if os.path.splitext(out)[1].lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(os.path.splitext(out)[1].lower())
+    if kind not in Image.SAVE:
         raise UserError(f'--out is {out!r}; it must end in .png or another kind of picture.')
     experiment = Experiment.from_config(config, jax.devices()[:1], to_train=False)
     dataset, layout = experiment.dataset, experiment.layout
