@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains one config: ./scripts/train.sh [NAME or FILE[:ARGUMENTS]] [--workdir=DIR] [--config.KEY=VALUE ...]
 # The default config is configs/digits.py.
-# Without --workdir the run goes to runs/<name of the config and its arguments>.
+# Without --workdir the run goes to runs/<name of the config and its arguments, with _ for each />.
 set -euo pipefail
 
 config=configs/digits.py
@@ -12,6 +12,7 @@ fi
 # Paths are meant from where the command was typed.
 here="$PWD"
 file="${config%%:*}"
+arguments="${config#"$file"}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ "$file" == */* || "$file" == *.py ]] && [[ "$file" != /* ]]; then  # else a config by name
   if [ -e "$here/$file" ]; then config="$here/$config"; else config="$root/$config"; fi
@@ -19,7 +20,7 @@ fi
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
 
-workdir="runs/$(basename "${config//.py/}")"
+workdir="runs/$(basename "$file" .py)${arguments//\//_}"
 for argument in "$@"; do
   case "$argument" in --workdir|--workdir=*|-workdir|-workdir=*) workdir="" ;; esac
 done

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,28 @@ def test_dry_run_on_this_machine(n, gpus, shares):
             f'--num_processes={n}',
             f'--process_id={i}',
         ]
+
+
+@pytest.mark.parametrize(
+    'config,name',
+    [
+        ('digits', 'digits'),
+        ('configs/digits.py:noise=0.4', 'digits:noise=0.4'),
+        (
+            'my/file.py:noise=0.4,labels_from=runs/a/b.npz',
+            'file:noise=0.4,labels_from=runs_a_b.npz',
+        ),
+    ],
+)
+def test_the_folder_of_a_run_is_named_by_its_config(config, name, tmp_path):
+    scripts = tmp_path / 'scripts'
+    scripts.mkdir()
+    shutil.copy(SCRIPTS / 'train.sh', scripts)
+    (scripts / 'environment.sh').write_text('python() { echo "$@"; }\nexec() { "$@"; }\n')
+    done = subprocess.run(
+        [scripts / 'train.sh', config], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == f'--workdir={tmp_path}/runs/{name}', done.stdout
 
 
 def test_dry_run_on_slurm(tmp_path):
