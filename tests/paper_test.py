@@ -242,6 +242,17 @@ def test_networks_that_cannot_be_compared(many):
         paper.make('3-right', [str(many)])
 
 
+def test_networks_of_two_data_sets_of_one_s_own_are_two_tasks(tmp_path):
+    for i, name in enumerate(('birds', 'planes')):
+        config = digits_config(data__name='folder', data__dir=f'/some/{name}')
+        write_run(tmp_path / name, config, error=2 + i)
+        _analyse(tmp_path / name, sharpness={1: 1.0})
+    write_run(tmp_path / 'digits', digits_config(), error=2)
+    _analyse(tmp_path / 'digits', sharpness={1: 1.0})
+    groups, _ = results.group(results.find([str(tmp_path)]))
+    assert {n.task for n in predictor.networks(groups)} == {'birds', 'planes', 'digits'}
+
+
 # The other figures.
 
 

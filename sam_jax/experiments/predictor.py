@@ -24,7 +24,8 @@ class Network(NamedTuple):
     """A finished run that was measured.
 
     Attributes:
-      task: of which the networks are compared: the name of the data.
+      task: of which the networks are compared: the name of the data, or of its folder if it is
+        one's own.
       settings: of `results.settings_of`.
       gap: test error less training error, in points of percent.
       sharpness: {m: rise of the loss}.
@@ -77,7 +78,7 @@ def networks(groups: Sequence[results.Group]) -> list[Network]:
             train = record.result.get(f'train_set/{average}{_ERROR}', said['runs'][0][_ERROR])
             found.append(
                 Network(
-                    group.settings['data.name'],
+                    group.settings.get('data.dir') or group.settings['data.name'],
                     group.settings,
                     100 * (record.result[f'test/{average}{_ERROR}'] - train),
                     m_sharpness(said),
