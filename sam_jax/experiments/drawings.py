@@ -122,9 +122,7 @@ def figure_3_left(groups: list[Group], paper: list[PaperRow]) -> Made:
 def figure_3_middle(groups: list[Group], paper: list[PaperRow]) -> Made:
     """Test error against rho, a curve for each m."""
     del paper
-    return _against_rho(
-        [_with_m(g) for g in groups if 'sam.rho' in g.settings or g.is_baseline], ('m',)
-    )
+    return _against_rho([_with_m(g) for g in groups], ('m',))
 
 
 def _with_m(group):
