@@ -3,7 +3,8 @@
 import math
 import os
 
-from sam_jax.experiments.results import Group, Record, mean_and_interval, read
+from sam_jax import run_log
+from sam_jax.experiments.results import Group, Record, mean_and_interval
 
 
 def analyses(record: Record) -> list[tuple[str, dict]]:
@@ -15,7 +16,7 @@ def analyses(record: Record) -> list[tuple[str, dict]]:
     whole = os.path.join(record.workdir, 'analysis')
     below = sorted(os.listdir(whole)) if os.path.isdir(whole) else []
     folders = (whole, *(os.path.join(whole, n) for n in below if n.startswith('epoch=')))
-    found = [(f, read(os.path.join(f, 'analysis.json'))) for f in folders]
+    found = [(f, run_log.read_json(os.path.join(f, 'analysis.json'))) for f in folders]
     return sorted(
         [(f, said) for f, said in found if said], key=lambda one: -one[1]['runs'][0]['step']
     )
@@ -23,7 +24,7 @@ def analyses(record: Record) -> list[tuple[str, dict]]:
 
 def of_run(record: Record) -> dict[str, float]:
     """Returns {measure: value} of the run's analysis/analysis.json; nothing if there is none."""
-    said = read(os.path.join(record.workdir, 'analysis', 'analysis.json'))
+    said = run_log.read_json(os.path.join(record.workdir, 'analysis', 'analysis.json'))
     if not said:
         return {}
     run = said['runs'][0]

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sam_jax import tables
+from sam_jax import run_log, tables
 from sam_jax.experiments import results
 from sam_jax.experiments.results import TEST, VALIDATION, Group, PaperRow
 
@@ -284,7 +284,7 @@ def _with_noise(group):
     levels = set()
     for record in group.finished:
         first = os.path.dirname(record.written['config']['data.labels_from'])
-        said = results.read(os.path.join(first, 'config.json'))
+        said = run_log.read_json(os.path.join(first, 'config.json'))
         levels.add(said['config']['data.label_noise'] if said else 'unknown')
     return {**settings, 'data.label_noise': levels.pop() if len(levels) == 1 else 'unknown'}, group
 

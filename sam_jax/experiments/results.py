@@ -197,11 +197,11 @@ def find(folders: Iterable[str]) -> list[Record]:
             subfolders[:] = sorted(s for s in subfolders if s != 'checkpoints')
             if 'config.json' not in files:
                 continue
-            written = read(os.path.join(place, 'config.json'))
+            written = run_log.read_json(os.path.join(place, 'config.json'))
             if other := _no_run(written):
                 _log.warning('%s is left out: its config.json is that of %s.', place, other)
                 continue
-            result = read(os.path.join(place, 'result.json'))
+            result = run_log.read_json(os.path.join(place, 'result.json'))
             found.setdefault(os.path.realpath(place), (place, written, result))
         if len(found) == before:
             raise UserError(f'{folder!r} holds no run (no config.json) that is not counted yet.')
@@ -217,11 +217,6 @@ def _no_run(written):
     if not isinstance(config, dict) or 'sam.method' not in config:
         return 'something else'
     return 'exported weights' if 'weights' in written else ''
-
-
-def read(path: str) -> Any:
-    """Returns the content of a JSON file of a run, or None; UserError if it is damaged."""
-    return run_log.read_json(path)
 
 
 def group(records: Iterable[Record]) -> tuple[list[Group], list[str]]:
