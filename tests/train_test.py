@@ -325,15 +325,12 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(step, tmp_
 def test_checkpoints_by_minutes_and_kept_epochs(tmp_path):
     _run(
         small_config(
-            total_epochs=4,
-            checkpoint__keep_epochs=(1,),
-            log_every_steps=10,
-            checkpoint__every_minutes=1e-9,
+            checkpoint__keep_epochs=(1,), log_every_steps=100, checkpoint__every_minutes=1e-9
         ),
         tmp_path,
     )
     steps = sorted(int(s) for s in os.listdir(tmp_path / 'checkpoints'))
-    assert steps == [20, 70, 80]
+    assert steps == [20, 39, 40]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +385,7 @@ def test_fewer_replicas_than_devices_says_so(tmp_path, caplog):
 # Real processes.
 
 FLAGS = [
-    '--config.total_epochs=4',
+    '--config.total_epochs=2',
     '--config.ema.decay=0.9',
     '--config.model.dropout_rate=0.2',
     '--config.data.label_noise=0.3',
@@ -432,7 +429,7 @@ def _wait_for(process, condition):
 
 def _final_arrays(workdir):
     with ocp.CheckpointManager(workdir / 'checkpoints') as manager:
-        return manager.restore(80, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+        return manager.restore(40, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
 
 
 def test_killed_processes(tmp_path):
@@ -463,10 +460,10 @@ def test_killed_processes(tmp_path):
         assert process.returncode == (143 if kind == 'SIGTERM' else -signal.SIGKILL), output
         reached.append(max(steps()))
     assert 'Stopped by SIGTERM at step' in output and 'the state is saved' in output
-    assert reached == sorted(set(reached)) and reached[-1] < 80, reached
+    assert reached == sorted(set(reached)) and reached[-1] < 40, reached
     process = _start(workdir, cache, lean=True)
     output = process.communicate(timeout=300)[0]
-    assert f'Resuming at step {reached[-1]} of 80' in output and 'Finished.' in output
+    assert f'Resuming at step {reached[-1]} of 40' in output and 'Finished.' in output
     assert_trees_equal(_final_arrays(workdir), _final_arrays(tmp_path / 'undisturbed'))
     assert _metrics(workdir) == _metrics(tmp_path / 'undisturbed')
 
