@@ -162,7 +162,13 @@ class Experiment:
 
         Its weights are random, or those of `model.init_from`.
         """
+        self._check_start()
         return self._begun(self.create_state())
+
+    def _check_start(self):
+        """Weights that are not there are said before anything is compiled."""
+        if self.config.model.init_from and not isinstance(self.model, Prompts):
+            pretrained.find(self.config.model.init_from)
 
     def _begun(self, state):
         """A state of random weights on the devices; with those of `model.init_from`, if set."""
@@ -395,6 +401,8 @@ class Experiment:
             if to_train:
                 settings.check_same_data(self.dataset, meta.get('data', ''))
                 settings.check_same_frozen(self.frozen_checksum, meta.get('frozen', ''))
+        elif not checkpoints.steps():
+            self._check_start()
         beginning = self.create_state()
         # What a method remembers of images is of no use to an evaluation, perhaps of others.
         target = self.whole(beginning) if to_train else beginning.replace(memory=None)

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GOLDEN, assert_trees_equal, golden, relative_distance, small_config
+from helpers import (
+    GOLDEN,
+    assert_trees_equal,
+    compilations,
+    golden,
+    relative_distance,
+    small_config,
+)
 from reference import images, recipe_variables, shapes, to_reference
 from safetensors import numpy as safetensors
 
@@ -312,8 +319,9 @@ def test_run_starts_from_a_file(tmp_path):
     (tmp_path / 'run' / 'result.json').unlink()
     again = train.train_and_evaluate(config, str(tmp_path / 'run'), jax.devices()[:1])
     assert_trees_equal(again.params, start['params'])
-    with pytest.raises(UserError, match='no such file'):
+    with compilations() as compiled, pytest.raises(UserError, match='no such file'):
         train.train_and_evaluate(config, str(tmp_path / 'other'), jax.devices()[:1])
+    assert not compiled
 
 
 def test_run_names_the_parameter_that_does_not_fit(tmp_path):

@@ -159,16 +159,14 @@ def _number(path):
     return int(path.name.rpartition('_')[2])
 
 
-def read(path: str | os.PathLike, most: float | None = None) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file as {name: array}.
+def find(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the file of weights at a path.
 
-    Args:
-      path: .npz, .safetensors, .h5, or msgpack of flax 0.2; of a folder the file of weights is read
-        that sam-jax-export wrote there, else the `checkpoint_N` with the highest N.
-      most: bytes that they may take; default what this machine has free.
+    Of a folder it is the file that sam-jax-export wrote there, else the `checkpoint_N` with the
+    highest N.
 
     Raises:
-      UserError: it cannot be read, or its arrays take more.
+      UserError: there is none.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -179,6 +177,20 @@ def read(path: str | os.PathLike, most: float | None = None) -> dict[str, np.nda
         path = exported[0] if exported else max(found, key=_number)
     if not path.is_file():
         raise UserError(f'{path}: no such file or folder of weights.')
+    return path
+
+
+def read(path: str | os.PathLike, most: float | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file as {name: array}.
+
+    Args:
+      path: .npz, .safetensors, .h5, or msgpack of flax 0.2, or a folder, see `find`.
+      most: bytes that they may take; default what this machine has free.
+
+    Raises:
+      UserError: it cannot be read, or its arrays take more.
+    """
+    path = find(path)
     reader = {
         '.npz': _read_npz,
         '.safetensors': _read_safetensors,
