@@ -24,9 +24,6 @@ from jaxtyping import Array, Float, Int32
 
 from sam_jax.sharpness.trees import lp_norm, move, promote
 
-# What `Loss.compared` tells of, by name.
-COSINES = ('ascent', 'perturbed', 'descent')
-
 
 class Evaluation(NamedTuple):
     """What the loss tells of one point.
@@ -243,15 +240,13 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
         def go():
             own = loss.uncounted()
             grads, state, report = step(own)
-            cosines = own.compared(report, grads).cosines
-            if own.compare is not None and not cosines:  # nothing was moved; both ways tell as much
-                cosines = {
-                    'ascent': jnp.zeros((), float),
-                    'perturbed': jnp.ones((), float),
-                    'descent': own.compare(report.perturbed.grads, grads),
-                }
+            there = report.perturbed
+            if not there.cosines:  # nothing was moved; both ways tell as much
+                still = {'ascent': jnp.zeros((), float), 'perturbed': jnp.ones((), float)}
+                there = there._replace(cosines=still)
+            cosines = own.compared(report._replace(perturbed=there), grads).cosines
             # A gradient and what a network keeps would be copied out of the branch for nothing.
-            seen = report.perturbed._replace(grads=(), aux=(), cosines={})
+            seen = there._replace(grads=(), aux=(), cosines={})
             return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken), cosines)
 
         return go
