@@ -113,6 +113,7 @@ BAD = [
     ({'sam.rho': 1e39}, ['sam.rho is 1e+39', 'of a size from 1.2e-38 to 3.4e+38']),
     ({'sam.rho': 10**400}, ['sam.rho is 1000', 'as float32 holds']),
     ({'optimizer.warmup_epochs': 1e-40}, ['warmup_epochs is 1e-40', 'must be 0, or of a size']),
+    ({'sam.rho': 10**30}, ['sam.rho is 1000', 'write 1e+30']),
     ({'log_every_steps': 2**31}, ['log_every_steps is 2147483648', 'as int32 holds']),
     ({'data.image_size': 2**20}, ['data.image_size is 1048576', 'at most 16384']),
     ({'data.image_size': 7}, ['model.name is', 'images of 7x7x1', 'set data.image_size']),

@@ -49,7 +49,7 @@ class Key(NamedTuple):
     def why_not(self, value: Any) -> str | None:
         """Returns what is wrong with a value, 'it must be ...', or None.
 
-        A float may be given as an int; a bool is no number. Numbers are those that a program holds.
+        A float may be given as an int32; a bool is no number. Numbers are those that a program holds.
         """
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
@@ -62,6 +62,8 @@ class Key(NamedTuple):
                     f'it must be 0, or of a size from {FRACTIONS[0]:.2g} to {FRACTIONS[1]:.2g}, '
                     'as float32 holds.'
                 )
+            if isinstance(value, int) and abs(value) > WHOLE:
+                return f'a whole number must be at most {WHOLE}; write {float(value):g}.'
         if self.kind is int and self.high is None and abs(value) > WHOLE:
             return f'it must be at most {WHOLE}, as int32 holds.'
         if self.low is not None:
