@@ -56,13 +56,16 @@ def is_memory(error: BaseException) -> bool:
     """Whether an error, or one during which it was raised, is of memory that is used up."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, MemoryError) or "can't start new thread" in str(found):
+        if isinstance(found, MemoryError) or any(words in str(found) for words in _NO_THREAD):
             return True
         if isinstance(found, SystemError) and _SILENT in str(found):
             return True  # of code in C that got none and did not say so
         found = found.__cause__ or found.__context__
     return False
 
+
+# What Python says where a thread gets no memory: one of its own, and the clock of the watchdog.
+_NO_THREAD = ("can't start new thread", 'unable to start watchdog thread')
 
 # What gloo and JAX's coordination service say of a process that does not answer.
 _GONE = ('gloo', 'Gloo', 'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED')

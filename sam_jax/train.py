@@ -68,7 +68,8 @@ class Watch(NamedTuple):
       trackers: of `trackers.NAMES`, where metrics go besides metrics.jsonl.
       profile: steps that are traced, or None.
       debug_nans: whether the first layer that is not finite is looked for.
-      hang_minutes: after how long without a step the process ends, see `watchdog`; 0 for never.
+      hang_minutes: how long a step, or reading the dataset, may take before the process ends,
+        see `watchdog`; 0 for ever.
     """
 
     trackers: Sequence[str] = ('tensorboard',)
@@ -111,13 +112,17 @@ def train_and_evaluate(
     until_epoch = _checked_until(until_epoch, config.total_epochs)
     trackers.check(watch.trackers)
     _check_workdir(workdir)
-    experiment = Experiment.from_config(config, devices)
-    memory.check(experiment)
-    with (
-        watchdog.Watchdog(watch.hang_minutes) as dog,
-        experiment.checkpoints(workdir) as checkpoints,
-        _Signal() as stop,
-    ):
+    with watchdog.Watchdog(watch.hang_minutes) as dog:
+        experiment = Experiment.from_config(config, devices)
+        dog.alive()
+        memory.check(experiment)
+        return _train(experiment, workdir, watch, until_epoch, dog, began)
+
+
+def _train(experiment, workdir, watch, until_epoch, dog, began):
+    """`train_and_evaluate` of an experiment."""
+    config = experiment.config
+    with experiment.checkpoints(workdir) as checkpoints, _Signal() as stop:
         last_step = (until_epoch or config.total_epochs) * experiment.steps_per_epoch
         state, first_step, wall_before = experiment.restore_from(checkpoints)
         main = distributed.is_main()

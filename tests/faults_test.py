@@ -88,7 +88,11 @@ def test_threads_of_a_save_that_wait_for_ever():
     assert checkpoint.threads_end(5)
 
 
-@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize('error', [
+    MemoryError(),
+    RuntimeError("can't start new thread"),
+    RuntimeError('unable to start watchdog thread'),
+])
 def test_a_checkpoint_is_not_damaged_because_memory_is_used_up(tmp_path, monkeypatch, error):
     """It was set aside, and an older one was used."""
 
@@ -305,6 +309,9 @@ def test_the_judge():
     assert '0 lines' in _ended(status=2, faults=[full])
     assert not _ended('error: Full.\n', 2, [full]) and full.said == 'error: Full.'
     assert full.outcome == campaign.REFUSED
+    assert not _ended('Timeout (0:01:15)!\nThread 0x1', 1, [memory])
+    assert memory.outcome == campaign.WATCHED
+    assert 'status 1' in _ended('Timeout', 1, [memory])
 
 
 def test_the_table():
@@ -314,7 +321,7 @@ def test_the_table():
         {'kind': 'stray files', 'outcome': campaign.MISSED},
     ]
     *_, row, total = campaign.table(faults).splitlines()
-    assert row == '| full disk | 2 | 0 | 1 | 0 | 0 | 1 |' and total.startswith('| all | 2 |')
+    assert row == '| full disk | 2 | 0 | 1 | 0 | 0 | 0 | 1 |' and total.startswith('| all | 2 |')
 
 
 @pytest.mark.slow

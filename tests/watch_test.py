@@ -367,7 +367,7 @@ def test_a_process_that_stands_still_ends():
 
 
 def test_a_run_says_at_every_step_that_it_is_alive(tmp_path, monkeypatch):
-    """And before what may take long: an evaluation, an analysis, a save."""
+    """And before what may take long: an evaluation, an analysis, a save; once the data is read."""
     heard = []
     monkeypatch.setattr(
         watchdog.Watchdog, '__init__', lambda dog, minutes: heard.append(minutes) or None
@@ -385,7 +385,28 @@ def test_a_run_says_at_every_step_that_it_is_alive(tmp_path, monkeypatch):
     )
     steps, actions = int(state.step), 2
     assert heard[:2] == [7, '__enter__'] and heard[-1] == '__exit__'
-    assert heard.count('alive') == steps * (actions + 1) + actions
+    read = 1
+    assert heard.count('alive') == read + steps * (actions + 1) + actions
+
+
+def test_the_watchdog_looks_while_the_dataset_is_read(tmp_path, monkeypatch):
+    """From a disk that stands still nothing else would wake it."""
+    entered, seen = [], []
+    enter = watchdog.Watchdog.__enter__
+    monkeypatch.setattr(
+        watchdog.Watchdog, '__enter__', lambda dog: entered.append(dog) or enter(dog)
+    )
+
+    def read(*_):
+        seen.extend(entered)
+        raise UserError('The dataset cannot be read.')
+
+    monkeypatch.setattr(Experiment, 'from_config', read)
+    with pytest.raises(UserError, match='cannot be read'):
+        train.train_and_evaluate(
+            small_config(), str(tmp_path), watch=train.Watch((), hang_minutes=7)
+        )
+    assert len(seen) == 1
 
 
 def test_a_watchdog_that_hears_of_life_does_nothing(monkeypatch):

@@ -34,6 +34,7 @@ IDENTICAL = 'went on, bit-identical'
 REFUSED = 'ended with one sentence, then bit-identical'
 NOT_COMPARED = 'went on; the run was lost later'
 ABORTED = 'aborted by XLA or JAX, then bit-identical'
+WATCHED = 'ended by --hang_minutes, then bit-identical'
 LINES = 'lines of metrics.jsonl lost, and said so; else bit-identical'
 
 ENDED = (-signal.SIGKILL, -signal.SIGTERM)
@@ -142,7 +143,11 @@ def _judge(life, faults):
         allowed.add(-signal.SIGKILL)
     if len(life.processes) > 1 and {p.status for p in life.processes} & {kinds.REFUSED, *ENDED}:
         allowed.add(-signal.SIGABRT)  # JAX aborts the others
-    for process in life.processes:
+    others = [process for process in life.processes if not _watched(process)]
+    watched = len(others) < len(life.processes)
+    if watched:
+        allowed |= {-signal.SIGABRT, kinds.REFUSED}
+    for process in others:
         aborted = process.status in kinds.CRASHES and process.status in allowed
         for trace in _TRACES:
             # Where memory is used up in C++, and where JAX learns that another process is gone,
@@ -158,7 +163,9 @@ def _judge(life, faults):
     aborted_some = any(process.status in kinds.CRASHES for process in life.processes)
     refused = any(process.status == kinds.REFUSED for process in life.processes)
     for fault in faults:
-        if fault.moment and (fault.allows or 'damaged' in fault.kind):
+        if watched and fault.moment:
+            fault.outcome = WATCHED
+        elif fault.moment and (fault.allows or 'damaged' in fault.kind):
             fault.said = sentences[-1] if sentences else ''
             if refused and kinds.REFUSED in fault.allows:
                 fault.outcome = REFUSED
@@ -167,6 +174,11 @@ def _judge(life, faults):
             if life.killed_by_launcher:
                 fault.said += ' (the others were ended after a minute, as launch_local.sh does)'
     return ''
+
+
+def _watched(process):
+    """Whether it stood still and its watchdog has ended it."""
+    return process.status == 1 and 'Timeout (0:' in process.text
 
 
 def _tells(line):
@@ -259,7 +271,7 @@ def forget_lost(out: str) -> None:
 
 def table(faults: Sequence[dict[str, Any]]) -> str:
     """Returns a Markdown table of the outcomes by kind, of faults that came to it."""
-    names = (IDENTICAL, REFUSED, ABORTED, LINES, FAILED)
+    names = (IDENTICAL, REFUSED, ABORTED, WATCHED, LINES, FAILED)
     counts = collections.defaultdict(collections.Counter)
     for fault in faults:
         if fault['outcome'] != MISSED:

@@ -16,6 +16,7 @@ from sam_jax.checkpoint import Checkpoints
 from sam_jax.settings import shipped
 
 EPOCHS, STEPS_PER_EPOCH, BATCH = 4, 6, 16
+HANG_SECONDS = 75  # less than a campaign takes for a hang
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
@@ -100,6 +101,7 @@ def arguments(setup: Setup, workdir: str, data: str) -> list[str]:
         f'--config={config}:model=lenet5,method={setup.method}',
         f'--workdir={workdir}',
         '--tracker=',
+        f'--hang_minutes={HANG_SECONDS / 60}',
         f'--config.total_epochs={EPOCHS}',
         f'--config.batch_size={BATCH}',
         f'--config.replica_batch_size={BATCH // (setup.processes * setup.devices)}',
