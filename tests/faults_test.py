@@ -88,11 +88,14 @@ def test_threads_of_a_save_that_wait_for_ever():
     assert checkpoint.threads_end(5)
 
 
-@pytest.mark.parametrize('error', [
-    MemoryError(),
-    RuntimeError("can't start new thread"),
-    RuntimeError('unable to start watchdog thread'),
-])
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError('unable to start watchdog thread'),
+    ],
+)
 def test_a_checkpoint_is_not_damaged_because_memory_is_used_up(tmp_path, monkeypatch, error):
     """It was set aside, and an older one was used."""
 

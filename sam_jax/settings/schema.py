@@ -49,7 +49,7 @@ class Key(NamedTuple):
     def why_not(self, value: Any) -> str | None:
         """Returns what is wrong with a value, 'it must be ...', or None.
 
-        A float may be given as an int32; a bool is no number. Numbers are those that a program holds.
+        A float may be given as an int32; a bool is no number. A program holds every number.
         """
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
