@@ -108,6 +108,8 @@ class Experiment:
             settings.check_with_layout(config, layout)
         dataset = load(config.data)
         settings.check_with_data(config, dataset)
+        if to_train:
+            settings.check_to_train(config, dataset)
         model = models.from_config(config.model, dataset.num_classes)
         if isinstance(model, Prompts):
             clip_files.require_names(dataset.classes)

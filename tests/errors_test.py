@@ -212,6 +212,11 @@ BAD = [
         ["data.labels_from is 'x.npz'", 'data.label_noise is 0.4'],
     ),
     ({'checkpoint.keep_epochs': (1, 0)}, ['checkpoint.keep_epochs is (1, 0)', 'from 1']),
+    (
+        {'checkpoint.keep_epochs': (1, 400), 'total_epochs': 300},
+        ['checkpoint.keep_epochs has 400', 'total_epochs, 300'],
+    ),
+    ({'ema.warmup_steps': 5}, ['ema.warmup_steps is 5', 'needs ema.decay']),
     ({'checkpoint.keep_epochs': (1.5,)}, ['checkpoint.keep_epochs is (1.5,)', 'epochs']),
     ({'sam.warmup_epochs': 2.5}, ['sam.warmup_epochs is 2.5', 'total_epochs, 2']),
     ({'optimizer.warmup_epochs': 3.0}, ['optimizer.warmup_epochs is 3.0', 'total_epochs, 2']),
@@ -251,6 +256,13 @@ def test_a_run_without_a_workdir_is_refused(place, tmp_path, compilations):
     _assert_sentence(str(e.value), [f'{workdir!r}', 'workdir', 'writable' if place else 'folder'])
     assert (tmp_path / 'file').read_text() == 'kept'
     assert not compilations
+
+
+def test_a_dataset_smaller_than_a_batch_can_be_evaluated():
+    config = _config({'batch_size': 2560, 'replica_batch_size': 320})
+    assert Experiment.from_config(config, to_train=False).evaluated
+    with pytest.raises(UserError, match='only 1297 examples'):
+        Experiment.from_config(config)
 
 
 def test_top5_needs_six_classes():

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from sam_jax import settings
 from sam_jax.cli import commands
 from sam_jax.data import pictures
 from sam_jax.errors import UserError
@@ -39,6 +40,7 @@ def main() -> None:
         raise UserError(f'--out is {out!r}; it must end in .png or another kind of picture.')
     experiment = Experiment.from_config(config, jax.devices()[:1], to_train=False)
     dataset, layout = experiment.dataset, experiment.layout
+    settings.check_to_train(config, dataset)
     if _WHAT.value == 'batch':
         images = pictures.training_images(dataset, config.seed, _STEP.value, layout, _IMAGES.value)
         names, columns = [], None

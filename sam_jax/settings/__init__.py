@@ -6,6 +6,7 @@ from sam_jax.settings.checks import (
     check_same_data,
     check_same_frozen,
     check_same_mathematics,
+    check_to_train,
     check_with_data,
     check_with_layout,
 )
@@ -24,6 +25,7 @@ __all__ = [
     'check_same_data',
     'check_same_frozen',
     'check_same_mathematics',
+    'check_to_train',
     'check_with_data',
     'check_with_layout',
     'completed',

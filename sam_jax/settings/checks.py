@@ -47,6 +47,16 @@ def check(config: Config) -> None:
             f'checkpoint.keep_epochs is {flat["checkpoint.keep_epochs"]}; it must hold epochs, '
             'counted from 1.'
         )
+    late = [epoch for epoch in flat['checkpoint.keep_epochs'] if epoch > flat['total_epochs']]
+    if late:
+        raise UserError(
+            f'checkpoint.keep_epochs has {late[0]}; the run ends after total_epochs, '
+            f'{flat["total_epochs"]}.'
+        )
+    if flat['ema.warmup_steps'] and not flat['ema.decay']:
+        raise UserError(
+            f'ema.warmup_steps is {flat["ema.warmup_steps"]}; it needs ema.decay, such as 0.999.'
+        )
     for key in ('sam.warmup_epochs', 'optimizer.warmup_epochs'):
         if flat[key] > flat['total_epochs']:
             raise UserError(
@@ -230,12 +240,23 @@ def _check_data_settings(settings):
 
 
 def check_with_data(config: Config, dataset: Dataset) -> None:
-    """Checks a config against its dataset.
+    """Checks a config against its dataset, to evaluate on it.
+
+    Raises:
+      UserError: top-5 of fewer than six classes.
+    """
+    if config.eval.top5 and dataset.num_classes < 6:
+        raise UserError(
+            f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.'
+        )
+
+
+def check_to_train(config: Config, dataset: Dataset) -> None:
+    """Checks a config against its dataset, to train on it.
 
     Raises:
       UserError: fewer training examples than a batch, more steps than are counted, a warm-up longer
-        than the run, a window of `late_phase_sam` without a step, a shift wider than the image,
-        top-5 of fewer than six classes.
+        than the run, a window of `late_phase_sam` without a step, a shift wider than the image.
     """
     n = dataset.num_train_examples
     if config.batch_size > n:
@@ -266,10 +287,6 @@ def check_with_data(config: Config, dataset: Dataset) -> None:
         raise UserError(
             f'data.padding is {config.data.padding}; it must be smaller than the images of '
             f'{dataset.name}, {dataset.pixel_shape[0]}x{dataset.pixel_shape[1]}.'
-        )
-    if config.eval.top5 and dataset.num_classes < 6:
-        raise UserError(
-            f'eval.top5 is True; {dataset.name} has only {dataset.num_classes} classes.'
         )
 
 
