@@ -116,6 +116,38 @@ def test_gradient_constrained_of_a_zero_gradient():
             assert np.isfinite(result['w']).all()
 
 
+@pytest.mark.parametrize('scale', [2.0**-100, 2.0**-66, 2.0**66, 2.0**100])
+@pytest.mark.parametrize(
+    'made',
+    [
+        combine.lerp(0.3),
+        combine.surrogate_gap(0.4),
+        combine.renormalized(),
+        *(
+            combine.gradient_constrained(0.3, up, per_leaf)
+            for up in (0.5, 0.99)
+            for per_leaf in (True, False)
+        ),
+        *(combine.reused(0.7, per_leaf) for per_leaf in (True, False)),
+    ],
+)
+def test_combinations_of_tiny_and_huge_gradients(made, scale):
+    """All are proportional to the gradients, in float32 too, whose squares leave its range."""
+    rng = np.random.RandomState(0)
+    g = {'a': rng.normal(size=(3, 2)).astype(np.float32), 'b': np.float32([2.0, 1.0])}
+    g_p = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), g)
+
+    def results(factor):
+        def of(tree):
+            return jax.tree.map(lambda x: np.float32(factor) * x, tree)
+
+        combined, state = made.combine(of(g), of(g_p), made.init(g), g)
+        return combined, made.skip(of(g), state, g)[0]
+
+    for found, expected in zip(results(scale), results(1.0), strict=True):
+        np.testing.assert_allclose(flat(found) / np.float32(scale), flat(expected), rtol=1e-5)
+
+
 @pytest.mark.parametrize('gamma,beta', [(0.1, 0.01), (0.7, 0.3)])
 def test_cr_sam(problem, gamma, beta):
     """On a quartic, where the second difference does not vanish."""

@@ -432,10 +432,16 @@ MUTANTS = {
         '1.0 * promote(g)',
         f'{FORMS} -k gnp',
     ),
+    'a projection of the whole length': (
+        TREES,
+        'share = dot(tree, direction)',
+        'share = lp_norm(tree)',
+        f'{FORMS} -k gsam',
+    ),
     'gradient_constrained: low ignored': (
         COMBINE,
-        '(cosine <= low) & (low > 0)',
-        '(cosine <= low)',
+        '(c <= low) & (low > 0)',
+        '(c <= low)',
         f'{FORMS} -k gradient_constrained',
     ),
     'cr_sam: the second difference': (
@@ -500,8 +506,8 @@ MUTANTS = {
     ),
     'looksam: not orthogonal': (
         COMBINE,
-        'promote(y) - share.astype',
-        'promote(y) + share.astype',
+        'promote(y) - part',
+        'promote(y) + part',
         f'{FORMS} -k looksam',
     ),
     'looksam: nothing reused': (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from sam_jax.sharpness.trees import lp_norm, promote, wide_zeros
+from sam_jax.sharpness.trees import cosine, lp_norm, part_along, promote, wide_zeros
 
 
 class Combine(NamedTuple):
@@ -69,13 +69,11 @@ def surrogate_gap(alpha: float) -> Combine:
     """
 
     def function(grads, perturbed_grads):
-        share = _ratio(_dot(grads, perturbed_grads), _dot(perturbed_grads, perturbed_grads))
         return jax.tree.map(
-            lambda g, g_p: (
-                promote(g_p) - alpha * (promote(g) - share.astype(promote(g).dtype) * promote(g_p))
-            ).astype(g.dtype),
+            lambda g, g_p, part: (promote(g_p) - alpha * (promote(g) - part)).astype(g.dtype),
             grads,
             perturbed_grads,
+            part_along(grads, perturbed_grads),
         )
 
     return _stateless(function)
@@ -110,18 +108,14 @@ def gradient_constrained(low: float, up: float, per_leaf: bool = True) -> Combin
     """
 
     def of(g, g_p):
-        dot, norm, norm_p = _dot(g, g_p), lp_norm(g), lp_norm(g_p)
-        cosine = _ratio(dot, norm * norm_p)
-        share = _ratio(norm_p**2 + dot, norm**2 + 2 * dot + norm_p**2)  # <g_p, z> / |g_p + g|
-        far = (cosine <= low) & (low > 0)
+        c = cosine(g, g_p)
+        far = (c <= low) & (low > 0)
+        bisector = jax.tree.map(lambda x, y: promote(x) + promote(y), g, g_p)
         return jax.tree.map(
-            lambda x, y: jnp.where(
-                far,
-                x,
-                jnp.where(cosine >= up, y, (share * (promote(x) + promote(y))).astype(x.dtype)),
-            ),
+            lambda x, y, part: jnp.where(far, x, jnp.where(c >= up, y, part.astype(x.dtype))),
             g,
             g_p,
+            part_along(g_p, bisector),
         )
 
     return _stateless(lambda g, g_p: jax.tree.map(of, g, g_p) if per_leaf else of(g, g_p))
@@ -182,10 +176,7 @@ def reused(alpha: float, per_leaf: bool = False) -> Combine:
     """
 
     def orthogonal(g, g_p):
-        share = _ratio(_dot(g, g_p), _dot(g, g))
-        rest = jax.tree.map(
-            lambda x, y: promote(y) - share.astype(promote(x).dtype) * promote(x), g, g_p
-        )
+        rest = jax.tree.map(lambda y, part: promote(y) - part, g_p, part_along(g_p, g))
         # Of parallel gradients (a leaf of one entry) only rounding is left, and no direction.
         dtype = jnp.result_type(*jax.tree.leaves(rest))
         real = lp_norm(rest) > 16 * jnp.finfo(dtype).eps * lp_norm(g_p)
@@ -205,13 +196,6 @@ def reused(alpha: float, per_leaf: bool = False) -> Combine:
             OrthogonalState(each(orthogonal, grads, perturbed_grads)),
         ),
         skip=lambda grads, state, params: (each(add, grads, state.orthogonal), state),
-    )
-
-
-def _dot(a, b):
-    return sum(
-        (jnp.sum(promote(x) * promote(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))),
-        jnp.zeros(()),
     )
 
 

@@ -77,15 +77,34 @@ def lp_norm(tree: Any, p: float = 2.0) -> Float[Array, '']:
     ) ** (1.0 / p)
 
 
+def unit(tree: Any) -> Any:
+    """Returns tree / |tree|, in at least float32; zeros of zeros."""
+    norm = lp_norm(tree)
+    scale = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    return jax.tree.map(lambda x: promote(x) * scale.astype(promote(x).dtype), tree)
+
+
+def dot(a: Any, b: Any) -> Float[Array, '']:
+    """Returns <a, b> of two pytrees with the same leaves, a scalar; one of them of unit length.
+
+    Products of two that are both tiny or both huge leave the float range.
+    """
+    return sum(
+        (jnp.sum(promote(x) * promote(y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))),
+        jnp.zeros(()),
+    )
+
+
 def cosine(a: Any, b: Any) -> Float[Array, '']:
     """Returns <a, b> / (|a| |b|) of two pytrees of one structure, a scalar; 0 where one is 0."""
+    return dot(unit(a), unit(b))
 
-    def unit(tree):
-        norm = lp_norm(tree)
-        scale = jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)
-        return [promote(x) * scale.astype(promote(x).dtype) for x in jax.tree.leaves(tree)]
 
-    return sum((jnp.sum(x * y) for x, y in zip(unit(a), unit(b))), jnp.zeros(()))
+def part_along(tree: Any, other: Any) -> Any:
+    """Returns <tree, u> u with u = other / |other|, in at least float32; zeros where it is 0."""
+    direction = unit(other)
+    share = dot(tree, direction)
+    return jax.tree.map(lambda x: share.astype(x.dtype) * x, direction)
 
 
 def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
