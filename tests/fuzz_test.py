@@ -103,6 +103,31 @@ def test_a_process_of_its_own():
     )
 
 
+KILLED = """
+import os, time
+from fuzzing import isolated
+
+def says_who_it_is(case):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+isolated.call(says_who_it_is, {}, 600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a process dies with its parent on Linux')
+def test_a_process_of_its_own_does_not_outlive_the_campaign():
+    with subprocess.Popen(
+        [sys.executable, '-c', KILLED],
+        env={**os.environ, 'PYTHONPATH': str(ROOT / 'tests')},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as campaign:
+        campaign.stdout.readline()
+        campaign.kill()
+        assert campaign.stdout.read() == '', 'ends when nobody holds it any more'
+
+
 @pytest.mark.slow
 def test_traces():
     _run(configs.cases(wild=0, of=configs.TINY), lambda case: configs.check(case, trace=True), 10)

@@ -1,5 +1,7 @@
 """A check in a process of its own: it may hang, take all memory, or die, and only it."""
 
+import contextlib
+import ctypes
 import json
 import os
 import select
@@ -9,6 +11,8 @@ import traceback
 from collections.abc import Callable
 
 from fuzzing import OUTCOMES, Fault
+
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl, which Linux has
 
 # What a check may take besides what its parent has, in GiB.
 MEMORY = 4.0
@@ -47,6 +51,8 @@ def call(check: Callable[[dict], None], case: dict, seconds: float) -> dict[str,
 
 def _answer(check, case, write):
     OUTCOMES.clear()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     fault = ''
     try:
         check(case)
