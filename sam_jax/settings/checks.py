@@ -341,8 +341,8 @@ def check_same_data(dataset: Dataset, before: str) -> None:
     if now != before:
         raise UserError(
             f'The workdir holds a run on other data: the fingerprint of {dataset.name} was '
-            f'{before} and is {now}; let data.dir, and data.labels_from if set, name the same files '
-            'again to resume it, or choose a new workdir.'
+            f'{before} and is {now}; let data.dir, and data.labels_from if set, name the same '
+            'files again to resume it, or choose a new workdir.'
         )
 
 
