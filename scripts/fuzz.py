@@ -28,6 +28,7 @@ import quick
 os.environ.setdefault('XLA_FLAGS', quick.flags(devices=4))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')  # a run is resumed
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path.home() / '.cache/sam_jax/fuzz'))
 
 import hypothesis

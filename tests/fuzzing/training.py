@@ -43,6 +43,7 @@ def cases(draw) -> dict:
         'total_epochs': 2,
         'checkpoint.keep_epochs': (1,),
         'eval.batch_size': 64,
+        'eval.every_epochs': draw(st.sampled_from([0, 0, 1, 2])),
         'model.dtype': draw(st.sampled_from(['float32', 'bfloat16', 'float64', 'float64'])),
     }
     if changes['data.name'] == 'fake_cifar10' and changes['model.dtype'] == 'float64':
