@@ -13,7 +13,7 @@ from report_runs import TRIED, digits_config, write_run, write_sweep, write_trie
 from configs import ablations, cifar, imagenet, label_noise, relatives, svhn
 from sam_jax import settings
 from sam_jax.errors import UserError
-from sam_jax.experiments import report, results
+from sam_jax.experiments import drawings, report, results
 
 PAPER = results.read_paper(report.PAPER)
 
@@ -209,6 +209,26 @@ def test_curves_against_rho_are_of_one_rho_min_unless_it_follows_rho(radii, tmp_
         write_run(tmp_path / 'follows' / f'{rho}', _gsam(rho, rho / 2, False), error=10 * rho)
     (panel,) = report.rho_panels(_groups(tmp_path / 'follows')[0])
     assert [c.x for c in panel.curves] == [[*TRIED]]
+
+
+@pytest.mark.parametrize('failed,logarithmic', [(90, True), (20, False)])
+def test_curves_for_each_m_are_in_its_order(failed, logarithmic, tmp_path):
+    """By size, where text has 128 before 16; runs that failed do not press the others flat."""
+    for m in (128, 16, 32, 4):
+        for rho, error in ((0.1, 10.0), (0.2, failed)):
+            config = digits_config(f'rho={rho}')
+            with config.unlocked():
+                config.batch_size, config.replica_batch_size = 128, m
+            write_run(tmp_path / f'{m}-{rho}', config, error=error)
+    groups, _ = _groups(tmp_path)
+    (panel,) = report.rho_panels(groups)
+    assert panel.log_y == logarithmic
+    for text in (
+        ' '.join(c.label for c in panel.curves),
+        drawings.figure_3_middle(groups, []).text,
+    ):
+        places = [text.index(f'{m}') for m in (4, 16, 32, 128)]
+        assert places == sorted(places)
 
 
 def _reductions(folder):

@@ -122,7 +122,8 @@ def figure_3_left(groups: list[Group], paper: list[PaperRow]) -> Made:
 def figure_3_middle(groups: list[Group], paper: list[PaperRow]) -> Made:
     """Test error against rho, a curve for each m."""
     del paper
-    return _against_rho([_with_m(g) for g in groups], ('m',))
+    found = sorted((_with_m(g) for g in groups), key=lambda g: g.settings['m'])
+    return _against_rho(found, ('m',))
 
 
 def _with_m(group):

@@ -15,6 +15,8 @@ from sam_jax.experiments.results import TEST, VALIDATION
 
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'paper.csv')
 
+FAR = 3  # times the least error: from there on the axis of errors is logarithmic
+
 # Settings that name a panel of curves; what else differs names a curve in it.
 PANEL = ('model.name', 'data.name', 'data.augment', 'data.label_noise')
 # Settings whose values are names.
@@ -161,9 +163,11 @@ def rho_panels(groups: list[results.Group]) -> Any:
         sgd = [g for g in inside if g.settings['sam.method'] == 'sgd' and g.values(TEST)]
         level = min((g.percent(TEST) for g in sgd), default=None)
         name = 'error (%)' if any(curve.dashed for curve in curves) else 'test error (%)'
-        described.append(
-            figures.Panel(title, 'rho', name, curves, level and ('sgd', *level), log_x=True)
-        )
+        means = [mean for curve in curves for mean in curve.mean]
+        # Beside runs that failed, the others would all lie on one line.
+        far = max(means) > FAR * min(means) > 0
+        level = level and ('sgd', *level)
+        described.append(figures.Panel(title, 'rho', name, curves, level, log_x=True, log_y=far))
     return described
 
 

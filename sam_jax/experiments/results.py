@@ -267,14 +267,25 @@ def _order(group):
     # Experiments together; in one, the baseline first, then methods by name and rho.
     settings = group.settings
     return (
-        group.without(*_OF_METHOD, 'data.validation'),
+        _by_size(group.without(*_OF_METHOD, 'data.validation')),
         not settings['data.validation'],
         settings['sam.method'] != 'sgd',
         settings['sam.method'],
         settings['total_epochs'],
-        group.without('sam.rho'),
+        _by_size(group.without('sam.rho')),
         group.radii if 'sam.rho' in settings else (),
     )
+
+
+def _by_size(pairs):
+    # Numbers are text in them, of which '128' is before '16'.
+    def size(text):
+        try:
+            return 0, float(text), ''
+        except ValueError:
+            return 1, 0.0, text
+
+    return [(key, size(value)) for key, value in pairs]
 
 
 def varying(groups: list[Group]) -> list[str]:
