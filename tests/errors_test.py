@@ -685,7 +685,7 @@ def test_a_run_with_other_settings_is_refused_before_compilation(tmp_path, compi
 
 
 WITHOUT_MEMORY = """
-import sys, threading, time
+import asyncio, sys, threading, time
 from unittest import mock
 from absl import flags
 from sam_jax.cli import commands
@@ -700,6 +700,14 @@ def main():
                 bytearray(2**44)
         Thing()
         time.sleep(60)
+    if sys.argv[1] == 'tasks':
+        async def fail():
+            raise MemoryError
+        async def both():
+            asyncio.create_task(fail())
+            await asyncio.sleep(0)
+            raise MemoryError
+        asyncio.run(both())
     raise SystemError('error return without exception set')
 
 with mock.patch.object(commands, '_parse', lambda argv: flags.FLAGS(argv[:1])):
@@ -712,6 +720,7 @@ with mock.patch.object(commands, '_parse', lambda argv: flags.FLAGS(argv[:1])):
     [
         ('thread', NO_MEMORY),
         ('finalizer', NO_MEMORY),
+        ('tasks', NO_MEMORY),
         ('C', 'Code in C failed without a word, as where memory is used up.'),
     ],
 )

@@ -107,8 +107,10 @@ def _call(main, positional, argv):
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', force=True)
     logging.getLogger('sam_jax').setLevel(logging.INFO)
     logging.getLogger('jax').setLevel(logging.WARNING)  # it tells of each backend it lacks
-    # Orbax tells of every file, and of a write that fails at length: what it raises is told.
-    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    # Orbax tells of every file, and of a write that fails at length: what it raises is told. Of
+    # several tasks that fail, it raises the error of one, and asyncio tells of the others.
+    for name in ('absl', 'asyncio'):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook, threading.excepthook = _unraisable, _of_thread
     try:
         if argv[1:] and not positional:
