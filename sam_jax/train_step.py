@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from sam_jax import gradients, metrics, optimizers, rngs, schedules, sharpness, trajectory
+from sam_jax import cuda, gradients, metrics, optimizers, rngs, schedules, sharpness, trajectory
 from sam_jax.replicas import AXIS, Layout
 from sam_jax.train_state import AVERAGED, HParams, TrainState, create_method
 
@@ -102,6 +102,7 @@ def train_step(
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)
+    params, opt_state = cuda.settled((params, opt_state))
     report |= {
         'grad_norm': optax.tree.norm(grads),
         'update_norm': optax.tree.norm(updates),

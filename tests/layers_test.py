@@ -19,6 +19,7 @@ FLOORS = [
         'schedules',
         'sharpness',
         'convolutions',
+        'cuda',
     },
     {
         'models',

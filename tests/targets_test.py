@@ -602,6 +602,23 @@ def test_images_of_a_replica_do_not_fill_the_lanes_of_a_tpu(tmp_path):
 
 
 @pytest.mark.targets
+@pytest.mark.parametrize('method', ['sgd', 'sam'])
+def test_a_step_of_gpus_copies_no_params_and_no_momentum(tmp_path, method):
+    """Kernels of 3 x 3 x 256 x 256 are 2.4 MB; cuDNN's gradients of them lie otherwise."""
+    found = _compiled(
+        tmp_path,
+        'gpu:h100:4',
+        f'--config=cifar:model=wrn10_4,augment=none,method={method}',
+        '--config.data.name=fake_cifar10',
+        '--config.batch_size=64',
+        '--config.replica_batch_size=16',
+        '--config.model.dtype=bfloat16',
+        '--steps=train',
+    )
+    assert found['train']['copies'] == []
+
+
+@pytest.mark.targets
 @pytest.mark.parametrize('recipe', ['autoaugment_cutout', 'randaugment'])
 def test_augmentation_on_a_tpu_reads_no_single_elements_and_loops_over_no_images(tmp_path, recipe):
     """Of the loops none but that over the replicas of a device, of which there is one here."""
