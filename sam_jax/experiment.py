@@ -396,8 +396,7 @@ class Experiment:
           UserError: it is not there, or of other settings, or, to train, of other data.
         """
         # The settings are compared first: of another model they say more than shapes do.
-        metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
-        meta = next(filter(None, metas), None)
+        meta = _newest_meta(checkpoints)
         if meta:
             settings.check_same_mathematics(self.config, meta['config'])
             if to_train:
@@ -439,6 +438,16 @@ class Experiment:
         with contextlib.closing(self.checkpoints(workdir, read_only=True)) as checkpoints:
             if not checkpoints.steps():
                 raise none
-            wanted = None if epoch is None else epoch * self.steps_per_epoch
+            wanted = None
+            if epoch is not None:
+                # The data here may be more or fewer than those that the run was trained on.
+                meta = _newest_meta(checkpoints) or {}
+                wanted = epoch * meta.get('steps_per_epoch', self.steps_per_epoch)
             state, step, _ = self.restore_from(checkpoints, wanted, to_train=False)
         return state, step
+
+
+def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The meta dict of the newest checkpoint that has a readable one."""
+    metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
+    return next(filter(None, metas), None)

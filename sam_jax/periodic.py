@@ -125,6 +125,7 @@ class Saving:
                     # The main process writes it; of many files it takes a while.
                     'data': run.experiment.dataset.fingerprint if distributed.is_main() else '',
                     'frozen': run.experiment.frozen_checksum,
+                    'steps_per_epoch': run.experiment.steps_per_epoch,
                     'wall_time': run.wall_time(),
                     'metrics': run.writer.mark,
                 },

@@ -492,6 +492,19 @@ def test_a_late_phase_without_a_step_is_refused():
         assert not refused or 'none of the 40 steps of the run lies between them' in str(e.value)
 
 
+def test_an_epoch_is_that_of_the_training_where_other_data_are_evaluated(tmp_path):
+    config = small_config(checkpoint__every_epochs=1, checkpoint__keep_epochs=(1,))
+    train.train_and_evaluate(config, str(tmp_path), jax.devices()[:1])
+    experiment = Experiment.from_config(config, jax.devices()[:1])
+    fewer = experiment.dataset.train.part(slice(0, 800))
+    fewer = dataclasses.replace(
+        experiment, dataset=dataclasses.replace(experiment.dataset, train=fewer)
+    )
+    assert (experiment.steps_per_epoch, fewer.steps_per_epoch) == (20, 12)
+    for opened in experiment, fewer:
+        assert opened.restore(str(tmp_path), epoch=1)[1] == 20
+
+
 def test_the_memory_of_a_method_is_not_compared_where_nothing_is_trained(tmp_path):
     config = small_config(sam__method='saf', total_epochs=4)
     config.sam.start_epoch, config.sam.epochs_ago = 0, 2
