@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sam_jax import cuda, losses, metrics, sharpness
+from sam_jax import losses, metrics, sharpness
 from sam_jax.replicas import AXIS, Layout
 
 
@@ -155,7 +155,7 @@ def replica_gradient(
         return total + penalty, (aux, {'losses': each, 'logits': logits})
 
     grads, (aux, kept) = jax.grad(objective, has_aux=True)(params)
-    return (cuda.in_order(grads), aux), kept
+    return (grads, aux), kept
 
 
 def risen_most(

@@ -99,6 +99,7 @@ def train_step(
         state, groups, training, method, layout, shared, rho > 0, config.log_every_steps
     )
     descent = optimizers.create(config.optimizer, learning_rate, hparams.weight_decay)
+    grads = cuda.in_order(grads)
     updates, opt_state = descent.update(grads, state.opt_state, state.params)
     updates = sharpness.add_correction(updates, sharpness_state, learning_rate)
     params = optax.apply_updates(state.params, updates)
