@@ -382,13 +382,14 @@ class Experiment:
         )
 
     def restore_from(
-        self, checkpoints: Checkpoints, step: int | None = None, to_train: bool = True
+        self, checkpoints: Checkpoints, epoch: int | None = None, to_train: bool = True
     ) -> tuple[TrainState, int, float]:
         """Returns (state on the devices, its step, wall time so far) of a checkpoint.
 
         Args:
           checkpoints: of `checkpoints`.
-          step: of which step; default the newest whole one, or the beginning where there is none.
+          epoch: after which epoch of the training; default the newest whole one, or the beginning
+            where there is none.
           to_train: False where it is only evaluated, which may be on other data; the state then
             has no memory of the images.
 
@@ -396,7 +397,8 @@ class Experiment:
           UserError: it is not there, or of other settings, or, to train, of other data.
         """
         # The settings are compared first: of another model they say more than shapes do.
-        meta = _newest_meta(checkpoints)
+        metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
+        meta = next(filter(None, metas), None)
         if meta:
             settings.check_same_mathematics(self.config, meta['config'])
             if to_train:
@@ -408,7 +410,12 @@ class Experiment:
         # What a method remembers of images is of no use to an evaluation, perhaps of others.
         target = self.whole(beginning) if to_train else beginning.replace(memory=None)
         of = target, () if to_train else ('memory.',)
-        found = checkpoints.restore_newest(*of) if step is None else checkpoints.restore(step, *of)
+        if epoch is None:
+            found = checkpoints.restore_newest(*of)
+        else:
+            # The data here may be more or fewer than those that the run was trained on.
+            steps = (meta or {}).get('steps_per_epoch', self.steps_per_epoch)
+            found = checkpoints.restore(epoch * steps, *of)
         if not found:
             return self._begun(beginning), 0, 0.0
         step, state, meta = found
@@ -438,16 +445,5 @@ class Experiment:
         with contextlib.closing(self.checkpoints(workdir, read_only=True)) as checkpoints:
             if not checkpoints.steps():
                 raise none
-            wanted = None
-            if epoch is not None:
-                # The data here may be more or fewer than those that the run was trained on.
-                meta = _newest_meta(checkpoints) or {}
-                wanted = epoch * meta.get('steps_per_epoch', self.steps_per_epoch)
-            state, step, _ = self.restore_from(checkpoints, wanted, to_train=False)
+            state, step, _ = self.restore_from(checkpoints, epoch, to_train=False)
         return state, step
-
-
-def _newest_meta(checkpoints: Checkpoints) -> dict[str, Any] | None:
-    """The meta dict of the newest checkpoint that has a readable one."""
-    metas = (checkpoints.read_meta(step) for step in reversed(checkpoints.steps()))
-    return next(filter(None, metas), None)
