@@ -55,9 +55,10 @@ def sharpness_aware(
         return Parts(ascent.init(params), combine.init(params), gate.init(params))
 
     def step(loss, params, state, now):
-        clean, opens, gate_state = _decide(gate, loss, params, state.gate, now)
+        known, opens, gate_state = _decide(gate, loss, params, state.gate, now)
 
         def climb(loss):
+            clean = known or loss(params, climb=True)
             eps, ascent_state = climbed(ascent, loss, clean, params, state.ascent, now)
             there = loss.moved(params, eps, clean, linear=combine.linear)
             grads, combine_state = combine.combine(clean.grads, there.grads, state.combine, params)
@@ -68,24 +69,26 @@ def sharpness_aware(
             )
 
         def stay(loss):
-            del loss
+            # A gradient that nothing climbs along descends; shake models tell the two apart.
+            clean = known or loss(params)
             grads, combine_state = combine.skip(clean.grads, state.combine, params)
             return grads, (state.ascent, combine_state), Report(clean, clean, jnp.zeros((), float))
 
         grads, parts, report = gated(opens, climb, stay, loss)
-        return grads, Parts(parts[0], parts[1], gate_state), report._replace(clean=clean)
+        return (
+            grads,
+            Parts(parts[0], parts[1], gate_state),
+            report._replace(clean=known or report.clean),
+        )
 
     return as_optax(Method(init, step), gate_norm=gate.looks)
 
 
 def _decide(gate, loss, params, state, now):
-    """Returns (clean Evaluation, decision, gate's state)."""
-    if gate.looks:
-        clean = loss(params, climb=True)
-        return clean, *gate.decide(clean.grads, state, now.count, **now.given)
-    # A gradient that nothing climbs along descends; shake models tell the two apart.
-    opens, state = gate.decide(None, state, now.count, **now.given)
-    return loss(params, climb=opens), opens, state
+    """Returns (clean Evaluation if the gate looks at it, else None; decision; gate's state)."""
+    clean = loss(params, climb=True) if gate.looks else None
+    grads = None if clean is None else clean.grads
+    return clean, *gate.decide(grads, state, now.count, **now.given)
 
 
 def climbed(

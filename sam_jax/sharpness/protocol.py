@@ -47,8 +47,8 @@ class Report(NamedTuple):
     """What a step saw, for those who watch it.
 
     Attributes:
-      clean: Evaluation at the params, or at the place that the method has in place of them; None
-        from `gated` alone.
+      clean: Evaluation at the params, or at the place that the method has in place of them. Behind
+        a gate its gradient's norm is in place of the gradient.
       perturbed: Evaluation at the perturbed params; `clean` where none was made. Behind a gate only
         its value and what it reports.
       norm: of the perturbation, in the norm that rho bounds; 0 where there was none.
@@ -57,7 +57,7 @@ class Report(NamedTuple):
       cosines: {name: scalar}, of `Loss.compared`; {} where nobody compares, or nothing was moved.
     """
 
-    clean: Evaluation | None
+    clean: Evaluation
     perturbed: Evaluation
     norm: float | Float[Array, '']
     evaluations: int | Int32[Array, ''] = 0
@@ -226,6 +226,10 @@ def unless_still(eps: Any, grads: Any, clean: Evaluation) -> Any:
 def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any, Any, Report]:
     """Goes one of two ways.
 
+    All that a step computes belongs into the ways, the clean gradient, too: the host of a GPU waits
+    for a traced decision. At the beginning of a step it has nothing else to do; within one it
+    would, and the GPU would wait for it then.
+
     Args:
       opens: a Python bool decides while tracing; a traced one becomes a `lax.cond` and must be the
         same on all devices.
@@ -233,24 +237,30 @@ def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any,
       loss: of the step; each way has its own, which counts what is asked for on that way.
 
     Returns:
-      (grads, state, Report) of the way gone, but for the clean Evaluation, which is None.
+      (grads, state, Report) of the way gone.
     """
 
     def way(step):
+        own = loss.uncounted()
+        grads, state, report = step(own)
+        there = report.perturbed
+        if not there.cosines:  # nothing was moved; both ways tell as much
+            still = {'ascent': jnp.zeros((), float), 'perturbed': jnp.ones((), float)}
+            there = there._replace(cosines=still)
+        cosines = own.compared(report._replace(perturbed=there), grads).cosines
+        told = report._replace(evaluations=jnp.int32(own.taken), cosines=cosines)
+        return grads, state, told
+
+    def behind_gate(step):
         def go():
-            own = loss.uncounted()
-            grads, state, report = step(own)
-            there = report.perturbed
-            if not there.cosines:  # nothing was moved; both ways tell as much
-                still = {'ascent': jnp.zeros((), float), 'perturbed': jnp.ones((), float)}
-                there = there._replace(cosines=still)
-            cosines = own.compared(report._replace(perturbed=there), grads).cosines
-            # A gradient and what a network keeps would be copied out of the branch for nothing.
-            seen = there._replace(grads=(), aux=(), cosines={})
-            return grads, state, Report(None, seen, report.norm, jnp.int32(own.taken), cosines)
+            grads, state, report = way(step)
+            # Gradients and what a network keeps would be copied out of the branch for nothing.
+            there = report.perturbed._replace(grads=(), aux=(), cosines={})
+            clean = report.clean._replace(grads=lp_norm(report.clean.grads))
+            return grads, state, report._replace(clean=clean, perturbed=there)
 
         return go
 
     if isinstance(opens, bool):
-        return way(climb if opens else stay)()
-    return jax.lax.cond(opens, way(climb), way(stay))
+        return way(climb if opens else stay)
+    return jax.lax.cond(opens, behind_gate(climb), behind_gate(stay))

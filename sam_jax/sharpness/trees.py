@@ -123,8 +123,10 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     far = 2.0 ** (limits.maxexp * 3 // 4)
     small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
     factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
-    # The branches are no closures: outside of jit, each call of such would be compiled anew.
-    total = jax.lax.cond(small | huge, _squares_again, _squares_are_known, tree, factor, total)
+    # None of these is a closure: outside of jit, each call of such would be compiled anew.
+    total = jax.lax.platform_dependent(
+        *(tree, jnp.asarray(far, total.dtype), factor, total), cuda=_at_once, default=_in_need
+    )
     return factor, jnp.sqrt(total)
 
 
@@ -136,6 +138,17 @@ def _sum_of_squares(tree, factor):
         ),
         jnp.zeros(()),
     )
+
+
+def _at_once(tree, far, factor, total):
+    """The sums for all three factors, in one reading. A GPU's host would wait for a condition."""
+    small, huge = _sum_of_squares(tree, far), _sum_of_squares(tree, 1 / far)
+    return jnp.where(factor > 1, small, jnp.where(factor < 1, huge, total))
+
+
+def _in_need(tree, far, factor, total):
+    """The sum for the factor, in a second reading if it is not that which is known."""
+    return jax.lax.cond(factor != 1, _squares_again, _squares_are_known, tree, factor, total)
 
 
 def _squares_again(tree, factor, total):
