@@ -197,9 +197,18 @@ def _over_groups(state, groups, training, method, layout, shared, climbable, log
 
 
 def _mean_if_logged(cosines, is_logged):
-    """Means over the devices of what is 0 in other steps, which so have one exchange less."""
+    """Means over the devices of what is 0 in other steps, which so have one exchange less.
+
+    On NVIDIA GPUs means in all steps: their host would wait for the condition.
+    """
     with jax.named_scope(metrics.LOGGED):
-        return lax.cond(is_logged, gradients.mean_over_devices, lambda same: same, cosines)
+        return lax.platform_dependent(
+            *(is_logged, cosines),
+            cuda=lambda is_logged, cosines: gradients.mean_over_devices(cosines),
+            default=lambda is_logged, cosines: lax.cond(
+                is_logged, gradients.mean_over_devices, lambda same: same, cosines
+            ),
+        )
 
 
 def keyed_replicas(

@@ -257,7 +257,7 @@ def test_facts_of_a_program_for_devices_that_are_here():
     assert found['memory']['all'] > found['memory']['arguments'] > gradients
     shown = dict(facts.rows(found, 64, target))
     assert shown['transfers to the host'] == 'none' and 'of 1 GiB' in shown['memory of a device']
-    assert set(shown) >= {'gathers, of single elements', 'loops'}
+    assert set(shown) >= {'gathers, of single elements', 'loops', 'conditions'}
     evaluated = facts.of_program(*_lowered(experiment, target, 'eval'))
     assert found['flops'] / 20 < evaluated['flops'] * 500 / 512 / 8 < found['flops']
 
@@ -602,8 +602,8 @@ def test_images_of_a_replica_do_not_fill_the_lanes_of_a_tpu(tmp_path):
 
 
 @pytest.mark.targets
-@pytest.mark.parametrize('method', ['sgd', 'sam'])
-def test_a_step_of_gpus_copies_no_params_and_no_momentum(tmp_path, method):
+@pytest.mark.parametrize('method, conditions', [('sgd', 0), ('sam', 0), ('periodic_sam', 1)])
+def test_a_step_of_gpus_copies_no_params_and_waits_for_its_gate_alone(tmp_path, method, conditions):
     """Kernels of 3 x 3 x 256 x 256 are 2.4 MB; cuDNN's gradients of them lie otherwise."""
     found = _compiled(
         tmp_path,
@@ -616,6 +616,7 @@ def test_a_step_of_gpus_copies_no_params_and_no_momentum(tmp_path, method):
         '--steps=train',
     )
     assert found['train']['copies'] == []
+    assert len(found['train']['conditions']) == conditions
 
 
 @pytest.mark.targets

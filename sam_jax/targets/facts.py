@@ -29,8 +29,8 @@ def of_program(
     turn, 0 for GPUs that are not there; 'roofline_seconds': the longer one of flops / peak and
     bytes / bandwidth; 'compiler_cycles', 'compiler_seconds': the compiler's own estimate, where it
     makes one; 'collectives'; 'padding': of results, see `hlo.padding`; 'host_transfers'; 'copies'
-    of large arrays; 'gathers' and what each reads at a place, in elements; 'loops'; 'costly':
-    [layer, cycles, bytes]}.
+    of large arrays; 'gathers' and what each reads at a place, in elements; 'loops'; 'conditions';
+    'costly': [layer, cycles, bytes]}.
 
     A compiler that refuses a program because it is too large leaves 'compile_seconds', 'fits',
     'memory' (only 'all', and 0 where it does not say how much), 'flops' and 'refused', its words.
@@ -86,6 +86,7 @@ def of_program(
         ],
         'gathers': [{'name': name, 'elements': n} for name, n in hlo.gathers(text)],
         'loops': [_told(i, 'name', 'op_name') for i in hlo.loops(program)],
+        'conditions': [_told(i, 'name', 'op_name') for i in hlo.conditions(program)],
         'costly': [[name, *cost] for name, cost in hlo.costly(program)[:COSTLY]],
         **(measure(compiled) if measure else {}),
     }
@@ -169,6 +170,7 @@ def rows(
         ),
         ('gathers, of single elements', f'{len(found["gathers"])}, {single}'),
         ('loops', str(len(found['loops']) or 'none')),
+        ('conditions', str(len(found['conditions']) or 'none')),
     ]
 
 

@@ -289,6 +289,11 @@ def loops(program: Iterable[Instruction]) -> list[Instruction]:
     return [i for i in program if i.opcode == 'while']
 
 
+def conditions(program: Iterable[Instruction]) -> list[Instruction]:
+    """Returns the conditions; a GPU's host waits for each that is in no CUDA graph."""
+    return [i for i in program if i.opcode == 'conditional']
+
+
 def groups(instruction: Instruction) -> list[list[int]] | str:
     """Returns the devices that exchange with each other; as text, where it is in another form.
 
