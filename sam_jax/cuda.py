@@ -26,6 +26,7 @@ def settled(tree: Any) -> Any:
     """Returns the tree of arrays; in a program for NVIDIA GPUs what reads them comes after them.
 
     Otherwise XLA computes a step's new params and their norms in one kernel, which may not write
-    where it reads. Then each array is copied to where it belongs.
+    where it reads. Then each array is copied to where it belongs. Or a kernel computes norms of the
+    devices' mean gradient with those of one device, which then need an exchange of their own.
     """
     return lax.platform_dependent(tree, cuda=lax.optimization_barrier, default=lambda tree: tree)

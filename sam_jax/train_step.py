@@ -189,26 +189,23 @@ def _over_groups(state, groups, training, method, layout, shared, climbable, log
     else:
         result, kept = gradients.mean_over(step, groups, layout.unroll)
     if layout.devices_per_group < len(layout.devices):
-        *result, report = result
-        cosines = {name: report.pop(name) for name in [*report] if name.endswith('_cosine')}
-        *result, report = gradients.mean_over_devices((*result, report))
-        result = *result, report | _mean_if_logged(cosines, is_logged)
+        # The host of an NVIDIA GPU would wait for the condition.
+        result = lax.platform_dependent(
+            *(is_logged, cuda.settled(result)),
+            cuda=lambda is_logged, result: gradients.mean_over_devices(result),
+            default=_mean_with_cosines_if_logged,
+        )
     return result, kept
 
 
-def _mean_if_logged(cosines, is_logged):
-    """Means over the devices of what is 0 in other steps, which so have one exchange less.
-
-    On NVIDIA GPUs means in all steps: their host would wait for the condition.
-    """
+def _mean_with_cosines_if_logged(is_logged, result):
+    """Means over the devices, of what is 0 in steps that are not logged in the others only."""
+    *result, report = result
+    cosines = {name: report.pop(name) for name in [*report] if name.endswith('_cosine')}
+    *result, report = gradients.mean_over_devices((*result, report))
     with jax.named_scope(metrics.LOGGED):
-        return lax.platform_dependent(
-            *(is_logged, cosines),
-            cuda=lambda is_logged, cosines: gradients.mean_over_devices(cosines),
-            default=lambda is_logged, cosines: lax.cond(
-                is_logged, gradients.mean_over_devices, lambda same: same, cosines
-            ),
-        )
+        cosines = lax.cond(is_logged, gradients.mean_over_devices, lambda same: same, cosines)
+    return (*result, report | cosines)
 
 
 def keyed_replicas(

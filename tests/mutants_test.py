@@ -81,14 +81,14 @@ MUTANTS = {
     ),
     'no mean over devices': (
         STEP,
-        '        *result, report = gradients.mean_over_devices((*result, report))\n',
+        '    *result, report = gradients.mean_over_devices((*result, report))\n',
         '',
         ALGORITHM_1,
     ),
     'no mean of the cosines': (
         STEP,
-        'report | _mean_if_logged(cosines, is_logged)',
-        'report | cosines',
+        'lax.cond(is_logged, gradients.mean_over_devices, lambda same: same, cosines)',
+        'cosines',
         ALGORITHM_1,
     ),
     'gradient averaged before the ascent': (
