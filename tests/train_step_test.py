@@ -297,6 +297,23 @@ def test_metrics_are_means_since_the_last_report():
     np.testing.assert_allclose(metrics['train/loss'], np.mean(values), rtol=1e-6)
 
 
+@pytest.mark.parametrize('method', ['sam', 'periodic_sam', 'looksam'])
+def test_a_step_as_gpus_have_it_is_the_step(monkeypatch, method):
+    """Two steps on two devices, of which the second is logged; a CPU takes what GPUs are given."""
+    config = step_config(sam__method=method, log_every_steps=2)
+    expected, logged = Session(config, 2).run(2)
+    chosen = []
+
+    def for_cuda(*args, cuda, default):
+        chosen.append(cuda)
+        return cuda(*args)
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', for_cuda)
+    state, metrics = Session(config, 2).run(2)
+    assert len(chosen) > 5
+    assert_trees_close((state.params, metrics), (expected.params, logged), rtol=1e-6, atol=1e-7)
+
+
 def test_cosines_are_those_of_the_logged_step():
     """At the others they are not computed."""
     each, every_other = Session(step_config()), Session(step_config(log_every_steps=2))
