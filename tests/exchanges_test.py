@@ -44,7 +44,7 @@ def _exchanged(method, logged=False, **overrides):
         ('asam', 1, 1),
         ('gnp', 1, 1),
         ('cr_sam', 1, 1),
-        ('rst', 2.1, 1),  # one on each way of its gate, of which a step goes one
+        ('rst', 1, 1),
         ('gsam', 2, 1),  # its angle is that of the group's two gradients
         ('sgd', 1, 1),  # the norm of the group's gradient is in the log
     ],

@@ -55,10 +55,9 @@ def sharpness_aware(
         return Parts(ascent.init(params), combine.init(params), gate.init(params))
 
     def step(loss, params, state, now):
-        known, opens, gate_state = _decide(gate, loss, params, state.gate, now)
+        looked_at, opens, gate_state = _decide(gate, loss, params, state.gate, now)
 
-        def climb(loss):
-            clean = known or loss(params, climb=True)
+        def climb(loss, clean):
             eps, ascent_state = climbed(ascent, loss, clean, params, state.ascent, now)
             there = loss.moved(params, eps, clean, linear=combine.linear)
             grads, combine_state = combine.combine(clean.grads, there.grads, state.combine, params)
@@ -68,18 +67,13 @@ def sharpness_aware(
                 Report(clean, there, norm(eps, clean.grads, params).astype(float)),
             )
 
-        def stay(loss):
-            # A gradient that nothing climbs along descends; shake models tell the two apart.
-            clean = known or loss(params)
+        def stay(loss, clean):
+            del loss
             grads, combine_state = combine.skip(clean.grads, state.combine, params)
             return grads, (state.ascent, combine_state), Report(clean, clean, jnp.zeros((), float))
 
-        grads, parts, report = gated(opens, climb, stay, loss)
-        return (
-            grads,
-            Parts(parts[0], parts[1], gate_state),
-            report._replace(clean=known or report.clean),
-        )
+        grads, parts, report = gated(opens, climb, stay, loss, params, looked_at)
+        return grads, Parts(parts[0], parts[1], gate_state), report
 
     return as_optax(Method(init, step), gate_norm=gate.looks)
 

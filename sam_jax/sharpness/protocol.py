@@ -223,44 +223,72 @@ def unless_still(eps: Any, grads: Any, clean: Evaluation) -> Any:
     return jax.tree.map(lambda g, u: jnp.where(still, g, u.astype(g.dtype)), clean.grads, grads)
 
 
-def gated(opens: Any, climb: Callable, stay: Callable, loss: Loss) -> tuple[Any, Any, Report]:
+def gated(
+    opens: Any,
+    climb: Callable,
+    stay: Callable,
+    loss: Loss,
+    params: Any,
+    clean: Evaluation | None = None,
+) -> tuple[Any, Any, Report]:
     """Goes one of two ways.
 
-    All that a step computes belongs into the ways, the clean gradient, too: the host of a GPU waits
-    for a traced decision. At the beginning of a step it has nothing else to do; within one it
-    would, and the GPU would wait for it then.
+    On NVIDIA GPUs the clean gradient is computed on both ways, where the gate did not look at it.
+    Their host waits for a traced decision: at the beginning of a step it has nothing else to do,
+    within one the GPU would wait for it then. Elsewhere it is computed before, and compiled once.
 
     Args:
       opens: a Python bool decides while tracing; a traced one becomes a `lax.cond` and must be the
         same on all devices.
-      climb, stay: loss -> (grads, state, Report), of equal structures.
+      climb, stay: (loss, clean Evaluation) -> (grads, state, Report), of equal structures.
       loss: of the step; each way has its own, which counts what is asked for on that way.
+      params: where the clean gradient is.
+      clean: None, or the Evaluation there, which is counted already.
 
     Returns:
       (grads, state, Report) of the way gone.
     """
 
-    def way(step):
+    def way(step, climbs, clean):
         own = loss.uncounted()
-        grads, state, report = step(own)
+        # A gradient that nothing climbs along descends; shake models tell the two apart.
+        grads, state, report = step(own, own(params, climb=climbs) if clean is None else clean)
         there = report.perturbed
         if not there.cosines:  # nothing was moved; both ways tell as much
             still = {'ascent': jnp.zeros((), float), 'perturbed': jnp.ones((), float)}
             there = there._replace(cosines=still)
         cosines = own.compared(report._replace(perturbed=there), grads).cosines
-        told = report._replace(evaluations=jnp.int32(own.taken), cosines=cosines)
-        return grads, state, told
-
-    def behind_gate(step):
-        def go():
-            grads, state, report = way(step)
-            # Gradients and what a network keeps would be copied out of the branch for nothing.
-            there = report.perturbed._replace(grads=(), aux=(), cosines={})
-            clean = report.clean._replace(grads=lp_norm(report.clean.grads))
-            return grads, state, report._replace(clean=clean, perturbed=there)
-
-        return go
+        return grads, state, report._replace(evaluations=jnp.int32(own.taken), cosines=cosines)
 
     if isinstance(opens, bool):
-        return way(climb if opens else stay)
-    return jax.lax.cond(opens, behind_gate(climb), behind_gate(stay))
+        return way(climb if opens else stay, opens, clean)
+
+    def choose(clean):
+        def behind(step, climbs):
+            def go():
+                grads, state, report = way(step, climbs, clean)
+                # Gradients and what a network keeps would be copied out of the branch for nothing.
+                there = report.perturbed._replace(grads=(), aux=(), cosines={})
+                told = _with_norm(report.clean) if clean is None else None
+                return grads, state, report._replace(clean=told, perturbed=there)
+
+            return go
+
+        return jax.lax.cond(opens, behind(climb, True), behind(stay, False))
+
+    def choose_after_clean():
+        first = loss.uncounted()
+        clean = first(params, climb=opens)
+        grads, state, report = choose(clean)
+        taken = report.evaluations + first.taken
+        return grads, state, report._replace(clean=_with_norm(clean), evaluations=taken)
+
+    if clean is None:
+        return jax.lax.platform_dependent(cuda=lambda: choose(None), default=choose_after_clean)
+    grads, state, report = choose(clean)
+    return grads, state, report._replace(clean=clean)
+
+
+def _with_norm(clean):
+    """The Evaluation with its gradient's norm in place of the gradient."""
+    return clean._replace(grads=lp_norm(clean.grads))
