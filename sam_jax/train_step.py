@@ -191,7 +191,8 @@ def _over_groups(state, groups, training, method, layout, shared, climbable, log
     if layout.devices_per_group < len(layout.devices):
         # The host of an NVIDIA GPU would wait for the condition.
         result = lax.platform_dependent(
-            *(is_logged, cuda.settled(result)),
+            is_logged,
+            cuda.settled(result),
             cuda=lambda is_logged, result: gradients.mean_over_devices(result),
             default=_mean_with_cosines_if_logged,
         )

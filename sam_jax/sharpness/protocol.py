@@ -274,7 +274,8 @@ def gated(
 
             return go
 
-        return jax.lax.cond(opens, behind(climb, True), behind(stay, False))
+        grads, state, report = jax.lax.cond(opens, behind(climb, True), behind(stay, False))
+        return grads, state, report if clean is None else report._replace(clean=clean)
 
     def choose_after_clean():
         first = loss.uncounted()
@@ -283,10 +284,9 @@ def gated(
         taken = report.evaluations + first.taken
         return grads, state, report._replace(clean=_with_norm(clean), evaluations=taken)
 
-    if clean is None:
-        return jax.lax.platform_dependent(cuda=lambda: choose(None), default=choose_after_clean)
-    grads, state, report = choose(clean)
-    return grads, state, report._replace(clean=clean)
+    if clean is not None:
+        return choose(clean)
+    return jax.lax.platform_dependent(cuda=lambda: choose(None), default=choose_after_clean)
 
 
 def _with_norm(clean):

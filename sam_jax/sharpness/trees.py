@@ -124,9 +124,8 @@ def norm_in_range(tree: Any) -> tuple[Float[Array, ''], Float[Array, '']]:
     small, huge = total < limits.tiny / limits.eps, jnp.isinf(total)
     factor = jnp.where(huge, 1 / far, jnp.where(small, far, 1.0)).astype(total.dtype)
     # None of these is a closure: outside of jit, each call of such would be compiled anew.
-    total = jax.lax.platform_dependent(
-        *(tree, jnp.asarray(far, total.dtype), factor, total), cuda=_at_once, default=_in_need
-    )
+    known = tree, jnp.asarray(far, total.dtype), factor, total
+    total = jax.lax.platform_dependent(*known, cuda=_at_once, default=_in_need)
     return factor, jnp.sqrt(total)
 
 
